@@ -1,0 +1,88 @@
+// Attention kernels on one device. A kernel computes the visible pairs of a block of queries and a block of keys,
+// given as tiles, and folds them into a state (out, lse). The list of kernels is ordered, best first, reference last;
+// each says whether it takes a problem and, if not, why.
+//
+// Letters: B batch, S query rows, T key rows, H query heads, K KV heads, D dim of q and k, V dim of v.
+#pragma once
+
+#include <span>
+#include <string>
+#include <string_view>
+
+#include "core/attention/region.h"
+#include "core/tensor/tensor.h"
+
+namespace dattn {
+
+// Which KV head a local query head reads. Heads are numbered globally: this block holds query heads from q_begin on
+// and KV heads from kv_begin on; `group` consecutive query heads share one KV head (H / K of the whole model).
+struct HeadMap {
+  std::int64_t q_begin = 0;
+  std::int64_t kv_begin = 0;
+  std::int64_t group = 1;
+
+  std::int64_t kv_of(std::int64_t local_q) const { return (q_begin + local_q) / group - kv_begin; }
+};
+
+// softmax(scale * q k^T over visible pairs) v. Storage type (q, k, v, dout): fp32, bf16 or fp64, equal for all four.
+// Accumulators (out, lse, delta, dq, dk, dv): accumulate_type(storage). Views may have any strides but for the last
+// axis, which must be contiguous.
+struct AttendArgs {
+  TensorView q;  // [B, S, H, D]
+  TensorView k;  // [B, T, K, D]
+  TensorView v;  // [B, T, K, V]
+  HeadMap heads;
+  std::span<const Tile> tiles;  // disjoint
+  double scale = 1.0;
+  TensorView out;      // [B, S, H, V], normalised: sum of p v / sum of p
+  TensorView lse;      // [B, H, S], natural logarithm of sum of exp(scores); -inf where nothing was seen
+  bool merge = false;  // true: the result is merged into (out, lse); false: they are overwritten
+};
+
+// Gradients of one piece, additive over pieces because lse and delta are the final ones of the whole row:
+// p = exp(scale * q k^T - lse), ds = p * (dout v^T - delta), dq += scale * ds k, dk += scale * ds^T q, dv += p^T dout.
+struct AttendGradArgs {
+  TensorView q, k, v;
+  HeadMap heads;
+  std::span<const Tile> tiles;
+  double scale = 1.0;
+  TensorView dout;   // [B, S, H, V], storage type
+  TensorView lse;    // [B, H, S], final
+  TensorView delta;  // [B, H, S], attention_delta of the final out
+  TensorView dq;     // [B, S, H, D], added to
+  TensorView dk;     // [B, T, K, D], added to
+  TensorView dv;     // [B, T, K, V], added to
+};
+
+// What a kernel is asked about before any tensor exists.
+struct AttendTraits {
+  DType storage = DType::kF32;
+  std::int64_t dim_qk = 0;
+  std::int64_t dim_v = 0;
+};
+
+struct Support {
+  bool ok = true;
+  std::string why;  // the reason where not ok
+};
+
+// Implementations are stateless and callable from several threads (ranks) at once. Results do not depend on the
+// number of threads.
+class AttentionKernel {
+ public:
+  virtual ~AttentionKernel() = default;
+  virtual std::string_view name() const = 0;
+  virtual Support supports(const AttendTraits& traits) const = 0;
+  virtual void attend(const AttendArgs& args) const = 0;
+  virtual void attend_grad(const AttendGradArgs& args) const = 0;
+};
+
+std::span<const AttentionKernel* const> attention_kernels();  // best first, reference last
+const AttentionKernel& find_kernel(std::string_view name);    // throws Error(kBadInput) naming the known ones
+// The first kernel of the list that supports the problem; DATTN_KERNEL=name forces one. Logs choice and refusals once.
+const AttentionKernel& select_kernel(const AttendTraits& traits);
+
+const AttentionKernel& reference_kernel();  // plain loops in fp64, whatever the storage type
+const AttentionKernel& cpu_kernel();        // tiled online softmax, SIMD chosen at run time
+
+}  // namespace dattn

@@ -1,0 +1,65 @@
+#include "core/attention/positions.h"
+
+#include <fmt/format.h>
+
+#include <algorithm>
+
+#include "core/base/error.h"
+
+namespace dattn {
+
+Positions::Positions(std::vector<Run> runs) {
+  for (const Run& run : runs) {
+    if (run.count == 0) continue;
+    ensure(run.count > 0 && run.step > 0, "a run of positions has count {} and step {}", run.count, run.step);
+    rows_.push_back(count_);
+    runs_.push_back({run.begin, run.count, run.count == 1 ? 1 : run.step});
+    count_ += run.count;
+  }
+}
+
+Positions Positions::range(std::int64_t begin, std::int64_t end) { return Positions({{begin, end - begin, 1}}); }
+
+std::int64_t Positions::at(std::int64_t row) const {
+  ensure(row >= 0 && row < count_, "row {} of {} rows", row, count_);
+  const auto after = std::upper_bound(rows_.begin(), rows_.end(), row);
+  const auto run = static_cast<std::size_t>(after - rows_.begin() - 1);
+  return runs_[run].at(row - rows_[run]);
+}
+
+Positions Positions::rows(std::int64_t begin, std::int64_t count) const {
+  std::vector<Run> part;
+  for (std::size_t i = 0; i < runs_.size(); ++i) {
+    const std::int64_t first = std::max(begin, rows_[i]);
+    const std::int64_t end = std::min(begin + count, rows_[i] + runs_[i].count);
+    if (first < end) part.push_back({runs_[i].at(first - rows_[i]), end - first, runs_[i].step});
+  }
+  return Positions(std::move(part));
+}
+
+std::vector<std::int64_t> Positions::list() const {
+  std::vector<std::int64_t> all;
+  all.reserve(static_cast<std::size_t>(count_));
+  for (const Run& run : runs_) {
+    for (std::int64_t row = 0; row < run.count; ++row) all.push_back(run.at(row));
+  }
+  return all;
+}
+
+std::string Positions::text() const {
+  std::string all;
+  for (const Run& run : runs_) {
+    if (!all.empty()) all += ' ';
+    all += run.step == 1 ? fmt::format("[{},{})", run.begin, run.begin + run.count)
+                         : fmt::format("{}:{}:{}", run.begin, run.last() + 1, run.step);
+  }
+  return all.empty() ? "none" : all;
+}
+
+Interval split_evenly(std::int64_t total, std::int64_t parts, std::int64_t index) {
+  const std::int64_t base = total / parts, larger = total % parts;
+  const std::int64_t begin = index * base + std::min(index, larger);
+  return {begin, begin + base + (index < larger ? 1 : 0)};
+}
+
+}  // namespace dattn

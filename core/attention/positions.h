@@ -1,0 +1,53 @@
+// Which global token positions a block of rows holds, in row order. A layout gives every rank such a list; masks
+// are stated over positions, so masks and layouts never need to know each other.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+namespace dattn {
+
+// Positions begin, begin + step, .., begin + (count - 1) * step. count >= 1, step >= 1.
+struct Run {
+  std::int64_t begin = 0;
+  std::int64_t count = 0;
+  std::int64_t step = 1;
+
+  std::int64_t at(std::int64_t row) const { return begin + row * step; }
+  std::int64_t last() const { return at(count - 1); }
+  bool operator==(const Run&) const = default;
+};
+
+// Runs in row order, with the row each starts at. Positions of one list are distinct.
+class Positions {
+ public:
+  Positions() = default;
+  explicit Positions(std::vector<Run> runs);            // empty runs are dropped
+  static Positions range(std::int64_t begin, std::int64_t end);
+
+  std::int64_t count() const { return count_; }
+  const std::vector<Run>& runs() const { return runs_; }
+  std::int64_t row_of_run(std::size_t run) const { return rows_[run]; }
+  std::int64_t at(std::int64_t row) const;
+  Positions rows(std::int64_t begin, std::int64_t count) const;  // the positions of a range of rows
+  std::vector<std::int64_t> list() const;
+  std::string text() const;  // "[0,8) [24,32)" or "3:1024:8" for strided runs
+  bool operator==(const Positions& other) const { return runs_ == other.runs_; }
+
+ private:
+  std::vector<Run> runs_;
+  std::vector<std::int64_t> rows_;
+  std::int64_t count_ = 0;
+};
+
+// Part `index` of `total` cut into `parts` pieces whose sizes differ by at most one, the larger ones first.
+struct Interval {
+  std::int64_t begin = 0;
+  std::int64_t end = 0;
+  std::int64_t count() const { return end - begin; }
+  bool operator==(const Interval&) const = default;
+};
+Interval split_evenly(std::int64_t total, std::int64_t parts, std::int64_t index);
+
+}  // namespace dattn

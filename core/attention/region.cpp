@@ -1,0 +1,140 @@
+#include "core/attention/region.h"
+
+#include <fmt/format.h>
+
+#include <algorithm>
+
+#include "core/base/error.h"
+
+namespace dattn {
+namespace {
+
+std::int64_t floor_div(std::int64_t a, std::int64_t b) { return a / b - (a % b != 0 && (a < 0) != (b < 0) ? 1 : 0); }
+std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return -floor_div(-a, b); }
+
+bool bounded(std::int64_t bound) { return bound > -kUnbounded && bound < kUnbounded; }
+std::int64_t shift_bound(std::int64_t bound, std::int64_t by) { return bounded(bound) ? bound + by : bound; }
+
+// Sum over q in [q.begin, q.end) of max(0, min(k_end, q + hi + 1) - k_begin): pairs below an upper bound only.
+std::int64_t area_below(Interval q, Interval k, std::int64_t hi) {
+  // Row q sees clamp(q + hi + 1 - k.begin, 0, K) keys: first growing by one a row, then constant.
+  const std::int64_t first_seeing = std::max(q.begin, k.begin - hi);          // sees at least one
+  const std::int64_t first_saturated = std::max(first_seeing, k.end - 1 - hi);  // sees all K
+  const std::int64_t ramp_end = std::min(first_saturated, q.end);
+  std::int64_t sum = 0;
+  if (ramp_end > first_seeing) {
+    const std::int64_t n = ramp_end - first_seeing;
+    const std::int64_t start = first_seeing + hi + 1 - k.begin;
+    sum += n * start + n * (n - 1) / 2;
+  }
+  if (q.end > first_saturated) sum += (q.end - first_saturated) * k.count();
+  return sum;
+}
+
+// The tile of one region and a pair of runs with equal step.
+std::optional<Tile> tile_of(const Region& region, const Run& q, std::int64_t q_row, const Run& k, std::int64_t k_row) {
+  const std::int64_t step = q.count == 1 ? k.step : q.step;
+  const auto rows_inside = [step](const Run& run, Interval range) {
+    const std::int64_t begin = std::clamp<std::int64_t>(ceil_div(range.begin - run.begin, step), 0, run.count);
+    const std::int64_t end = std::clamp<std::int64_t>(ceil_div(range.end - run.begin, step), begin, run.count);
+    return Interval{begin, end};
+  };
+  const Interval q_inside = rows_inside(q, region.q), k_inside = rows_inside(k, region.k);
+  const std::int64_t offset = k.begin - q.begin;  // position difference of rows 0 and 0
+  Region local{{0, q.count}, {0, k.count}, -kUnbounded, kUnbounded};
+  if (bounded(region.lo)) local.lo = ceil_div(region.lo - offset, step);
+  if (bounded(region.hi)) local.hi = floor_div(region.hi - offset, step);
+  const auto trimmed = restrict_to(local, q_inside, k_inside);
+  if (!trimmed) return std::nullopt;
+  return Tile{shift(*trimmed, q_row, k_row), q.begin + trimmed->q.begin * step, k.begin + trimmed->k.begin * step, step};
+}
+
+}  // namespace
+
+std::optional<Region> restrict_to(const Region& region, Interval q, Interval k) {
+  Region part = region;
+  part.q = {std::max(region.q.begin, q.begin), std::min(region.q.end, q.end)};
+  part.k = {std::max(region.k.begin, k.begin), std::min(region.k.end, k.end)};
+  if (part.q.count() <= 0 || part.k.count() <= 0 || part.lo > part.hi) return std::nullopt;
+  // Rows and columns that the band does not reach are cut off; each cut can only widen what the next one cuts once.
+  const bool has_lo = bounded(part.lo), has_hi = bounded(part.hi);
+  if (has_hi) part.q.begin = std::max(part.q.begin, part.k.begin - part.hi);
+  if (has_lo) part.q.end = std::min(part.q.end, part.k.end - part.lo);
+  if (part.q.count() <= 0) return std::nullopt;
+  if (has_lo) part.k.begin = std::max(part.k.begin, part.q.begin + part.lo);
+  if (has_hi) part.k.end = std::min(part.k.end, part.q.end + part.hi);
+  if (part.k.count() <= 0) return std::nullopt;
+  if (part.lo <= part.k.begin - (part.q.end - 1)) part.lo = -kUnbounded;
+  if (part.hi >= part.k.end - 1 - part.q.begin) part.hi = kUnbounded;
+  return part;
+}
+
+Region shift(const Region& region, std::int64_t dq, std::int64_t dk) {
+  return {{region.q.begin + dq, region.q.end + dq},
+          {region.k.begin + dk, region.k.end + dk},
+          shift_bound(region.lo, dk - dq),
+          shift_bound(region.hi, dk - dq)};
+}
+
+std::int64_t area(const Region& region) {
+  const auto trimmed = restrict_to(region, region.q, region.k);
+  if (!trimmed) return 0;
+  // Pairs with k - q <= hi less pairs with k - q <= lo - 1.
+  const std::int64_t span = trimmed->q.count() + trimmed->k.count();
+  const std::int64_t highest = trimmed->k.end - 1 - trimmed->q.begin;
+  const std::int64_t hi = std::min(trimmed->hi, highest);
+  const std::int64_t lo = std::max(trimmed->lo, highest - span);
+  return area_below(trimmed->q, trimmed->k, hi) - area_below(trimmed->q, trimmed->k, lo - 1);
+}
+
+std::optional<Region> intersect(const Region& a, const Region& b) {
+  Region both = a;
+  both.lo = std::max(a.lo, b.lo);
+  both.hi = std::min(a.hi, b.hi);
+  return restrict_to(both, b.q, b.k);
+}
+
+std::string to_text(const Region& region) {
+  const auto bound = [](std::int64_t value) { return bounded(value) ? std::to_string(value) : std::string("null"); };
+  return fmt::format("{{q: [{}, {}], k: [{}, {}], lo: {}, hi: {}}}", region.q.begin, region.q.end, region.k.begin,
+                     region.k.end, bound(region.lo), bound(region.hi));
+}
+
+std::vector<Tile> make_tiles(std::span<const Region> mask, const Positions& queries, const Positions& keys) {
+  std::vector<Tile> tiles;
+  const auto visit = [&](const Run& q, std::int64_t q_row) {
+    for (std::size_t j = 0; j < keys.runs().size(); ++j) {
+      const Run& k = keys.runs()[j];
+      const bool equal_steps = q.step == k.step || q.count == 1 || k.count == 1;
+      for (const Region& region : mask) {
+        if (region.q.begin > q.last() || region.q.end <= q.begin || region.k.begin > k.last() || region.k.end <= k.begin) continue;
+        if (equal_steps) {
+          if (const auto tile = tile_of(region, q, q_row, k, keys.row_of_run(j))) tiles.push_back(*tile);
+          continue;
+        }
+        for (std::int64_t row = 0; row < q.count; ++row) {
+          if (const auto tile = tile_of(region, {q.at(row), 1, 1}, q_row + row, k, keys.row_of_run(j))) tiles.push_back(*tile);
+        }
+      }
+    }
+  };
+  for (std::size_t i = 0; i < queries.runs().size(); ++i) visit(queries.runs()[i], queries.row_of_run(i));
+  std::sort(tiles.begin(), tiles.end(), [](const Tile& a, const Tile& b) {
+    return std::pair(a.rows.q.begin, a.rows.k.begin) < std::pair(b.rows.q.begin, b.rows.k.begin);
+  });
+  return tiles;
+}
+
+std::int64_t area(std::span<const Tile> tiles) {
+  std::int64_t sum = 0;
+  for (const Tile& tile : tiles) sum += area(tile.rows);
+  return sum;
+}
+
+std::int64_t area(std::span<const Region> mask) {
+  std::int64_t sum = 0;
+  for (const Region& region : mask) sum += area(region);
+  return sum;
+}
+
+}  // namespace dattn

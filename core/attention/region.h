@@ -1,0 +1,62 @@
+// A region: the pairs (q, k) of a rectangle of positions with lo <= k - q <= hi. Every mask compiles to disjoint
+// regions. Regions are closed under restriction to rectangles, shifting and striding, so the part of a mask that a
+// query run and a key run share is again a region, now in local row numbers: a tile.
+//
+//        k ->                 full    lo = -inf, hi = inf
+//      q #....                causal  lo = -inf, hi = 0        (drawn)
+//      | ##...                window  lo = -left, hi = right
+//      v ###..
+#pragma once
+
+#include <cstdint>
+#include <optional>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "core/attention/positions.h"
+
+namespace dattn {
+
+inline constexpr std::int64_t kUnbounded = INT64_MAX / 4;  // |lo|, |hi| at or beyond it mean no bound
+inline constexpr std::int64_t kMaxPosition = std::int64_t{1} << 40;
+
+struct Region {
+  Interval q;  // half-open
+  Interval k;
+  std::int64_t lo = -kUnbounded;
+  std::int64_t hi = kUnbounded;
+
+  bool contains(std::int64_t query, std::int64_t key) const {
+    return query >= q.begin && query < q.end && key >= k.begin && key < k.end && key - query >= lo && key - query <= hi;
+  }
+  bool operator==(const Region&) const = default;
+};
+
+// The part of a region inside a rectangle; nothing where no pair is left. The result is trimmed: its ranges are the
+// smallest that hold its pairs, and bounds that cut nothing are set to +-kUnbounded.
+std::optional<Region> restrict_to(const Region& region, Interval q, Interval k);
+Region shift(const Region& region, std::int64_t dq, std::int64_t dk);  // moved by (dq, dk)
+std::int64_t area(const Region& region);                               // visible pairs, in closed form
+std::optional<Region> intersect(const Region& a, const Region& b);
+std::string to_text(const Region& region);
+
+// A region in local row numbers of a block of queries and a block of keys, and the positions those rows hold:
+// query row i is at q_position + (i - q.begin) * step, key row j at k_position + (j - k.begin) * step.
+struct Tile {
+  Region rows;
+  std::int64_t q_position = 0;
+  std::int64_t k_position = 0;
+  std::int64_t step = 1;
+
+  bool full() const { return rows.lo == -kUnbounded && rows.hi == kUnbounded; }
+  bool operator==(const Tile&) const = default;
+};
+
+// The visible pairs of a block of queries and a block of keys, as disjoint non-empty tiles, ordered by query row and
+// then by key row. Runs of one row fit any step; runs of unequal steps are taken row by row.
+std::vector<Tile> make_tiles(std::span<const Region> mask, const Positions& queries, const Positions& keys);
+std::int64_t area(std::span<const Tile> tiles);
+std::int64_t area(std::span<const Region> mask);
+
+}  // namespace dattn

@@ -1,0 +1,53 @@
+// Errors: one exception type for the whole library. A message says what, both values, the remedy, and,
+// through the thread's context ("rank 3/8"), who says it. Libraries throw; only the command and the C boundary catch.
+#pragma once
+
+#include <fmt/format.h>
+
+#include <stdexcept>
+#include <string>
+#include <utility>
+
+namespace dattn {
+
+// What went wrong, as the process exit code that stands for it.
+enum class ErrorCode {
+  kInternal = 1,   // a defect of this library
+  kBadInput = 2,   // the caller's config, file, shape or option; nothing was changed
+  kPeer = 3,       // another rank failed, vanished or did not answer within the deadline
+  kDiverged = 4,   // training produced a value that is not finite
+  kSystem = 5,     // the operating system refused: disk full, no permission, out of memory
+};
+
+class Error : public std::runtime_error {
+ public:
+  Error(ErrorCode code, const std::string& message);
+  ErrorCode code() const { return code_; }
+  int exit_code() const { return static_cast<int>(code_); }
+
+ private:
+  ErrorCode code_;
+};
+
+// Appended to every message raised on this thread, for example "rank 3/8". Empty by default.
+void set_error_context(std::string context);
+const std::string& error_context();
+
+template <class... Args>
+[[noreturn]] void fail(ErrorCode code, fmt::format_string<Args...> format, Args&&... args) {
+  throw Error(code, fmt::format(format, std::forward<Args>(args)...));
+}
+
+// Refuses bad input: throws Error(kBadInput) with the formatted message unless `ok`.
+template <class... Args>
+void require(bool ok, fmt::format_string<Args...> format, Args&&... args) {
+  if (!ok) fail(ErrorCode::kBadInput, format, std::forward<Args>(args)...);
+}
+
+// States an invariant of our own code: throws Error(kInternal) unless `ok`.
+template <class... Args>
+void ensure(bool ok, fmt::format_string<Args...> format, Args&&... args) {
+  if (!ok) fail(ErrorCode::kInternal, format, std::forward<Args>(args)...);
+}
+
+}  // namespace dattn

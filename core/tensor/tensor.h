@@ -1,0 +1,105 @@
+// TensorView: a strided window on memory that somebody else owns. Tensor: owning, contiguous, 64-byte aligned.
+// Shapes and strides are in elements. Axis order is stated where a tensor is named, e.g. q [B, S, H, D].
+#pragma once
+
+#include <array>
+#include <cstdint>
+#include <initializer_list>
+#include <memory>
+#include <span>
+#include <string>
+
+#include "core/base/dtype.h"
+
+namespace dattn {
+
+inline constexpr int kMaxAxes = 5;
+
+struct Shape {
+  std::array<std::int64_t, kMaxAxes> extents{};
+  int axes = 0;
+
+  Shape() = default;
+  Shape(std::initializer_list<std::int64_t> values);
+  explicit Shape(std::span<const std::int64_t> values);
+  std::int64_t operator[](int axis) const { return extents[static_cast<std::size_t>(axis)]; }
+  std::int64_t& operator[](int axis) { return extents[static_cast<std::size_t>(axis)]; }
+  std::int64_t elements() const;
+  bool operator==(const Shape& other) const;
+  std::string text() const;  // "[2, 1021, 9, 64]"
+};
+
+// Trivially copyable; constness of the elements is not tracked.
+struct TensorView {
+  void* data = nullptr;
+  DType dtype = DType::kF32;
+  Shape shape;
+  std::array<std::int64_t, kMaxAxes> strides{};
+
+  TensorView() = default;
+  TensorView(void* memory, DType type, const Shape& extents);  // contiguous, last axis fastest
+
+  int axes() const { return shape.axes; }
+  std::int64_t size(int axis) const { return shape[axis]; }
+  std::int64_t stride(int axis) const { return strides[static_cast<std::size_t>(axis)]; }
+  std::int64_t elements() const { return shape.elements(); }
+  std::int64_t bytes() const { return elements() * size_of(dtype); }
+  bool empty() const { return data == nullptr || elements() == 0; }
+  bool contiguous() const;
+
+  template <class T>
+  T* ptr() const {
+    return static_cast<T*>(data);
+  }
+  template <class T, class... Index>
+  T& at(Index... index) const {
+    const std::array<std::int64_t, sizeof...(Index)> i{static_cast<std::int64_t>(index)...};
+    std::int64_t offset = 0;
+    for (std::size_t axis = 0; axis < i.size(); ++axis) offset += i[axis] * strides[axis];
+    return static_cast<T*>(data)[offset];
+  }
+
+  // Rows [begin, begin + count) of one axis; shares the memory.
+  TensorView slice(int axis, std::int64_t begin, std::int64_t count) const;
+  TensorView transpose(int a, int b) const;
+  TensorView reshape(const Shape& extents) const;  // contiguous views only
+};
+
+class Tensor {
+ public:
+  Tensor() = default;
+  Tensor(DType dtype, const Shape& shape);                   // zero-filled
+  static Tensor uninitialized(DType dtype, const Shape& shape);
+  Tensor(Tensor&&) noexcept = default;
+  Tensor& operator=(Tensor&&) noexcept = default;
+
+  Tensor clone() const;
+  bool defined() const { return view_.data != nullptr; }
+  const TensorView& view() const { return view_; }
+  operator const TensorView&() const { return view_; }  // NOLINT: a Tensor is used wherever a view is read or written
+  const TensorView* operator->() const { return &view_; }
+  template <class T>
+  T* ptr() const {
+    return view_.ptr<T>();
+  }
+
+ private:
+  struct Free {
+    void operator()(void* memory) const;
+  };
+  std::unique_ptr<void, Free> memory_;
+  TensorView view_;
+};
+
+void fill_zero(const TensorView& view);
+void copy(const TensorView& from, const TensorView& to);  // equal shapes; converts between floating types
+void add(const TensorView& from, const TensorView& to);   // to += from; equal shapes; accumulates in the type of `to`
+
+Tensor to_dtype(const TensorView& view, DType dtype);  // a contiguous copy
+
+// Bytes held by Tensors of this process now, and the most since the last reset: what memory assertions read.
+std::int64_t tensor_bytes_now();
+std::int64_t tensor_bytes_peak();
+void reset_tensor_bytes_peak();
+
+}  // namespace dattn

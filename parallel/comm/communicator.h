@@ -1,0 +1,81 @@
+// Communicator: a group of ranks that exchange memory. One interface for every back end (thread, mpi, later nccl) and
+// for the decorators that count, trace or disturb. A group of one makes every method a no-op, so callers have no
+// "if distributed". Every method works in every back end or construction fails.
+//
+// All ranks of a group call the same methods in the same order. Every wait has a deadline: a peer that failed, vanished
+// or stopped answering ends the wait with Error(kPeer) on every rank; nothing ever hangs.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <span>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "core/tensor/tensor.h"
+
+namespace dattn {
+
+struct SendPart {
+  int peer = 0;  // rank in this group; sending to oneself is allowed and costs no payload
+  const void* data = nullptr;
+  std::size_t bytes = 0;
+};
+
+struct RecvPart {
+  int peer = 0;
+  void* data = nullptr;
+  std::size_t bytes = 0;
+};
+
+// What an operation is for: named in errors and traces, and the key that bytes are counted under.
+struct OpLabel {
+  std::string_view verb = "exchange";  // a string literal: "rotate", "gather", "all_reduce", ..
+  int layer = -1;                      // -1: not of a layer
+  int step = -1;                       // step of a plan; -1: not of a plan
+};
+
+class Communicator {
+ public:
+  virtual ~Communicator() = default;  // never throws, never hangs: what is still under way is abandoned
+
+  virtual int rank() const = 0;
+  virtual int size() const = 0;
+  virtual std::string_view name() const = 0;  // the axis: "world", "ring", "ulysses", "tensor", "data", ..
+
+  // Starts all sends and receives of this rank as one group and returns a ticket. At most one part per direction and
+  // peer. The memory must stay valid, and sent memory unchanged, until the wait. Parts of zero bytes are skipped on
+  // both sides. Transfers of one group of ranks are matched in the order they were started.
+  using Ticket = std::uint64_t;
+  virtual Ticket start(std::span<const SendPart> sends, std::span<const RecvPart> receives, const OpLabel& label) = 0;
+  virtual void wait(Ticket ticket) = 0;  // throws Error(kPeer) naming rank, peer, verb, layer, step and bytes
+  void exchange(std::span<const SendPart> sends, std::span<const RecvPart> receives, const OpLabel& label) {
+    wait(start(sends, receives, label));
+  }
+
+  // The sub-group of the given ranks of this group (ascending, this rank among them), without communication: every
+  // rank of the sub-group makes the same call. Groups of equal ranks and name are the same group.
+  virtual std::unique_ptr<Communicator> split(std::span<const int> ranks, std::string_view name) = 0;
+
+  // Ends the whole job: every rank's current and later waits fail with this reason, whatever group they wait in.
+  virtual void abort(const std::string& reason) noexcept = 0;
+
+  // Collectives, by default made of exchanges; a back end may replace them with native ones. Sums are taken in rank
+  // order, so that all ranks hold the same bits and runs repeat. Floating tensors, contiguous.
+  virtual void all_reduce_sum(const TensorView& data, const OpLabel& label);
+  virtual void all_reduce_max(const TensorView& data, const OpLabel& label);
+  virtual void broadcast(std::span<std::byte> data, int root, const OpLabel& label);
+  // all: one slot for each rank, of counts[r] elements, in rank order; on entry own slot is filled.
+  virtual void all_gather(const TensorView& all, std::span<const std::int64_t> counts, const OpLabel& label);
+  // all: as above, filled on entry on every rank; own: this rank's slot summed over the ranks.
+  virtual void reduce_scatter_sum(const TensorView& all, std::span<const std::int64_t> counts, const TensorView& own,
+                                  const OpLabel& label);
+  virtual void barrier(const OpLabel& label);
+
+  // Byte strings of any length from every rank, in rank order (small control data: errors, shapes, names).
+  std::vector<std::string> gather_strings(const std::string& mine, const OpLabel& label);
+};
+
+}  // namespace dattn

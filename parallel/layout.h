@@ -1,0 +1,25 @@
+// Layout: which positions of a sequence each part of the sequence axis holds. Any length works on any number of parts;
+// parts differ by at most one row (contiguous, striped) or two (zigzag).
+//
+//   P = 2, S = 8     contiguous  0 0 0 0 1 1 1 1
+//                    zigzag      0 0 1 1 1 1 0 0     (part i holds chunks i and 2P-1-i of 2P: causal work is balanced)
+//                    striped     0 1 0 1 0 1 0 1
+// Sources: zigzag as in Megatron-Core's context parallelism; striped: Brandon et al., "Striped Attention", 2023.
+#pragma once
+
+#include <string>
+#include <string_view>
+
+#include "core/attention/positions.h"
+
+namespace dattn {
+
+enum class Layout { kContiguous, kZigzag, kStriped };
+
+std::string_view name_of(Layout layout);
+Layout layout_from(std::string_view name);  // throws Error(kBadInput) naming the known ones
+
+// The positions of part `index` of `parts` of a sequence of `length` positions.
+Positions positions_of(Layout layout, std::int64_t length, int parts, int index);
+
+}  // namespace dattn

@@ -1,0 +1,74 @@
+#include "parallel/mesh.h"
+
+#include <fmt/format.h>
+
+#include <algorithm>
+
+#include "core/base/error.h"
+
+namespace dattn {
+
+std::string_view name_of(Axis axis) {
+  switch (axis) {
+    case Axis::kData: return "data";
+    case Axis::kRing: return "ring";
+    case Axis::kUlysses: return "ulysses";
+    case Axis::kTensor: return "tensor";
+  }
+  return "?";
+}
+
+int MeshShape::ranks() const {
+  int product = 1;
+  for (const int size : sizes) product *= size;
+  return product;
+}
+
+int MeshShape::coordinate(int rank, Axis axis) const {
+  for (std::size_t i = kAxes.size() - 1; i > static_cast<std::size_t>(axis); --i) rank /= sizes[i];
+  return rank % size(axis);
+}
+
+int MeshShape::sequence_index(int rank) const {
+  return coordinate(rank, Axis::kRing) * size(Axis::kUlysses) + coordinate(rank, Axis::kUlysses);
+}
+
+int MeshShape::neighbour(int rank, Axis axis, int target) const {
+  int stride = 1;
+  for (std::size_t i = kAxes.size() - 1; i > static_cast<std::size_t>(axis); --i) stride *= sizes[i];
+  return rank + (target - coordinate(rank, axis)) * stride;
+}
+
+std::vector<int> MeshShape::group(int rank, std::span<const Axis> axes) const {
+  std::vector<int> ranks{rank};
+  for (const Axis axis : axes) {
+    std::vector<int> wider;
+    for (const int member : ranks) {
+      for (int i = 0; i < size(axis); ++i) wider.push_back(neighbour(member, axis, i));
+    }
+    ranks = std::move(wider);
+  }
+  std::sort(ranks.begin(), ranks.end());
+  return ranks;
+}
+
+std::string MeshShape::text() const {
+  std::string all;
+  for (const Axis axis : kAxes) all += fmt::format("{}{} {}", all.empty() ? "" : " x ", name_of(axis), size(axis));
+  return all;
+}
+
+Mesh::Mesh(Communicator& world, const MeshShape& shape) : world_(world), shape_(shape) {
+  for (const Axis axis : kAxes) {
+    require(shape.size(axis) >= 1, "mesh.{} is {}; use a size of at least 1", name_of(axis), shape.size(axis));
+  }
+  require(shape.ranks() == world.size(), "the mesh {} has {} ranks but the job has {}; start {} ranks or change the mesh",
+          shape.text(), shape.ranks(), world.size(), shape.ranks());
+  for (const Axis axis : kAxes) {
+    axes_[static_cast<std::size_t>(axis)] = world.split(shape.group(rank(), std::array{axis}), name_of(axis));
+  }
+  sequence_ = world.split(shape.group(rank(), std::array{Axis::kRing, Axis::kUlysses}), "sequence");
+  replicas_ = world.split(shape.group(rank(), std::array{Axis::kData, Axis::kRing, Axis::kUlysses}), "replicas");
+}
+
+}  // namespace dattn

@@ -1,0 +1,33 @@
+// Outcomes shared by all ranks (see together.h).
+#include "plugins/train/together.h"
+
+#include <exception>
+#include <string>
+
+#include "core/base/error.h"
+
+namespace dattn {
+
+void together(Communicator& world, std::string_view what, const std::function<void()>& work) {
+  std::string outcome;  // empty: done; otherwise the code as one character, then the message
+  std::exception_ptr raised;
+  try {
+    work();
+  } catch (const Error& error) {
+    if (world.size() == 1 || error.code() == ErrorCode::kPeer) throw;
+    raised = std::current_exception();
+    outcome = static_cast<char>('0' + error.exit_code()) + std::string(error.what());
+  } catch (const std::exception& error) {
+    if (world.size() == 1) throw;
+    raised = std::current_exception();
+    outcome = static_cast<char>('0' + static_cast<int>(ErrorCode::kSystem)) + std::string(error.what());
+  }
+  const std::vector<std::string> outcomes = world.gather_strings(outcome, {.verb = "status"});
+  if (raised) std::rethrow_exception(raised);
+  for (std::size_t rank = 0; rank < outcomes.size(); ++rank) {
+    const std::string& other = outcomes[rank];
+    if (!other.empty()) fail(static_cast<ErrorCode>(other[0] - '0'), "{} failed on rank {}: {}", what, rank, other.substr(1));
+  }
+}
+
+}  // namespace dattn
