@@ -33,7 +33,7 @@ packages=(g++ cmake ninja-build ccache python3 gnuplot-nox
           libopenmpi-dev openmpi-bin libdnnl-dev libyaml-cpp-dev nlohmann-json3-dev libfmt-dev libcli11-dev libxxhash-dev
           libgtest-dev libgmock-dev librapidcheck-dev)
 [[ $want_python == no ]] || packages+=(python3-venv ca-certificates)
-[[ $want_lint == no ]] || packages+=(clang-14 clang-format-14 clang-tidy-14 libclang-rt-14-dev shellcheck)
+[[ $want_lint == no ]] || packages+=(clang-14 clang-format-14 clang-tidy-14 libclang-rt-14-dev libomp-14-dev shellcheck)
 python_packages=(torch==2.15.0 numpy==2.4.6 safetensors==0.8.0 pytest==9.2.0)
 
 say() { echo "setup: $*" >&2; }

@@ -1,24 +1,32 @@
 #include "core/attention/region.h"
 
-#include <fmt/format.h>
-
 #include <algorithm>
+
+#include <fmt/format.h>
 
 #include "core/base/error.h"
 
 namespace dattn {
 namespace {
 
-std::int64_t floor_div(std::int64_t a, std::int64_t b) { return a / b - (a % b != 0 && (a < 0) != (b < 0) ? 1 : 0); }
-std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return -floor_div(-a, b); }
+std::int64_t floor_div(std::int64_t a, std::int64_t b) {
+  return a / b - (a % b != 0 && (a < 0) != (b < 0) ? 1 : 0);
+}
+std::int64_t ceil_div(std::int64_t a, std::int64_t b) {
+  return -floor_div(-a, b);
+}
 
-bool bounded(std::int64_t bound) { return bound > -kUnbounded && bound < kUnbounded; }
-std::int64_t shift_bound(std::int64_t bound, std::int64_t by) { return bounded(bound) ? bound + by : bound; }
+bool bounded(std::int64_t bound) {
+  return bound > -kUnbounded && bound < kUnbounded;
+}
+std::int64_t shift_bound(std::int64_t bound, std::int64_t by) {
+  return bounded(bound) ? bound + by : bound;
+}
 
 // Sum over q in [q.begin, q.end) of max(0, min(k_end, q + hi + 1) - k_begin): pairs below an upper bound only.
 std::int64_t area_below(Interval q, Interval k, std::int64_t hi) {
   // Row q sees clamp(q + hi + 1 - k.begin, 0, K) keys: first growing by one a row, then constant.
-  const std::int64_t first_seeing = std::max(q.begin, k.begin - hi);          // sees at least one
+  const std::int64_t first_seeing = std::max(q.begin, k.begin - hi);            // sees at least one
   const std::int64_t first_saturated = std::max(first_seeing, k.end - 1 - hi);  // sees all K
   const std::int64_t ramp_end = std::min(first_saturated, q.end);
   std::int64_t sum = 0;
@@ -56,6 +64,7 @@ std::optional<Region> restrict_to(const Region& region, Interval q, Interval k) 
   part.q = {std::max(region.q.begin, q.begin), std::min(region.q.end, q.end)};
   part.k = {std::max(region.k.begin, k.begin), std::min(region.k.end, k.end)};
   if (part.q.count() <= 0 || part.k.count() <= 0 || part.lo > part.hi) return std::nullopt;
+  if (part.lo >= kUnbounded || part.hi <= -kUnbounded) return std::nullopt;  // closed by a bound that no pair reaches
   // Rows and columns that the band does not reach are cut off; each cut can only widen what the next one cuts once.
   const bool has_lo = bounded(part.lo), has_hi = bounded(part.hi);
   if (has_hi) part.q.begin = std::max(part.q.begin, part.k.begin - part.hi);
@@ -96,8 +105,8 @@ std::optional<Region> intersect(const Region& a, const Region& b) {
 
 std::string to_text(const Region& region) {
   const auto bound = [](std::int64_t value) { return bounded(value) ? std::to_string(value) : std::string("null"); };
-  return fmt::format("{{q: [{}, {}], k: [{}, {}], lo: {}, hi: {}}}", region.q.begin, region.q.end, region.k.begin,
-                     region.k.end, bound(region.lo), bound(region.hi));
+  return fmt::format("{{q: [{}, {}], k: [{}, {}], lo: {}, hi: {}}}", region.q.begin, region.q.end, region.k.begin, region.k.end,
+                     bound(region.lo), bound(region.hi));
 }
 
 std::vector<Tile> make_tiles(std::span<const Region> mask, const Positions& queries, const Positions& keys) {
@@ -107,7 +116,8 @@ std::vector<Tile> make_tiles(std::span<const Region> mask, const Positions& quer
       const Run& k = keys.runs()[j];
       const bool equal_steps = q.step == k.step || q.count == 1 || k.count == 1;
       for (const Region& region : mask) {
-        if (region.q.begin > q.last() || region.q.end <= q.begin || region.k.begin > k.last() || region.k.end <= k.begin) continue;
+        if (region.q.begin > q.last() || region.q.end <= q.begin || region.k.begin > k.last() || region.k.end <= k.begin)
+          continue;
         if (equal_steps) {
           if (const auto tile = tile_of(region, q, q_row, k, keys.row_of_run(j))) tiles.push_back(*tile);
           continue;

@@ -61,7 +61,7 @@ class Transformer {
   const ModelConfig& config() const;                  // resolved
   const PartRanges& ranges() const;                   // of this part
   std::span<Parameter* const> parameters() const;     // stable order, equal on every part
-  Parameter& parameter(std::string_view name) const;  // throws Error(kBadInput) naming the nearest
+  Parameter& parameter(std::string_view name) const;  // throws Error(kBadInput) for an unknown one
   void zero_gradients();
 
   // The sum of the losses of this rank's targets, times batch.loss_scale; equal on every part (so sum it over the

@@ -19,7 +19,8 @@ std::atomic<std::int64_t> g_bytes_peak{0};
 void* allocate(std::int64_t bytes) {
   const auto rounded = (static_cast<std::size_t>(bytes) + kAlignment - 1) / kAlignment * kAlignment + kAlignment;
   void* block = std::aligned_alloc(kAlignment, rounded);
-  if (block == nullptr) fail(ErrorCode::kSystem, "out of memory: a tensor of {} bytes; use more ranks or a smaller batch", bytes);
+  if (block == nullptr)
+    fail(ErrorCode::kSystem, "out of memory: a tensor of {} bytes; use more ranks or a smaller batch", bytes);
   *static_cast<std::int64_t*>(block) = bytes;
   const std::int64_t now = g_bytes_now.fetch_add(bytes) + bytes;
   std::int64_t peak = g_bytes_peak.load();
@@ -53,8 +54,10 @@ void for_each_row(const TensorView& a, const TensorView& b, const Body& body) {
 
 template <class To, class From>
 To narrow(From value) {
-  if constexpr (std::is_same_v<To, BFloat16>) return BFloat16(static_cast<float>(value));
-  else return static_cast<To>(value);
+  if constexpr (std::is_same_v<To, BFloat16>)
+    return BFloat16(static_cast<float>(value));
+  else
+    return static_cast<To>(value);
 }
 
 template <bool kAdd>
@@ -62,15 +65,21 @@ void transfer(const TensorView& from, const TensorView& to) {
   const int last = std::max(0, from.axes() - 1);
   const std::int64_t count = from.axes() == 0 ? 1 : from.size(last);
   const std::int64_t step_from = from.axes() == 0 ? 1 : from.stride(last), step_to = to.axes() == 0 ? 1 : to.stride(last);
-  if (from.dtype == to.dtype && !kAdd && step_from == 1 && step_to == 1) {
+  if (from.dtype == to.dtype && !kAdd) {
     const std::int64_t width = size_of(from.dtype);
+    const bool dense = step_from == 1 && step_to == 1;  // a dense row goes in one piece
+    const std::int64_t pieces = dense ? 1 : count;
+    const auto bytes = static_cast<std::size_t>(dense ? count * width : width);
     for_each_row(from, to, [&](std::int64_t f, std::int64_t t) {
-      std::memcpy(static_cast<char*>(to.data) + t * width, static_cast<char*>(from.data) + f * width,
-                  static_cast<std::size_t>(count * width));
+      for (std::int64_t i = 0; i < pieces; ++i) {
+        std::memcpy(static_cast<char*>(to.data) + (t + i * step_to) * width,
+                    static_cast<char*>(from.data) + (f + i * step_from) * width, bytes);
+      }
     });
     return;
   }
-  ensure(from.dtype != DType::kI32 && to.dtype != DType::kI32, "integer tensors are copied between equal types only");
+  ensure(from.dtype != DType::kI32 && to.dtype != DType::kI32, "integer tensors are neither added nor converted: {} to {}",
+         name_of(from.dtype), name_of(to.dtype));
   dispatch_float(from.dtype, [&](auto from_zero) {
     dispatch_float(to.dtype, [&](auto to_zero) {
       using From = decltype(from_zero);
@@ -144,6 +153,7 @@ TensorView TensorView::slice(int axis, std::int64_t begin, std::int64_t count) c
 }
 
 TensorView TensorView::transpose(int a, int b) const {
+  ensure(a >= 0 && a < axes() && b >= 0 && b < axes(), "axes {} and {} of a tensor {}", a, b, shape.text());
   TensorView turned = *this;
   std::swap(turned.shape[a], turned.shape[b]);
   std::swap(turned.strides[static_cast<std::size_t>(a)], turned.strides[static_cast<std::size_t>(b)]);
@@ -172,7 +182,9 @@ Tensor::Tensor(DType dtype, const Shape& shape) : Tensor(uninitialized(dtype, sh
   std::memset(view_.data, 0, static_cast<std::size_t>(view_.bytes()));
 }
 
-Tensor Tensor::clone() const { return to_dtype(view_, view_.dtype); }
+Tensor Tensor::clone() const {
+  return to_dtype(view_, view_.dtype);
+}
 
 void fill_zero(const TensorView& view) {
   if (view.contiguous()) {
@@ -194,8 +206,12 @@ void fill_zero(const TensorView& view) {
   }
 }
 
-void copy(const TensorView& from, const TensorView& to) { transfer<false>(from, to); }
-void add(const TensorView& from, const TensorView& to) { transfer<true>(from, to); }
+void copy(const TensorView& from, const TensorView& to) {
+  transfer<false>(from, to);
+}
+void add(const TensorView& from, const TensorView& to) {
+  transfer<true>(from, to);
+}
 
 Tensor to_dtype(const TensorView& view, DType dtype) {
   Tensor result = Tensor::uninitialized(dtype, view.shape);
@@ -203,8 +219,14 @@ Tensor to_dtype(const TensorView& view, DType dtype) {
   return result;
 }
 
-std::int64_t tensor_bytes_now() { return g_bytes_now.load(); }
-std::int64_t tensor_bytes_peak() { return g_bytes_peak.load(); }
-void reset_tensor_bytes_peak() { g_bytes_peak = g_bytes_now.load(); }
+std::int64_t tensor_bytes_now() {
+  return g_bytes_now.load();
+}
+std::int64_t tensor_bytes_peak() {
+  return g_bytes_peak.load();
+}
+void reset_tensor_bytes_peak() {
+  g_bytes_peak = g_bytes_now.load();
+}
 
 }  // namespace dattn

@@ -8,6 +8,7 @@
 #include <memory>
 #include <span>
 #include <string>
+#include <utility>
 
 #include "core/base/dtype.h"
 
@@ -70,8 +71,12 @@ class Tensor {
   Tensor() = default;
   Tensor(DType dtype, const Shape& shape);                   // zero-filled
   static Tensor uninitialized(DType dtype, const Shape& shape);
-  Tensor(Tensor&&) noexcept = default;
-  Tensor& operator=(Tensor&&) noexcept = default;
+  Tensor(Tensor&& other) noexcept : memory_(std::move(other.memory_)), view_(std::exchange(other.view_, {})) {}
+  Tensor& operator=(Tensor&& other) noexcept {
+    memory_ = std::move(other.memory_);
+    view_ = std::exchange(other.view_, {});
+    return *this;
+  }
 
   Tensor clone() const;
   bool defined() const { return view_.data != nullptr; }

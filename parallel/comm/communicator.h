@@ -14,6 +14,7 @@
 #include <string_view>
 #include <vector>
 
+#include "core/base/error.h"
 #include "core/tensor/tensor.h"
 
 namespace dattn {
@@ -35,6 +36,13 @@ struct OpLabel {
   std::string_view verb = "exchange";  // a string literal: "rotate", "gather", "all_reduce", ..
   int layer = -1;                      // -1: not of a layer
   int step = -1;                       // step of a plan; -1: not of a plan
+};
+
+// How a job ended before its time: which rank ended it, and why. Every rank sees the same one.
+struct JobEnd {
+  int rank = -1;  // in the world; -1: the job runs
+  ErrorCode code = ErrorCode::kPeer;
+  std::string reason;
 };
 
 class Communicator {
@@ -61,9 +69,16 @@ class Communicator {
 
   // Ends the whole job: every rank's current and later waits fail with this reason, whatever group they wait in.
   virtual void abort(const std::string& reason) noexcept = 0;
+  // The same, keeping the kind of the error for the exit code. Of ranks that fail at the same time the lowest is heard.
+  virtual void abort(const std::string& reason, ErrorCode) noexcept { abort(reason); }
+  virtual JobEnd job_end() const { return {}; }
+  // For the command, after abort(): ends the processes of the job, stopped ones included, and this one. Returns only
+  // where ranks are threads of this process.
+  virtual void terminate_job(int /*exit_code*/) noexcept {}
 
   // Collectives, by default made of exchanges; a back end may replace them with native ones. Sums are taken in rank
-  // order, so that all ranks hold the same bits and runs repeat. Floating tensors, contiguous.
+  // order, so that all ranks hold the same bits and runs repeat. Contiguous tensors; sums and maxima of floating types,
+  // added up in the accumulator type (fp32 for bf16) and rounded once.
   virtual void all_reduce_sum(const TensorView& data, const OpLabel& label);
   virtual void all_reduce_max(const TensorView& data, const OpLabel& label);
   virtual void broadcast(std::span<std::byte> data, int root, const OpLabel& label);

@@ -1,4 +1,5 @@
-// Decorators: a communicator around a communicator; split() decorates the parts with the same sink.
+// Decorators: a communicator around a communicator; split() decorates the parts with the same sink. Collectives are made
+// of the decorated exchanges, so nothing escapes. Outermost first: counted(traced(faulty(world))).
 #pragma once
 
 #include <atomic>
@@ -46,6 +47,7 @@ class Trace {
   int rank_;
   std::chrono::steady_clock::time_point start_;
   std::string events_;
+  std::map<std::string, int, std::less<>> tracks_;
 };
 
 std::unique_ptr<Communicator> traced(std::unique_ptr<Communicator> inner, std::shared_ptr<Trace> trace);

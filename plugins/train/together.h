@@ -13,4 +13,8 @@ namespace dattn {
 // the code and the message of the first of these ranks.
 void together(Communicator& world, std::string_view what, const std::function<void()>& work);
 
+// Called by every rank just before all of them throw the same error: a rank that threw at once would end the waits of
+// others, which would then report a lost peer instead. Never throws.
+void before_throwing_together(Communicator& world) noexcept;
+
 }  // namespace dattn

@@ -1,0 +1,112 @@
+// A few query rows against many keys, as when a model generates: nothing is packed, every key and value is read once
+// and the pass runs at the speed of memory. The result is a state that is not normalised; the driver merges the states
+// of several ranges of keys ("split KV", Dao et al., Flash-Decoding, 2023).
+#pragma once
+
+#include "core/attention/cpu/bands.h"
+#include "core/attention/cpu/pack.h"
+
+namespace dattn::cpu::DATTN_ISA {
+
+constexpr std::int64_t kDecodeBlock = 64;  // keys between two updates of the maximum; a multiple of kLanes
+
+DATTN_INLINE std::int64_t decode_floats(std::int64_t dim_qk) {
+  return kDecodeRows * (padded(dim_qk) + kDecodeBlock);
+}
+static std::int64_t decode_scratch(std::int64_t dim_qk, std::int64_t) {
+  return decode_floats(dim_qk) * 4;
+}
+
+// Scores of kLanes keys (fewer at the end: the rest is 0) for one query row.
+template <class Storage>
+DATTN_INLINE Floats score_keys(const float* q, const Rows& k, std::int64_t key, std::int64_t count) {
+  Floats part[kLanes];
+  const auto* from = static_cast<const Storage*>(k.data) + key * k.stride;
+  for (int i = 0; i < kLanes; ++i) {
+    part[i] = Floats{};
+    if (i >= count) continue;
+    for (std::int64_t d = 0; d < k.dim; d += kLanes)
+      part[i] += load(q + d) * load_units<Storage, float>(from + i * k.stride, d, k.dim);
+  }
+  transpose(part);
+  Floats sum = part[0];
+#pragma GCC unroll 16
+  for (int i = 1; i < kLanes; ++i) sum += part[i];
+  return sum;
+}
+
+// out[0, width) = out * rescale + sum over keys of p[key] * v[key].
+template <class Storage>
+DATTN_INLINE void add_values(float* out, float rescale, const float* p, const Rows& v, std::int64_t key, std::int64_t count) {
+  const auto* from = static_cast<const Storage*>(v.data) + key * v.stride;
+  for_column_groups(
+      padded(v.dim), [&](auto group, std::int64_t column) __attribute__((always_inline)) {
+        Floats acc[decltype(group)::value];
+#pragma GCC unroll 8
+        for (int c = 0; c < decltype(group)::value; ++c) acc[c] = load(out + column + c * kLanes) * splat(rescale);
+        for (std::int64_t i = 0; i < count; ++i) {
+#pragma GCC unroll 8
+          for (int c = 0; c < decltype(group)::value; ++c) {
+            acc[c] += splat(p[i]) * load_units<Storage, float>(from + i * v.stride, column + c * kLanes, v.dim);
+          }
+        }
+#pragma GCC unroll 8
+        for (int c = 0; c < decltype(group)::value; ++c) store(out + column + c * kLanes, acc[c]);
+      });
+}
+
+// One row over the keys [begin, begin + count), count <= kDecodeBlock.
+template <class Storage>
+DATTN_INLINE void decode_block(const DecodeJob& job, std::int64_t row, const float* q, float* p, std::int64_t begin,
+                               std::int64_t count) {
+  const Ints lanes = lane_numbers();
+  Floats tops = splat(kMinusInfinity);
+  for (std::int64_t i = 0; i < count; i += kLanes) {
+    Floats s = score_keys<Storage>(q, job.k, begin + i, count - i);
+    s = lanes < splat_int(static_cast<std::int32_t>(count - i)) ? s * splat(job.scale_log2) : splat(kMinusInfinity);
+    tops = at_least(tops, s);
+    store(p + i, s);
+  }
+  const float seen = maximum_of(tops), old = job.top[row];
+  const float top = seen > old ? seen : old;
+  const float finite = top == kMinusInfinity ? 0.0f : top;
+  const float rescale = top == old ? 1.0f : exp2(splat(old - finite))[0];
+  Floats sum{};
+  for (std::int64_t i = 0; i < count; i += kLanes) {
+    const Floats e = exp2(load(p + i) - splat(finite));
+    sum += e;
+    store(p + i, e);
+  }
+  job.top[row] = top;
+  job.sum[row] = job.sum[row] * rescale + sum_of(sum);
+  add_values<Storage>(job.out + row * padded(job.v.dim), rescale, p, job.v, begin, count);
+}
+
+template <class Storage>
+void decode(const DecodeJob& job) {
+  Arena arena{reinterpret_cast<std::uintptr_t>(job.scratch)};
+  const std::int64_t q_width = padded(job.q.dim), width = padded(job.v.dim);
+  auto* q = take<float>(arena, kDecodeRows * q_width);
+  auto* p = take<float>(arena, kDecodeBlock);
+  const auto* from = static_cast<const Storage*>(job.q.data);
+  for (std::int64_t row = 0; row < job.q.count; ++row) {
+    for (std::int64_t d = 0; d < q_width; d += kLanes) {
+      store(q + row * q_width + d, load_units<Storage, float>(from + row * job.q.stride, d, job.q.dim) * splat(job.scale_sign));
+    }
+    job.top[row] = kMinusInfinity;
+    job.sum[row] = 0;
+    for (std::int64_t d = 0; d < width; d += kLanes) store(job.out + row * width + d, Floats{});
+  }
+  for (std::int64_t i = 0; i < job.n_bands; ++i) {
+    const Band& band = job.bands[i];
+    for (std::int64_t block = band.k_begin; block < band.k_end; block += kDecodeBlock) {
+      for (std::int64_t row = band.row_begin; row < band.row_end; ++row) {
+        const KeyRange range = keys_of_row(band, row);
+        const std::int64_t begin = larger(range.begin, block), end = smaller(range.end, block + kDecodeBlock);
+        if (begin < end) decode_block<Storage>(job, row, q + row * q_width, p, begin, end - begin);
+      }
+    }
+  }
+}
+
+}  // namespace dattn::cpu::DATTN_ISA

@@ -1,0 +1,82 @@
+#include "core/attention/cpu/drive.h"
+
+#include <cmath>
+#include <cstdlib>
+#include <limits>
+#include <memory>
+
+#include "core/base/error.h"
+
+namespace dattn::cpu {
+namespace {
+
+// Bounds that cut nothing stay far outside, but small enough for the kernels to add rows to them.
+constexpr std::int64_t kFar = std::int64_t{1} << 41;
+
+}  // namespace
+
+Rows rows_of(const TensorView& view, std::int64_t b, std::int64_t begin, std::int64_t count, std::int64_t h) {
+  const std::int64_t offset = b * view.stride(0) + begin * view.stride(1) + h * view.stride(2);
+  return {static_cast<const char*>(view.data) + offset * size_of(view.dtype), view.stride(1), count, view.size(3)};
+}
+
+Interval key_hull(std::span<const Tile> tiles) {
+  if (tiles.empty()) return {0, 0};
+  Interval hull = tiles.front().rows.k;
+  for (const Tile& tile : tiles) {
+    hull.begin = std::min(hull.begin, tile.rows.k.begin);
+    hull.end = std::max(hull.end, tile.rows.k.end);
+  }
+  return hull;
+}
+
+std::vector<std::vector<Band>> bands_by_block(std::span<const Tile> tiles, std::int64_t seq_q, std::int64_t block_rows,
+                                              std::int64_t first_key) {
+  std::vector<std::vector<Band>> blocks(static_cast<std::size_t>(ceil_div(seq_q, block_rows)));
+  for (const Tile& tile : tiles) {
+    for (std::int64_t block = tile.rows.q.begin / block_rows; block * block_rows < tile.rows.q.end; ++block) {
+      const std::int64_t first_row = block * block_rows;
+      const auto part = restrict_to(tile.rows, {first_row, first_row + block_rows}, tile.rows.k);
+      if (!part) continue;
+      const Region local = shift(*part, -first_row, -first_key);
+      blocks[static_cast<std::size_t>(block)].push_back(
+          {local.q.begin, local.q.end, local.k.begin, local.k.end, std::max(local.lo, -kFar), std::min(local.hi, kFar)});
+    }
+  }
+  return blocks;
+}
+
+void bands_in_range(const std::vector<Band>& block, std::int64_t begin, std::int64_t end, std::vector<Band>& bands) {
+  bands.clear();
+  for (const Band& band : block) {
+    const Region region{{band.row_begin, band.row_end}, {band.k_begin, band.k_end}, band.lo, band.hi};
+    const auto part = restrict_to(region, region.q, {begin, end});
+    if (!part) continue;
+    bands.push_back({part->q.begin, part->q.end, part->k.begin - begin, part->k.end - begin, std::max(part->lo - begin, -kFar),
+                     std::min(part->hi - begin, kFar)});
+  }
+}
+
+float base2_factor(double scale) {
+  const double factor = std::abs(scale) * 1.4426950408889634;
+  return std::max(static_cast<float>(factor), std::numeric_limits<float>::min());
+}
+
+std::byte* scratch(std::int64_t bytes) {
+  struct Free {
+    void operator()(std::byte* memory) const { std::free(memory); }
+  };
+  thread_local std::unique_ptr<std::byte, Free> memory;
+  thread_local std::int64_t size = 0;
+  if (bytes > size) {
+    memory.reset();
+    size = 0;
+    const std::int64_t rounded = padded_to(bytes, 64);
+    memory.reset(static_cast<std::byte*>(std::aligned_alloc(64, static_cast<std::size_t>(rounded))));
+    if (!memory) fail(ErrorCode::kSystem, "out of memory: {} bytes of scratch for the cpu attention kernel", bytes);
+    size = rounded;
+  }
+  return memory.get();
+}
+
+}  // namespace dattn::cpu

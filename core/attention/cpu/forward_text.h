@@ -1,0 +1,207 @@
+// Forward pass of one block of query rows against all its keys: FlashAttention's online softmax (Dao et al., 2022).
+//
+//   for each band, for each 256 keys:   S = Q K^T      96 x 256 floats, stays in the L2 cache; row maxima on the way
+//                                       P = 2^(c S - m), l += sum P      c = |scale| log2(e), m running maximum
+//                                       O = O 2^(m_old - m) + P V
+//   out = O / l, lse = ln2 (m + log2 l)
+#pragma once
+
+#include "core/attention/cpu/bands.h"
+#include "core/attention/cpu/pack.h"
+
+namespace dattn::cpu::DATTN_ISA {
+
+// The state of a block of rows while its keys pass by.
+template <class Unit>
+struct Forward {
+  Unit* q;                // [rows][q_stride]
+  std::int64_t q_stride;  // units
+  std::int64_t q_units;   // units of D
+  std::int64_t width;     // V padded
+  float* scores;          // [rows][kScoreStride]: S, then P in place (as units)
+  float* row_top;         // [rows][kLanes]: maxima of S by lane
+  float* top;             // [rows] m
+  float* sum;             // [rows] l
+  float* rescale;         // [rows] 2^(m_old - m)
+  float* out;             // [rows][width] O
+};
+
+constexpr std::int64_t kScoreStride = kForwardKeys + 16;  // +16: rows do not share cache sets
+
+template <class Unit>
+DATTN_INLINE Forward<Unit> take_forward(Arena& arena, std::int64_t dim_qk, std::int64_t dim_v) {
+  Forward<Unit> f;
+  f.q_units = units<Unit>(dim_qk);
+  f.q_stride = padded(f.q_units);
+  f.width = padded(dim_v);
+  f.q = take<Unit>(arena, kForwardRows * f.q_stride);
+  f.scores = take<float>(arena, kForwardRows * kScoreStride);
+  f.row_top = take<float>(arena, kForwardRows * kLanes);
+  f.top = take<float>(arena, kForwardRows);
+  f.sum = take<float>(arena, kForwardRows);
+  f.rescale = take<float>(arena, kForwardRows);
+  f.out = take<float>(arena, kForwardRows * f.width);
+  return f;
+}
+
+template <class Unit>
+std::int64_t forward_scratch(std::int64_t dim_qk, std::int64_t dim_v) {
+  Arena arena{0};
+  take_forward<Unit>(arena, dim_qk, dim_v);
+  return static_cast<std::int64_t>(arena.next);
+}
+
+// S of one strip and one panel, with the maxima of its rows.
+template <class Unit>
+DATTN_INLINE void score_block(const Forward<Unit>& f, const Unit* columns, const Band& band, std::int64_t strip,
+                              std::int64_t key, std::int64_t column, bool first, bool hidden) {
+  Block<kVectors> acc;
+  clear(acc);
+  const std::int64_t row = strip * kStrip;
+  multiply<false>(acc, f.q + row * f.q_stride, f.q_stride, columns, kPanel, f.q_units);
+  if (hidden) hide(acc, band, row, key, kMinusInfinity);
+#pragma GCC unroll 8
+  for (int r = 0; r < kBlock; ++r) {
+    float* to = f.scores + (row + r) * kScoreStride + column;
+    float* tops = f.row_top + (row + r) * kLanes;
+    Floats top = first ? splat(kMinusInfinity) : load(tops);
+#pragma GCC unroll 8
+    for (int c = 0; c < kVectors; ++c) {
+      store(to + c * kLanes, acc.v[r][c]);
+      top = at_least(top, acc.v[r][c]);
+    }
+    store(tops, top);
+  }
+}
+
+// P of columns [begin, end) of one row, in place. Returns its sum.
+template <class Unit>
+DATTN_INLINE float exponentiate(float* scores, std::int64_t begin, std::int64_t end, float factor, float minus_top) {
+  const Floats c = splat(factor), m = splat(minus_top);
+  Floats sum0{}, sum1{};
+  for (std::int64_t i = begin; i < end; i += 2 * kLanes) {
+    const Floats p0 = exp2(load(scores + i) * c + m);
+    const Floats p1 = exp2(load(scores + i + kLanes) * c + m);
+    sum0 += p0;
+    sum1 += p1;
+#if defined(__AVX512BF16__)
+    if constexpr (UnitOf<Unit>::kElements == 2) {
+      store(scores + i / 2, to_pairs(p0, p1));
+      continue;
+    }
+#endif
+    store(scores + i, p0);
+    store(scores + i + kLanes, p1);
+  }
+  return sum_of(sum0 + sum1);
+}
+
+// Softmax of one strip over columns [begin, end): m, l and the factor that O must be multiplied with.
+template <class Unit>
+DATTN_INLINE void softmax_strip(const Forward<Unit>& f, std::int64_t strip, std::int64_t begin, std::int64_t end,
+                                float factor) {
+  for (std::int64_t row = strip * kStrip; row < (strip + 1) * kStrip; ++row) {
+    const float seen = maximum_of(load(f.row_top + row * kLanes)) * factor;
+    const float old = f.top[row];
+    const float top = seen > old ? seen : old;
+    const float finite = top == kMinusInfinity ? 0.0f : top;  // (-inf) - (-inf) would be NaN
+    f.top[row] = top;
+    f.rescale[row] = top == old ? 1.0f : exp2(splat(old - finite))[0];
+    f.sum[row] = f.sum[row] * f.rescale[row] + exponentiate<Unit>(f.scores + row * kScoreStride, begin, end, factor, -finite);
+  }
+}
+
+// O = O * rescale + P V for one strip and all columns of V.
+template <class Unit>
+DATTN_INLINE void accumulate_strip(const Forward<Unit>& f, std::int64_t strip, std::int64_t begin, std::int64_t end,
+                                   const Unit* v) {
+  constexpr std::int64_t kElements = UnitOf<Unit>::kElements;
+  const std::int64_t row = strip * kStrip;
+  const Unit* p = reinterpret_cast<const Unit*>(f.scores + row * kScoreStride) + begin / kElements;
+  for_column_groups(
+      f.width, [&](auto width, std::int64_t column) __attribute__((always_inline)) {
+        Block<decltype(width)::value> acc;
+        float* out = f.out + row * f.width + column;
+#pragma GCC unroll 8
+        for (int r = 0; r < kBlock; ++r) {
+#pragma GCC unroll 8
+          for (int c = 0; c < decltype(width)::value; ++c) {
+            acc.v[r][c] = load(out + r * f.width + c * kLanes) * splat(f.rescale[row + r]);
+          }
+        }
+        multiply<false>(acc, p, kScoreStride, v + begin / kElements * f.width + column, f.width, (end - begin) / kElements);
+#pragma GCC unroll 8
+        for (int r = 0; r < kBlock; ++r) {
+#pragma GCC unroll 8
+          for (int c = 0; c < decltype(width)::value; ++c) store(out + r * f.width + c * kLanes, acc.v[r][c]);
+        }
+      });
+}
+
+// One band of a block: key blocks of kForwardKeys, aligned to panels.
+template <class Unit>
+DATTN_INLINE void forward_band(const Forward<Unit>& f, const ForwardJob& job, const Band& band) {
+  const auto* k_columns = static_cast<const Unit*>(job.k_columns);
+  const auto* v_rows = static_cast<const Unit*>(job.v_rows);
+  const std::int64_t step = kForwardKeys / kPanel;  // panels of one key block
+  const std::int64_t end_panel = (band.k_end + kPanel - 1) / kPanel;
+  for (std::int64_t block = band.k_begin / kPanel; block < end_panel; block += step) {
+    const std::int64_t block_end = smaller(block + step, end_panel);
+    for (std::int64_t panel = block; panel < block_end; ++panel) {
+      const std::int64_t key = panel * kPanel;
+      for (std::int64_t strip = first_strip(band); strip < end_strip(band); ++strip) {
+        const StripRange range = keys_of_strip(band, strip * kStrip);
+        if (!overlaps(range.any, key, key + kPanel)) continue;
+        const bool first = panel == block || !overlaps(range.any, key - kPanel, key);
+        score_block(f, k_columns + panel * f.q_units * kPanel, band, strip, key, (panel - block) * kPanel, first,
+                    !covers(range.all, key, key + kPanel));
+      }
+    }
+    for (std::int64_t strip = first_strip(band); strip < end_strip(band); ++strip) {
+      const KeyRange any = keys_of_strip(band, strip * kStrip).any;
+      const std::int64_t begin = larger(any.begin / kPanel, block), end = smaller((any.end + kPanel - 1) / kPanel, block_end);
+      if (any.begin >= any.end || begin >= end) continue;
+      softmax_strip(f, strip, (begin - block) * kPanel, (end - block) * kPanel, job.scale_log2);
+      accumulate_strip(f, strip, (begin - block) * kPanel, (end - block) * kPanel,
+                       v_rows + block * kPanel / UnitOf<Unit>::kElements * f.width);
+    }
+  }
+}
+
+// Writes the state of one row, or merges it into what stands there.
+DATTN_INLINE void finish_row(const float* from, float top, float sum, std::int64_t dim, bool merge, float* out, float* lse) {
+  constexpr float kLn2 = 0.693147180559945309f;
+  const float mine = sum == 0 ? kMinusInfinity : (top + __builtin_log2f(sum)) * kLn2;
+  float take = sum == 0 ? 0.0f : 1.0f / sum, keep = 0;
+  float both = mine;
+  if (merge && *lse != kMinusInfinity) {
+    if (sum == 0) return;
+    const float highest = mine > *lse ? mine : *lse;
+    const float a = __builtin_expf(*lse - highest), b = __builtin_expf(mine - highest);
+    both = highest + __builtin_logf(a + b);
+    keep = a / (a + b);
+    take *= b / (a + b);
+  }
+  *lse = both;
+  for (std::int64_t d = 0; d < dim; ++d) out[d] = (keep == 0 ? 0.0f : keep * out[d]) + take * from[d];
+}
+
+template <class Storage, class Unit>
+void forward(const ForwardJob& job) {
+  Arena arena{reinterpret_cast<std::uintptr_t>(job.scratch)};
+  const Forward<Unit> f = take_forward<Unit>(arena, job.q.dim, job.dim_v);
+  pack_broadcast<Storage, Unit>(job.q, f.q);
+  const std::int64_t rows = round_up(job.q.count, kStrip);
+  for (std::int64_t row = 0; row < rows; ++row) {
+    f.top[row] = kMinusInfinity;
+    f.sum[row] = 0;
+    for (std::int64_t d = 0; d < f.width; d += kLanes) store(f.out + row * f.width + d, Floats{});
+  }
+  for (std::int64_t i = 0; i < job.n_bands; ++i) forward_band(f, job, job.bands[i]);
+  for (std::int64_t row = 0; row < job.q.count; ++row) {
+    finish_row(f.out + row * f.width, f.top[row], f.sum[row], job.dim_v, job.merge, job.out + row * job.out_stride,
+               job.lse + row * job.lse_stride);
+  }
+}
+
+}  // namespace dattn::cpu::DATTN_ISA

@@ -1,0 +1,114 @@
+// The border between the drivers (portable code: what to compute, memory, threads) and the kernel texts (compiled once
+// per instruction set: how). Plain structs and function pointers only, because code in this header is seen by files
+// compiled for different instruction sets: an inline function here could be emitted with AVX-512 and picked by the
+// linker for everybody.
+//
+// Units: the micro-kernels multiply 32-bit units: one fp32, or a pair of bf16 that lie side by side along the summed
+// axis. "Columns" are operands read a vector at a time, "rows" operands of which one unit is broadcast.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace dattn::cpu {
+
+inline constexpr std::int64_t kStrip = 6;           // query rows of one register block
+inline constexpr std::int64_t kForwardRows = 96;    // query rows of one forward task
+inline constexpr std::int64_t kForwardKeys = 256;   // keys between two updates of the running maximum
+inline constexpr std::int64_t kBackwardRows = 192;  // query rows of one backward piece
+inline constexpr std::int64_t kBackwardKeys = 192;  // keys of one backward task
+inline constexpr std::int64_t kDecodeRows = 4;      // up to this many query rows, keys are read once and never packed
+
+// Visible keys of the query rows [row_begin, row_end) of a block: max(k_begin, row + lo) <= key < min(k_end, row + hi + 1).
+// Rows count from the block's first, keys from the first packed key.
+struct Band {
+  std::int64_t row_begin, row_end;
+  std::int64_t k_begin, k_end;
+  std::int64_t lo, hi;
+};
+
+// `count` rows of `dim` elements in storage type, `stride` elements apart.
+struct Rows {
+  const void* data;
+  std::int64_t stride;
+  std::int64_t count;
+  std::int64_t dim;
+};
+
+// One block of query rows of one head against all its keys.
+struct ForwardJob {
+  Rows q;
+  const void* k_columns;  // [panels][units of D][panel width]
+  const void* v_rows;     // [units of keys][V padded]
+  std::int64_t dim_v;
+  const Band* bands;
+  std::int64_t n_bands;
+  float scale_log2;  // |scale| * log2(e); the sign is packed into the keys
+  float* out;
+  std::int64_t out_stride;
+  float* lse;
+  std::int64_t lse_stride;
+  bool merge;
+  std::byte* scratch;  // forward_scratch bytes, 64-byte aligned
+};
+
+// One block of query rows of one head against one chunk of keys.
+struct BackwardJob {
+  Rows q, dout;
+  const float* lse;
+  const float* delta;
+  std::int64_t lse_stride, delta_stride;
+  const void* k_columns;  // [panels][units of D][panel width]
+  const void* v_columns;  // [panels][units of V][panel width]
+  const void* k_rows;     // [units of keys][D padded]
+  const Band* bands;
+  std::int64_t n_bands;
+  float scale_log2;
+  float* dk;  // [chunk keys][D padded], without the factor scale; added to
+  float* dv;  // [chunk keys][V padded]; added to
+  float* dq;  // [kBackwardRows][D padded], without the factor scale; overwritten
+  std::byte* scratch;
+};
+
+// A few query rows (at most kDecodeRows) of one head against a range of keys: a state that is not normalised.
+struct DecodeJob {
+  Rows q, k, v;
+  const Band* bands;
+  std::int64_t n_bands;
+  float scale_log2;
+  float scale_sign;
+  float* out;  // [rows][V padded]
+  float* top;  // [rows] maximum, in base-2 exponents; -inf where nothing was seen
+  float* sum;  // [rows]
+  std::byte* scratch;
+};
+
+// One storage type on one instruction set.
+struct Ops {
+  std::int64_t panel;           // keys of one panel; divides kForwardKeys and kBackwardKeys
+  std::int64_t lanes;           // padding of a row, in elements
+  std::int64_t units_per_word;  // elements summed in one unit: 1 or 2
+  // dst [ceil(count / panel)][units of dim][panel]; keys past the end are 0; negate flips the sign.
+  void (*pack_columns)(const Rows& rows, bool negate, void* dst);
+  // dst [ceil(count / units_per_word)][dim padded]; then zeros up to `padded_count` rows.
+  void (*pack_rows)(const Rows& rows, std::int64_t padded_count, void* dst);
+  std::int64_t (*forward_scratch)(std::int64_t dim_qk, std::int64_t dim_v);
+  void (*forward)(const ForwardJob& job);
+  std::int64_t (*backward_scratch)(std::int64_t dim_qk, std::int64_t dim_v);
+  void (*backward)(const BackwardJob& job);
+  std::int64_t (*decode_scratch)(std::int64_t dim_qk, std::int64_t dim_v);
+  void (*decode)(const DecodeJob& job);
+  // to[row] += factor * from[row]; rows of `from` are `from_stride` apart.
+  void (*add_rows)(const float* from, std::int64_t from_stride, float factor, float* to, std::int64_t to_stride,
+                   std::int64_t rows, std::int64_t dim);
+};
+
+// One instruction set: the operations for fp32 and for bf16 storage.
+struct Path {
+  const char* name;
+  bool (*runs_here)();
+  const Ops* fp32;
+  const Ops* bf16;
+};
+
+}  // namespace dattn::cpu

@@ -1,0 +1,178 @@
+// The reference kernel: the definition of attention as plain loops in double, whatever the storage type. Everything
+// else is compared with it; speed does not matter here.
+// Source: Vaswani et al., "Attention is all you need", 2017; the gradients as in Dao et al., "FlashAttention", 2022.
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <vector>
+
+#include "core/attention/check_args.h"
+#include "core/attention/kernel.h"
+#include "core/base/threads.h"
+
+namespace dattn {
+namespace {
+
+constexpr double kNothing = -std::numeric_limits<double>::infinity();
+
+double load(const TensorView& view, std::int64_t offset) {
+  switch (view.dtype) {
+    case DType::kF64: return view.ptr<double>()[offset];
+    case DType::kBF16: return static_cast<double>(view.ptr<BFloat16>()[offset]);
+    default: return static_cast<double>(view.ptr<float>()[offset]);
+  }
+}
+
+void store(const TensorView& view, std::int64_t offset, double value) {
+  if (view.dtype == DType::kF64)
+    view.ptr<double>()[offset] = value;
+  else
+    view.ptr<float>()[offset] = static_cast<float>(value);
+}
+
+std::int64_t offset_of(const TensorView& view, std::int64_t a, std::int64_t b, std::int64_t c) {
+  return a * view.stride(0) + b * view.stride(1) + c * view.stride(2);
+}
+
+// One row of [B, S, H, D] as doubles.
+std::vector<double> load_row(const TensorView& view, std::int64_t b, std::int64_t s, std::int64_t h) {
+  std::vector<double> row(static_cast<std::size_t>(view.size(3)));
+  const std::int64_t base = offset_of(view, b, s, h);
+  for (std::size_t d = 0; d < row.size(); ++d) row[d] = load(view, base + static_cast<std::int64_t>(d));
+  return row;
+}
+
+void add_row(const TensorView& view, std::int64_t b, std::int64_t s, std::int64_t h, const std::vector<double>& row) {
+  const std::int64_t base = offset_of(view, b, s, h);
+  for (std::size_t d = 0; d < row.size(); ++d) {
+    const std::int64_t at = base + static_cast<std::int64_t>(d);
+    store(view, at, load(view, at) + row[d]);
+  }
+}
+
+double dot(const std::vector<double>& a, const std::vector<double>& b) {
+  double sum = 0;
+  for (std::size_t i = 0; i < a.size(); ++i) sum += a[i] * b[i];
+  return sum;
+}
+
+// to += factor * from
+void axpy(double factor, const std::vector<double>& from, std::vector<double>& to) {
+  for (std::size_t i = 0; i < from.size(); ++i) to[i] += factor * from[i];
+}
+
+// The key rows that each query row sees.
+std::vector<std::vector<std::int64_t>> visible_keys(std::span<const Tile> tiles, std::int64_t seq_q) {
+  std::vector<std::vector<std::int64_t>> keys(static_cast<std::size_t>(seq_q));
+  for (const Tile& tile : tiles) {
+    for (std::int64_t q = tile.rows.q.begin; q < tile.rows.q.end; ++q) {
+      const std::int64_t begin = std::max(tile.rows.k.begin, q + tile.rows.lo);
+      const std::int64_t end = std::min(tile.rows.k.end, q + tile.rows.hi + 1);
+      for (std::int64_t k = begin; k < end; ++k) keys[static_cast<std::size_t>(q)].push_back(k);
+    }
+  }
+  return keys;
+}
+
+// Folds one row's result into (out, lse) at (b, s, h), or overwrites it.
+void finish_row(const AttendArgs& args, std::int64_t b, std::int64_t s, std::int64_t h, const std::vector<double>& value,
+                double lse) {
+  const std::int64_t lse_at = offset_of(args.lse, b, h, s);
+  const double old_lse = args.merge ? load(args.lse, lse_at) : kNothing;
+  const double top = std::max(old_lse, lse);
+  const double keep = old_lse == kNothing ? 0 : std::exp(old_lse - top);
+  const double take = lse == kNothing ? 0 : std::exp(lse - top);
+  const double sum = keep + take;
+  store(args.lse, lse_at, top == kNothing ? kNothing : top + std::log(sum));
+  const std::int64_t base = offset_of(args.out, b, s, h);
+  for (std::size_t d = 0; d < value.size(); ++d) {
+    const std::int64_t at = base + static_cast<std::int64_t>(d);
+    const double old = keep > 0 ? keep * load(args.out, at) : 0.0;
+    store(args.out, at, sum > 0 ? (old + take * value[d]) / sum : sum);
+  }
+}
+
+void attend_head(const AttendArgs& args, const std::vector<std::vector<std::int64_t>>& keys, std::int64_t b, std::int64_t h) {
+  const std::int64_t kv = args.heads.kv_of(h);
+  for (std::int64_t s = 0; s < args.q.size(1); ++s) {
+    const auto& seen = keys[static_cast<std::size_t>(s)];
+    const std::vector<double> q = load_row(args.q, b, s, h);
+    std::vector<double> scores;
+    double top = kNothing;
+    for (const std::int64_t t : seen) {
+      scores.push_back(args.scale * dot(q, load_row(args.k, b, t, kv)));
+      top = std::isnan(scores.back()) ? scores.back() : std::max(top, scores.back());
+    }
+    std::vector<double> value(static_cast<std::size_t>(args.v.size(3)));
+    double sum = 0;
+    for (std::size_t i = 0; i < seen.size() && top != kNothing; ++i) {
+      const double p = std::exp(scores[i] - top);
+      sum += p;
+      axpy(p, load_row(args.v, b, seen[i], kv), value);
+    }
+    for (double& x : value) x = sum == 0 ? 0 : x / sum;
+    finish_row(args, b, s, h, value, sum == 0 ? kNothing : top + std::log(sum));
+  }
+}
+
+// All query heads of one KV head, so that dk and dv have one writer; their sums stay in double until the end.
+void grad_group(const AttendGradArgs& args, const std::vector<std::vector<std::int64_t>>& keys, std::int64_t b,
+                std::int64_t kv) {
+  const std::int64_t rows = args.k.size(1);
+  std::vector<std::vector<double>> dk(static_cast<std::size_t>(rows),
+                                      std::vector<double>(static_cast<std::size_t>(args.k.size(3))));
+  std::vector<std::vector<double>> dv(static_cast<std::size_t>(rows),
+                                      std::vector<double>(static_cast<std::size_t>(args.v.size(3))));
+  for (std::int64_t h = 0; h < args.q.size(2); ++h) {
+    if (args.heads.kv_of(h) != kv) continue;
+    for (std::int64_t s = 0; s < args.q.size(1); ++s) {
+      const double lse = load(args.lse, offset_of(args.lse, b, h, s));
+      if (lse == kNothing) continue;
+      const double delta = load(args.delta, offset_of(args.delta, b, h, s));
+      const std::vector<double> q = load_row(args.q, b, s, h), dout = load_row(args.dout, b, s, h);
+      std::vector<double> dq(q.size());
+      for (const std::int64_t t : keys[static_cast<std::size_t>(s)]) {
+        const std::vector<double> k = load_row(args.k, b, t, kv);
+        const double p = std::exp(args.scale * dot(q, k) - lse);
+        const double ds = args.scale * p * (dot(dout, load_row(args.v, b, t, kv)) - delta);
+        axpy(ds, k, dq);
+        axpy(ds, q, dk[static_cast<std::size_t>(t)]);
+        axpy(p, dout, dv[static_cast<std::size_t>(t)]);
+      }
+      add_row(args.dq, b, s, h, dq);
+    }
+  }
+  for (std::int64_t t = 0; t < rows; ++t) {
+    add_row(args.dk, b, t, kv, dk[static_cast<std::size_t>(t)]);
+    add_row(args.dv, b, t, kv, dv[static_cast<std::size_t>(t)]);
+  }
+}
+
+class ReferenceKernel final : public AttentionKernel {
+ public:
+  std::string_view name() const override { return "reference"; }
+  Support supports(const AttendTraits&) const override { return {}; }
+
+  void attend(const AttendArgs& args) const override {
+    check_args(args);
+    const auto keys = visible_keys(args.tiles, args.q.size(1));
+    const std::int64_t heads = args.q.size(2);
+    parallel_for(args.q.size(0) * heads, [&](std::int64_t i) { attend_head(args, keys, i / heads, i % heads); });
+  }
+
+  void attend_grad(const AttendGradArgs& args) const override {
+    check_args(args);
+    const auto keys = visible_keys(args.tiles, args.q.size(1));
+    const std::int64_t heads = args.k.size(2);
+    parallel_for(args.q.size(0) * heads, [&](std::int64_t i) { grad_group(args, keys, i / heads, i % heads); });
+  }
+};
+
+}  // namespace
+
+const AttentionKernel& reference_kernel() {
+  static const ReferenceKernel kernel;
+  return kernel;
+}
+
+}  // namespace dattn

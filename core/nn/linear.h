@@ -1,0 +1,30 @@
+// Linear layer: y = x W^T + b. A part of the model holds rows of W (outputs: q, k, v, up, gate, vocabulary) or columns of
+// W (inputs: attention out, down); that is a choice of slices and nothing in here depends on it. Row-cut layers leave
+// their bias to the residual stream, where it is added once (see residual.h).
+#pragma once
+
+#include "core/nn/parameter.h"
+
+namespace dattn {
+
+struct Linear {
+  Parameter* weight = nullptr;  // [out, in]
+  Parameter* bias = nullptr;    // [out], or none
+};
+
+// y [N, out] in type `result`; x [N, in] fp32 or bf16, the type that the product is computed in.
+Tensor linear_forward(const Linear& layer, const TensorView& x, DType result);
+// Adds to the gradients: dW += dy^T x, db += sum over rows of dy. dy [N, out] in the type of x.
+void linear_backward_weights(const Linear& layer, const TensorView& x, const TensorView& dy);
+// dx [N, in] fp32 = dy W, or dx += dy W.
+void linear_backward_input(const Linear& layer, const TensorView& dy, const TensorView& dx, bool accumulate);
+
+// x itself where it has the type already, else a rounded copy.
+Tensor to_compute(Tensor x, DType type);
+// A view of the type: of x itself, or of a copy kept in `storage`.
+TensorView as_compute(const TensorView& x, DType type, Tensor& storage);
+
+// sums [M] fp32 += sum over rows of x [N, M]. The order does not depend on the number of threads.
+void add_column_sums(const TensorView& x, const TensorView& sums);
+
+}  // namespace dattn

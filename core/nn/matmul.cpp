@@ -1,0 +1,150 @@
+#include "core/nn/matmul.h"
+
+#include <algorithm>
+#include <map>
+#include <tuple>
+
+#include <dnnl.hpp>
+
+#include "core/base/error.h"
+#include "core/base/threads.h"
+
+namespace dattn {
+namespace {
+
+using dnnl::memory;
+
+// Rows of a product below which a bias is written first: oneDNN's sgemm is 3x as fast as its primitive there.
+constexpr std::int64_t kFewRows = 16;
+constexpr std::size_t kMostPrimitives = 512;  // of one thread; new shapes beyond that start the cache afresh
+
+memory::data_type type_of(DType type) {
+  ensure(type == DType::kF32 || type == DType::kBF16, "matrix products take fp32 and bf16, got {}", name_of(type));
+  return type == DType::kF32 ? memory::data_type::f32 : memory::data_type::bf16;
+}
+
+bool transposed(const TensorView& view) {
+  const bool rows = view.stride(1) == 1 || view.size(1) == 1, columns = view.stride(0) == 1 || view.size(0) == 1;
+  ensure(rows || columns, "a matrix {} with strides {} and {}: one must be 1", view.shape.text(), view.stride(0),
+         view.stride(1));
+  return !rows || (columns && view.stride(1) > view.stride(0));
+}
+
+// The distance between rows (or columns, if transposed), at least what BLAS asks for.
+std::int64_t leading(const TensorView& view, bool turned) {
+  return turned ? std::max(view.stride(1), view.size(0)) : std::max(view.stride(0), view.size(1));
+}
+
+void by_sgemm(const TensorView& a, const TensorView& b, const TensorView& c, float beta) {
+  const bool ta = transposed(a), tb = transposed(b);
+  const dnnl::status status =
+      dnnl::sgemm(ta ? 'T' : 'N', tb ? 'T' : 'N', c.size(0), c.size(1), a.size(1), 1.0f, a.ptr<float>(), leading(a, ta),
+                  b.ptr<float>(), leading(b, tb), beta, c.ptr<float>(), leading(c, false));
+  ensure(status == dnnl::status::success, "oneDNN sgemm [{}, {}] x [{}, {}] failed with status {}", a.size(0), a.size(1),
+         b.size(0), b.size(1), static_cast<int>(status));
+}
+
+struct Prepared {
+  dnnl::matmul primitive;
+  memory a, b, c, bias;
+};
+
+// Everything of a thread: oneDNN streams are not shared between threads.
+struct Library {
+  dnnl::engine engine{dnnl::engine::kind::cpu, 0};
+  dnnl::stream stream{engine};
+  using Key = std::tuple<std::int64_t, std::int64_t, std::int64_t, std::int64_t, std::int64_t, std::int64_t, int, int>;
+  std::map<Key, Prepared> prepared;
+};
+
+Library& library() {
+  thread_local Library instance;
+  return instance;
+}
+
+memory::desc describe(const TensorView& view) {
+  return {{view.size(0), view.size(1)}, type_of(view.dtype), memory::dims{view.stride(0), view.stride(1)}};
+}
+
+// Unit extents leave a stride free; oneDNN wants a plain one.
+TensorView plain(TensorView view) {
+  const bool turned = transposed(view);
+  const std::int64_t distance = leading(view, turned);
+  view.strides[0] = turned ? 1 : distance;
+  view.strides[1] = turned ? distance : 1;
+  return view;
+}
+
+Prepared prepare(const TensorView& a, const TensorView& b, const TensorView& c, const MatmulOptions& options) {
+  Library& own = library();
+  const memory::desc da = describe(a), db = describe(b), dc = describe(c);
+  const memory::desc dbias({1, c.size(1)}, memory::data_type::f32, memory::format_tag::ab);
+  dnnl::primitive_attr attributes;
+  if (options.accumulate) {
+    dnnl::post_ops sum;
+    sum.append_sum(1.0f);
+    attributes.set_post_ops(sum);
+  }
+  const dnnl::matmul::desc operation =
+      options.bias != nullptr ? dnnl::matmul::desc(da, db, dbias, dc) : dnnl::matmul::desc(da, db, dc);
+  return {dnnl::matmul(dnnl::matmul::primitive_desc(operation, attributes, own.engine)), memory(da, own.engine, nullptr),
+          memory(db, own.engine, nullptr), memory(dc, own.engine, nullptr), memory(dbias, own.engine, nullptr)};
+}
+
+void by_primitive(const TensorView& a, const TensorView& b, const TensorView& c, const MatmulOptions& options) {
+  Library& own = library();
+  const int kind = static_cast<int>(a.dtype) | static_cast<int>(c.dtype) << 2 | (options.bias != nullptr) << 4 |
+                   options.accumulate << 5 | (a.stride(1) == 1) << 6 | (b.stride(1) == 1) << 7;
+  const Library::Key key{a.size(0),   a.size(1), b.size(1),    leading(a, a.stride(1) != 1), leading(b, b.stride(1) != 1),
+                         c.stride(0), kind,      num_threads()};
+  auto found = own.prepared.find(key);
+  if (found == own.prepared.end()) {
+    if (own.prepared.size() >= kMostPrimitives) own.prepared.clear();
+    found = own.prepared.emplace(key, prepare(a, b, c, options)).first;
+  }
+  Prepared& ready = found->second;
+  ready.a.set_data_handle(a.data);
+  ready.b.set_data_handle(b.data);
+  ready.c.set_data_handle(c.data);
+  if (options.bias != nullptr) ready.bias.set_data_handle(const_cast<float*>(options.bias));
+  std::unordered_map<int, memory> arguments{{DNNL_ARG_SRC, ready.a}, {DNNL_ARG_WEIGHTS, ready.b}, {DNNL_ARG_DST, ready.c}};
+  if (options.bias != nullptr) arguments.emplace(DNNL_ARG_BIAS, ready.bias);
+  ready.primitive.execute(own.stream, arguments);
+  own.stream.wait();
+}
+
+// c = bias in every row, or 0.
+void fill_rows(const TensorView& c, const float* bias) {
+  for (std::int64_t i = 0; i < c.size(0); ++i) {
+    for (std::int64_t j = 0; j < c.size(1); ++j) {
+      const float value = bias != nullptr ? bias[j] : 0.0f;
+      if (c.dtype == DType::kF32)
+        c.at<float>(i, j) = value;
+      else
+        c.at<BFloat16>(i, j) = BFloat16(value);
+    }
+  }
+}
+
+}  // namespace
+
+void matmul(const TensorView& a, const TensorView& b, const TensorView& c, const MatmulOptions& options) {
+  ensure(a.size(1) == b.size(0) && a.size(0) == c.size(0) && b.size(1) == c.size(1) && a.dtype == b.dtype,
+         "matrix product {} {} x {} {} into {}", name_of(a.dtype), a.shape.text(), name_of(b.dtype), b.shape.text(),
+         c.shape.text());
+  ensure(!options.accumulate || (c.dtype == DType::kF32 && options.bias == nullptr), "accumulate is for fp32 without bias");
+  if (c.elements() == 0) return;
+  if (a.size(1) == 0) {
+    if (!options.accumulate) fill_rows(c, options.bias);
+    return;
+  }
+  const bool all_f32 = a.dtype == DType::kF32 && c.dtype == DType::kF32;
+  if (all_f32 && (options.bias == nullptr || c.size(0) <= kFewRows)) {
+    if (options.bias != nullptr) fill_rows(c, options.bias);
+    by_sgemm(a, b, c, options.accumulate || options.bias != nullptr ? 1.0f : 0.0f);
+    return;
+  }
+  by_primitive(plain(a), plain(b), plain(c), options);
+}
+
+}  // namespace dattn

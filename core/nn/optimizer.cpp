@@ -1,0 +1,105 @@
+#include "core/nn/optimizer.h"
+
+#include <algorithm>
+#include <cmath>
+#include <numbers>
+
+#include "core/base/error.h"
+#include "core/nn/vector_math.h"
+
+namespace dattn {
+namespace {
+
+constexpr std::int64_t kBlock = 16384;  // elements of one block
+
+DATTN_VECTORIZED double sum_of_squares(const float* x, std::int64_t count) {
+  double sum = 0.0;
+#pragma omp simd reduction(+ : sum)
+  for (std::int64_t i = 0; i < count; ++i) sum += static_cast<double>(x[i]) * static_cast<double>(x[i]);
+  return sum;
+}
+
+struct Update {
+  float gradient_scale, beta1, beta2, correction1, correction2, epsilon, rate, decay;
+};
+
+// m = b1 m + (1 - b1) g; v = b2 v + (1 - b2) g^2; x = x decay - rate (m / c1) / (sqrt(v / c2) + epsilon)
+DATTN_VECTORIZED void update_block(const Update& u, const float* __restrict gradient, float* __restrict m, float* __restrict v,
+                                   float* __restrict value, std::int64_t count) {
+  for (std::int64_t i = 0; i < count; ++i) {
+    const float g = gradient[i] * u.gradient_scale;
+    m[i] = u.beta1 * m[i] + (1.0f - u.beta1) * g;
+    v[i] = u.beta2 * v[i] + (1.0f - u.beta2) * g * g;
+    value[i] = value[i] * u.decay - u.rate * (m[i] * u.correction1) / (fast_sqrt(v[i] * u.correction2) + u.epsilon);
+  }
+}
+
+}  // namespace
+
+double squared_norm(const Parameter& parameter) {
+  const TensorView owned = owned_of(parameter, parameter.gradient);
+  if (owned.elements() == 0) return 0.0;
+  double sum = 0.0;
+  if (owned.contiguous()) {
+    for (std::int64_t i = 0; i < owned.elements(); i += kBlock) {
+      sum += sum_of_squares(owned.ptr<float>() + i, std::min(kBlock, owned.elements() - i));
+    }
+    return sum;
+  }
+  for (std::int64_t row = 0; row < owned.size(0); ++row) {
+    sum += sum_of_squares(owned.ptr<float>() + row * owned.stride(0), owned.size(1));
+  }
+  return sum;
+}
+
+double clip_factor(double norm, double max_norm) {
+  return max_norm > 0.0 && norm > max_norm ? max_norm / norm : 1.0;
+}
+
+void validate(const Schedule& schedule) {
+  require(schedule.kind == "cosine" || schedule.kind == "linear" || schedule.kind == "constant",
+          "the schedule is '{}'; it is one of cosine, linear, constant", schedule.kind);
+  require(schedule.warmup >= 0, "the warm-up has {} steps; it must be at least 0", schedule.warmup);
+}
+
+double learning_rate(const Schedule& schedule, std::int64_t step) {
+  validate(schedule);
+  const std::int64_t warmup = std::min(schedule.warmup, schedule.steps);
+  if (step < warmup) return schedule.peak * static_cast<double>(step + 1) / static_cast<double>(warmup);
+  if (schedule.kind == "constant") return schedule.peak;
+  const double past =
+      static_cast<double>(step - warmup) / static_cast<double>(std::max<std::int64_t>(1, schedule.steps - warmup));
+  const double progress = std::clamp(past, 0.0, 1.0);
+  const double left = schedule.kind == "linear" ? 1.0 - progress : 0.5 * (1.0 + std::cos(std::numbers::pi * progress));
+  return schedule.floor + (schedule.peak - schedule.floor) * left;
+}
+
+AdamW::AdamW(std::span<Parameter* const> parameters, const AdamWOptions& options) : options_(options) {
+  for (Parameter* parameter : parameters) {
+    const Shape& shape = parameter->value->shape;
+    moments_.push_back({parameter, Tensor(DType::kF32, shape), Tensor(DType::kF32, shape)});
+  }
+}
+
+void AdamW::step(double learning_rate, double gradient_scale) {
+  ++steps_;
+  const auto steps = static_cast<double>(steps_);
+  Update update{};
+  update.gradient_scale = static_cast<float>(gradient_scale);
+  update.beta1 = static_cast<float>(options_.beta1);
+  update.beta2 = static_cast<float>(options_.beta2);
+  update.correction1 = static_cast<float>(1.0 / (1.0 - std::pow(options_.beta1, steps)));
+  update.correction2 = static_cast<float>(1.0 / (1.0 - std::pow(options_.beta2, steps)));
+  update.epsilon = static_cast<float>(options_.epsilon);
+  update.rate = static_cast<float>(learning_rate);
+  for (Moments& state : moments_) {
+    Parameter& p = *state.parameter;
+    update.decay = p.decays ? static_cast<float>(1.0 - learning_rate * options_.weight_decay) : 1.0f;
+    parallel_blocks(p.elements(), kBlock, [&](std::int64_t begin, std::int64_t end) {
+      update_block(update, p.gradient.ptr<float>() + begin, state.m.ptr<float>() + begin, state.v.ptr<float>() + begin,
+                   p.value.ptr<float>() + begin, end - begin);
+    });
+  }
+}
+
+}  // namespace dattn

@@ -1,0 +1,16 @@
+#!/usr/bin/env bash
+# Trains over the machines of a host file with Open MPI. A host file has lines like "node1 slots=2": ranks per machine.
+#   launch/clusters/mpirun.sh HOSTFILE CONFIG [--set key=value ...]
+set -euo pipefail
+
+[[ $# -ge 2 ]] || { echo "usage: $0 HOSTFILE CONFIG [ARGUMENTS...]" >&2; exit 2; }
+hosts=$1
+shift
+root=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/../.." && pwd)
+dattn=$root/build/release/bin/dattn
+ranks=$("$dattn" mesh-ranks train "$@")
+
+# --bind-to none: a rank runs several threads. The node's interface can be chosen with, for example,
+# DATTN_MPIRUN_ARGS="--mca btl_tcp_if_include eth0".
+# shellcheck disable=SC2086  # several words are meant
+exec mpirun -np "$ranks" --hostfile "$hosts" --bind-to none ${DATTN_MPIRUN_ARGS:-} "$dattn" train "$@"

@@ -1,0 +1,115 @@
+// dattn attention CONFIG --in x.safetensors --out y.safetensors: one sharded attention, forward and, where the file has
+// dout, backward. What a user compares with their own framework.
+#include <fmt/format.h>
+
+#include <chrono>
+#include <memory>
+
+#include "core/base/error.h"
+#include "core/tensor/safetensors.h"
+#include "launch/commands/commands.h"
+#include "launch/commands/gather.h"
+#include "parallel/attention.h"
+#include "parallel/strategy.h"
+
+namespace dattn {
+namespace {
+
+struct Inputs {
+  TensorView q, k, v, dout;  // whole tensors, on the mapped file
+  bool has_dout = false;
+  AttentionShape shape;
+};
+
+TensorView read_tensor(const SafetensorsFile& file, std::string_view name, const char* axes) {
+  require(file.has(name), "{}: no tensor '{}'; it must hold q [B,S,H,D], k [B,Skv,Hkv,D], v [B,Skv,Hkv,Dv] and may hold dout [B,S,H,Dv]",
+          file.path(), name);
+  const TensorView view = file.view(name);
+  require(view.axes() == 4, "{}: tensor '{}' has shape {}; expected 4 axes {}", file.path(), name, view.shape.text(), axes);
+  require(view.dtype != DType::kI32, "{}: tensor '{}' has dtype int32; use fp32 or bf16", file.path(), name);
+  return view;
+}
+
+Inputs read_inputs(const SafetensorsFile& file, DType dtype) {
+  Inputs in;
+  in.q = read_tensor(file, "q", "[B,S,H,D]");
+  in.k = read_tensor(file, "k", "[B,Skv,Hkv,D]");
+  in.v = read_tensor(file, "v", "[B,Skv,Hkv,Dv]");
+  in.shape = {in.q.size(0), in.q.size(1), in.k.size(1), in.q.size(2), in.k.size(2), in.q.size(3), in.v.size(3), dtype};
+  const AttentionShape& s = in.shape;
+  const auto check = [&](const char* name, const TensorView& tensor, const Shape& expected) {
+    require(tensor.shape == expected, "{}: tensor '{}' has shape {}, but by q {}, k {} and v {} it must be {}", file.path(), name,
+            tensor.shape.text(), in.q.shape.text(), in.k.shape.text(), in.v.shape.text(), expected.text());
+  };
+  check("k", in.k, {s.batch, s.seq_kv, s.kv_heads, s.dim_qk});
+  check("v", in.v, {s.batch, s.seq_kv, s.kv_heads, s.dim_v});
+  in.has_dout = file.has("dout");
+  if (in.has_dout) {
+    in.dout = read_tensor(file, "dout", "[B,S,H,Dv]");
+    check("dout", in.dout, {s.batch, s.seq_q, s.heads, s.dim_v});
+  }
+  return in;
+}
+
+void run_attention(const RunConfig& config, Communicator& world, const std::string& in_path, const std::string& out_path, bool json) {
+  const auto start = std::chrono::steady_clock::now();
+  const SafetensorsFile file(in_path);
+  const Inputs in = read_inputs(file, config.dtype);
+  const Mesh mesh(world, config.mesh.shape());
+  const Interval batch = split_evenly(in.shape.batch, config.mesh.data, mesh.coordinate(Axis::kData));
+  AttentionShape shape = in.shape;
+  shape.batch = batch.count();
+  const AttentionOptions options = attention_options(config, shape.seq_q, shape.seq_kv);
+  ShardedAttention attention(mesh, shape, options);
+
+  const Positions &q_rows = attention.q_positions(), &kv_rows = attention.kv_positions();
+  const HeadRange heads = attention.heads();
+  const Tensor q = take_shard(in.q, {batch, q_rows, heads.q}, config.dtype), k = take_shard(in.k, {batch, kv_rows, heads.kv}, config.dtype);
+  const Tensor v = take_shard(in.v, {batch, kv_rows, heads.kv}, config.dtype);
+  const AttentionResult result = attention.forward(q, k, v);
+
+  Gatherer gatherer(mesh, in.shape, config.layout);
+  const AttentionShape& whole = in.shape;
+  const DType sums = accumulate_type(config.dtype);
+  gatherer.add("out", result.out, {whole.batch, whole.seq_q, whole.heads, whole.dim_v}, Side::kQuery);
+  gatherer.add("lse", statistics_as_rows(result.lse), {whole.batch, whole.seq_q, whole.heads, 1}, Side::kQuery);
+  if (in.has_dout) {
+    const Tensor dout = take_shard(in.dout, {batch, q_rows, heads.q}, config.dtype);
+    const AttentionGradients gradients = attention.backward(q, k, v, result, dout);
+    gatherer.add("dq", gradients.dq, {whole.batch, whole.seq_q, whole.heads, whole.dim_qk}, Side::kQuery);
+    gatherer.add("dk", gradients.dk, {whole.batch, whole.seq_kv, whole.kv_heads, whole.dim_qk}, Side::kKey);
+    gatherer.add("dv", gradients.dv, {whole.batch, whole.seq_kv, whole.kv_heads, whole.dim_v}, Side::kKey);
+  }
+  gatherer.write(out_path);
+  if (world.rank() != 0) return;
+  const Plan forward = make_plan(mesh.shape(), shape, options);
+  Json done{{"event", "done"}, {"strategy", forward.strategy}, {"layout", name_of(config.layout)}, {"mask", forward.problem->mask_text}, {"dtype", name_of(config.dtype)}, {"accumulator", name_of(sums)}};
+  for (const Axis axis : kAxes) done["mesh"][std::string(name_of(axis))] = mesh.shape().size(axis);
+  done.update(plan_costs(forward, backward(forward)));
+  done["wall_s"] = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+  done["out"] = out_path;
+  print_line(json ? done.dump() : out_path);
+}
+
+}  // namespace
+
+Command add_attention(CLI::App& app) {
+  CLI::App* command = app.add_subcommand("attention", "one sharded attention, forward and backward, on tensors of a file");
+  struct Options {
+    CommonOptions common;
+    std::string config, in, out;
+  };
+  const auto options = std::make_shared<Options>();
+  command->add_option("config", options->config, "YAML file with attention, mesh, layout, strategy, dtype")->required();
+  command->add_option("--in", options->in, "safetensors file with q, k, v and, for gradients, dout")->required();
+  command->add_option("--out", options->out, "safetensors file to write: out, lse [B,H,S], and dq, dk, dv")->required();
+  options->common.declare(*command, true);
+  return [options] {
+    const auto load = [&] { return load_run_config(options->config, options->common); };
+    return run_with_config(options->common, load, [&](const RunConfig& config, Communicator& world) {
+      run_attention(config, world, options->in, options->out, options->common.json);
+    });
+  };
+}
+
+}  // namespace dattn

@@ -1,0 +1,149 @@
+// dattn bench attention | comm: how fast attention runs on the present ranks, and what the axes of a mesh carry.
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <chrono>
+#include <memory>
+
+#include "core/base/error.h"
+#include "core/base/philox.h"
+#include "core/base/threads.h"
+#include "launch/commands/commands.h"
+#include "parallel/attention.h"
+
+namespace dattn {
+namespace {
+
+using Clock = std::chrono::steady_clock;
+
+struct Percentiles {
+  double p20, p50, p80;
+  Json json() const { return {{"p20", p20}, {"p50", p50}, {"p80", p80}}; }
+};
+
+// Milliseconds of `repeat` calls, each started together on all ranks and counted until the last has ended.
+template <class Body>
+Percentiles time_calls(Communicator& world, int repeat, const Body& body) {
+  std::vector<double> times;
+  body();  // warms up: plans, memory pages, kernels
+  for (int i = 0; i < repeat; ++i) {
+    world.barrier({"bench"});
+    const auto start = Clock::now();
+    body();
+    world.barrier({"bench"});
+    times.push_back(std::chrono::duration<double, std::milli>(Clock::now() - start).count());
+  }
+  std::sort(times.begin(), times.end());
+  const auto at = [&](double share) { return times[static_cast<std::size_t>(share * static_cast<double>(times.size() - 1) + 0.5)]; };
+  return {at(0.2), at(0.5), at(0.8)};
+}
+
+struct AttentionBench {
+  CommonOptions common;
+  ShapeConfig shape;
+  std::string dtype = "fp32", mask = "causal";
+  std::vector<std::string> mesh;  // axis=size
+  bool backward = false;
+  int repeat = 5;
+};
+
+// The command's own options as a config, so that --mesh and --mask are checked as a file's keys are.
+RunConfig config_of(const AttentionBench& bench) {
+  std::vector<std::string> set{"attention.mask.kind=" + bench.mask, "dtype=" + bench.dtype};
+  for (const std::string& axis : bench.mesh) set.push_back("mesh." + axis);
+  set.insert(set.end(), bench.common.set.begin(), bench.common.set.end());
+  return parse_config_as<RunConfig>("{}", "dattn bench", set);
+}
+
+Tensor random_tensor(DType dtype, const Shape& shape, std::uint64_t stream) {
+  Tensor tensor = Tensor::uninitialized(DType::kF32, shape);
+  for (std::int64_t i = 0; i < shape.elements(); ++i) tensor.ptr<float>()[i] = philox_normal(1, stream, static_cast<std::uint64_t>(i));
+  return to_dtype(tensor, dtype);
+}
+
+void bench_attention(const AttentionBench& bench, const RunConfig& config, Communicator& world) {
+  const AttentionShape shape = shape_of(bench.shape, config.dtype);
+  const Mesh mesh(world, config.mesh.shape());
+  const AttentionOptions options = attention_options(config, shape.seq_q, shape.seq_kv);
+  ShardedAttention attention(mesh, shape, options);
+  const std::int64_t rows = attention.q_positions().count(), keys = attention.kv_positions().count();
+  const HeadRange heads = attention.heads();
+  const Tensor q = random_tensor(shape.dtype, {shape.batch, rows, heads.q.count(), shape.dim_qk}, 1);
+  const Tensor k = random_tensor(shape.dtype, {shape.batch, keys, heads.kv.count(), shape.dim_qk}, 2);
+  const Tensor v = random_tensor(shape.dtype, {shape.batch, keys, heads.kv.count(), shape.dim_v}, 3);
+  const Tensor dout = random_tensor(shape.dtype, {shape.batch, rows, heads.q.count(), shape.dim_v}, 4);
+
+  reset_tensor_bytes_peak();
+  AttentionResult result;
+  const Percentiles forward = time_calls(world, bench.repeat, [&] { result = attention.forward(q, k, v); });
+  const double pairs = static_cast<double>(area(compile(options.mask, shape.seq_q, shape.seq_kv))) * static_cast<double>(shape.batch * shape.heads);
+  const auto d = static_cast<double>(shape.dim_qk), dv = static_cast<double>(shape.dim_v);
+  Json done{{"event", "done"},
+            {"forward_gflops", pairs * 2 * (d + dv) / forward.p50 * 1e-6},
+            {"milliseconds", {{"forward", forward.json()}}},
+            {"ranks", world.size()},
+            {"threads", num_threads()}};
+  if (bench.backward) {
+    const Percentiles backward = time_calls(world, bench.repeat, [&] { attention.backward(q, k, v, result, dout); });
+    done["backward_gflops"] = pairs * 2 * (3 * d + 2 * dv) / backward.p50 * 1e-6;
+    done["milliseconds"]["backward"] = backward.json();
+  }
+  done["peak_memory_bytes"] = tensor_bytes_peak();
+  if (world.rank() != 0) return;
+  print_line(bench.common.json ? done.dump() : done.dump(2));
+}
+
+// Round trips and one-way streams between rank 0 and every neighbour distance of the job.
+void bench_comm(bool json, int repeat, Communicator& world) {
+  require(world.size() > 1, "bench comm measures between ranks but the job has 1; use --ranks 2 or mpirun -np 2");
+  Json sizes = Json::array();
+  for (const std::size_t bytes : {std::size_t{8}, std::size_t{1} << 16, std::size_t{1} << 20, std::size_t{1} << 24}) {
+    std::vector<std::byte> out(bytes), in(bytes);
+    const int next = (world.rank() + 1) % world.size(), before = (world.rank() + world.size() - 1) % world.size();
+    const Percentiles time = time_calls(world, repeat, [&] {
+      const SendPart send{next, out.data(), bytes};
+      const RecvPart receive{before, in.data(), bytes};
+      world.exchange({&send, 1}, {&receive, 1}, {"bench"});
+    });
+    sizes.push_back({{"bytes", bytes}, {"milliseconds", time.json()}, {"gbyte_per_s", static_cast<double>(bytes) / time.p50 * 1e-6}});
+  }
+  if (world.rank() != 0) return;
+  const Json done{{"event", "done"}, {"ranks", world.size()}, {"ring_exchange", sizes}};
+  print_line(json ? done.dump() : done.dump(2));
+}
+
+}  // namespace
+
+Command add_bench(CLI::App& app) {
+  CLI::App* command = app.add_subcommand("bench", "how fast attention and communication are here")->require_subcommand(1);
+  CLI::App* attention = command->add_subcommand("attention", "one attention call, on random tensors");
+  const auto bench = std::make_shared<AttentionBench>();
+  attention->add_option("--seq", bench->shape.seq, "positions")->capture_default_str();
+  attention->add_option("--batch", bench->shape.batch, "batch rows")->capture_default_str();
+  attention->add_option("--heads", bench->shape.heads, "query heads")->capture_default_str();
+  attention->add_option("--kv-heads", bench->shape.kv_heads, "KV heads (default: heads)");
+  attention->add_option("--dim", bench->shape.dim, "head dim")->capture_default_str();
+  attention->add_option("--dtype", bench->dtype, "fp32 or bf16")->capture_default_str();
+  attention->add_option("--mask", bench->mask, "full, causal, or more by --set attention.mask...")->capture_default_str();
+  attention->add_option("--mesh", bench->mesh, "axis=size, for example ring=2")->delimiter(',');
+  attention->add_flag("--backward", bench->backward, "time the backward pass too");
+  attention->add_option("--repeat", bench->repeat, "timed calls")->capture_default_str()->check(CLI::PositiveNumber);
+  bench->common.declare(*attention, true);
+
+  CLI::App* comm = command->add_subcommand("comm", "messages between neighbouring ranks");
+  const auto comm_options = std::make_shared<CommonOptions>();
+  const auto comm_repeat = std::make_shared<int>(20);
+  comm->add_option("--repeat", *comm_repeat, "timed exchanges")->capture_default_str()->check(CLI::PositiveNumber);
+  comm_options->declare(*comm, false);
+
+  return [attention, bench, comm_options, comm_repeat] {
+    if (attention->parsed()) {
+      const auto load = [&] { return config_of(*bench); };
+      return run_with_config(bench->common, load, [&](const RunConfig& config, Communicator& world) { bench_attention(*bench, config, world); });
+    }
+    const auto load = [] { return RunConfig{}; };
+    return run_with_config(*comm_options, load, [&](const RunConfig&, Communicator& world) { bench_comm(comm_options->json, *comm_repeat, world); });
+  };
+}
+
+}  // namespace dattn

@@ -1,0 +1,61 @@
+// The subcommands of dattn. Each declares its options on the command line's parser and returns what to run once these
+// are read. Rank 0 alone writes stdout; progress and logs go to stderr. With --json stdout holds JSON lines.
+#pragma once
+
+#include <CLI/CLI.hpp>
+
+#include <nlohmann/json.hpp>
+
+#include <functional>
+#include <string>
+#include <vector>
+
+#include "launch/bootstrap.h"
+#include "launch/run_config.h"
+#include "parallel/plan.h"
+
+namespace dattn {
+
+using Json = nlohmann::ordered_json;
+
+// Options that all subcommands share.
+struct CommonOptions {
+  bool json = false;
+  std::vector<std::string> set;  // key=value
+  int ranks = 0;
+  int threads = 0;
+
+  void declare(CLI::App& command, bool with_config);
+};
+
+void print_line(const std::string& line);  // on stdout, at once; called on rank 0 only
+inline void print_json(const Json& event) { print_line(event.dump()); }
+
+// The config with its overrides. Relative paths in the file are relative to it; those given by --set, to where the user
+// stands.
+RunConfig load_run_config(const std::string& path, const CommonOptions& common);
+AttentionOptions attention_options(const RunConfig& config, std::int64_t seq_q, std::int64_t seq_kv);
+AttentionShape shape_of(const ShapeConfig& shape, DType dtype);
+
+// Loads a config and runs the body as every rank of the job. A config that cannot be loaded fails inside the job, so that
+// of all ranks one says so.
+int run_with_config(const CommonOptions& common, const std::function<RunConfig()>& load,
+                    const std::function<void(const RunConfig&, Communicator&)>& body);
+
+// A subcommand: add_NAME declares it and returns the function to run when it was chosen, which returns the exit code.
+using Command = std::function<int()>;
+Command add_train(CLI::App& app);
+Command add_generate(CLI::App& app);
+Command add_attention(CLI::App& app);
+Command add_plan(CLI::App& app);
+Command add_bench(CLI::App& app);
+Command add_doctor(CLI::App& app);
+Command add_mesh_ranks(CLI::App& app);  // hidden: how many ranks a command's mesh needs, for launch/run
+
+// The config that a run folder's checkpoint was made with; --set changes it.
+RunConfig run_folder_config(const std::string& path, const CommonOptions& common);
+
+// Costs of a plan over all ranks, as `plan` and `attention` report them.
+Json plan_costs(const Plan& forward, const Plan& gradient);
+
+}  // namespace dattn

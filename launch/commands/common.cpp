@@ -1,0 +1,88 @@
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <exception>
+#include <filesystem>
+
+#include "core/base/error.h"
+#include "launch/commands/commands.h"
+#include "parallel/rank_plan.h"
+
+namespace dattn {
+
+void CommonOptions::declare(CLI::App& command, bool with_config) {
+  command.add_flag("--json", json, "JSON lines on stdout, each with an `event`");
+  if (with_config) command.add_option("--set", set, "key=value: changes a key of the config; may be repeated")->allow_extra_args(false);
+  command.add_option("--ranks", ranks, "run this many ranks as threads of one process")->check(CLI::PositiveNumber);
+  command.add_option("--threads", threads, "threads per rank (default: cores / ranks on this machine)")->check(CLI::PositiveNumber);
+}
+
+void print_line(const std::string& line) {
+  std::puts(line.c_str());
+  std::fflush(stdout);
+}
+
+RunConfig load_run_config(const std::string& path, const CommonOptions& common) {
+  RunConfig config = load_config<RunConfig>(path, common.set);
+  const bool path_on_command_line =
+      std::any_of(common.set.begin(), common.set.end(), [](const std::string& set) { return set.rfind("data.path=", 0) == 0; });
+  if (!config.data.path.empty() && !path_on_command_line) {
+    config.data.path = (std::filesystem::absolute(path).parent_path() / config.data.path).lexically_normal().string();
+  }
+  return config;
+}
+
+AttentionOptions attention_options(const RunConfig& config, std::int64_t seq_q, std::int64_t seq_kv) {
+  return {to_mask(config.attention.mask, seq_q, seq_kv), config.attention.softmax_scale, config.layout, config.strategy};
+}
+
+AttentionShape shape_of(const ShapeConfig& shape, DType dtype) {
+  return {shape.batch, shape.seq, shape.seq_kv.value_or(shape.seq), shape.heads, shape.kv_heads.value_or(shape.heads), shape.dim,
+          shape.dim_v.value_or(shape.dim), dtype};
+}
+
+int run_with_config(const CommonOptions& common, const std::function<RunConfig()>& load,
+                    const std::function<void(const RunConfig&, Communicator&)>& body) {
+  RunConfig config;
+  std::exception_ptr failure;
+  try {
+    config = load();
+  } catch (...) {
+    failure = std::current_exception();
+  }
+  const JobOptions options{common.ranks, config.comm.timeout_s, common.threads > 0 ? common.threads : config.threads};
+  return run_job(options, [&](Communicator& world) {
+    if (failure) std::rethrow_exception(failure);
+    body(config, world);
+  });
+}
+
+Json plan_costs(const Plan& forward, const Plan& gradient) {
+  const int ranks = forward.problem->mesh.ranks();
+  Json bytes, bytes_max, stats;
+  double flops_sum = 0, flops_max = 0;
+  std::int64_t peak = 0;
+  for (const auto& [name, plan] : {std::pair{"forward", &forward}, std::pair{"backward", &gradient}}) {
+    double sum = 0, statistics = 0;
+    std::int64_t most = 0;
+    for (int rank = 0; rank < ranks; ++rank) {
+      const RankCost cost = make_rank_plan(*plan, rank).cost;
+      sum += static_cast<double>(cost.bytes_received);
+      statistics += static_cast<double>(cost.stats_bytes);
+      most = std::max(most, cost.bytes_received);
+      peak = std::max(peak, cost.peak_memory);
+      if (plan == &forward) flops_sum += cost.flops, flops_max = std::max(flops_max, cost.flops);
+    }
+    bytes[name] = std::llround(sum / ranks);
+    stats[name] = std::llround(statistics / ranks);
+    bytes_max[name] = most;
+  }
+  return {{"bytes_per_rank", bytes},
+          {"bytes_max", bytes_max},
+          {"stats_bytes", stats},
+          {"flops_per_rank", flops_sum / ranks},
+          {"balance", flops_max > 0 ? flops_sum / ranks / flops_max : 1.0},
+          {"peak_memory_bytes", peak}};
+}
+
+}  // namespace dattn

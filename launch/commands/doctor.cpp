@@ -1,0 +1,140 @@
+// dattn doctor: what was found on this machine, why a back end is off, and a short self-test on the present ranks.
+#include <dlfcn.h>
+#include <fmt/format.h>
+
+#include <cmath>
+#include <memory>
+
+#include "core/base/error.h"
+#include "core/base/philox.h"
+#include "core/base/threads.h"
+#include "launch/commands/commands.h"
+#include "launch/commands/gather.h"
+#include "parallel/comm/mpi.h"
+#include "parallel/strategy.h"
+#include "parallel/verify.h"
+
+namespace dattn {
+namespace {
+
+std::string cpu_features() {
+#if defined(__x86_64__)
+  std::string found;
+  const auto note = [&](bool has, const char* name) {
+    if (has) found += fmt::format("{}{}", found.empty() ? "" : " ", name);
+  };
+  note(__builtin_cpu_supports("avx2"), "avx2");
+  note(__builtin_cpu_supports("fma"), "fma");
+  note(__builtin_cpu_supports("avx512f"), "avx512f");
+  note(__builtin_cpu_supports("avx512bf16"), "avx512bf16");
+  return found.empty() ? "none of avx2, fma, avx512f, avx512bf16" : found;
+#else
+  return "the compiler's defaults";
+#endif
+}
+
+// Whether a shared library can be loaded, and what was looked for.
+Json probe_library(const char* soname, const char* needed_for) {
+  void* handle = dlopen(soname, RTLD_LAZY | RTLD_LOCAL);
+  if (handle == nullptr) return {{"found", false}, {"detail", fmt::format("{} cannot be loaded; needed for {}", soname, needed_for)}};
+  dlclose(handle);
+  return {{"found", true}, {"detail", fmt::format("{} can be loaded, but this version computes on the CPU only", soname)}};
+}
+
+Json report() {
+  const ShimReport mpi = probe_mpi();
+  const Launch launch = detect_launch();
+  Json kernels = Json::array();
+  for (const AttentionKernel* kernel : attention_kernels()) kernels.push_back(kernel->name());
+  Json names = Json::array();
+  for (const Strategy& strategy : strategies()) names.push_back(strategy.name);
+  return {{"version", DATTN_VERSION},
+          {"cores", available_cores()},
+          {"cpu_features", cpu_features()},
+          {"launcher", launch.launcher.empty() ? "none" : launch.launcher},
+          {"mpi", {{"found", mpi.found}, {"detail", mpi.detail}}},
+          {"cuda", probe_library("libcuda.so.1", "GPUs (NVIDIA's driver)")},
+          {"nccl", probe_library("libnccl.so.2", "collectives between GPUs")},
+          {"cudnn", probe_library("libcudnn.so.9", "attention on GPUs")},
+          {"kernels", kernels},
+          {"strategies", names}};
+}
+
+Tensor random_tensor(const Shape& shape, std::uint64_t stream) {
+  Tensor tensor = Tensor::uninitialized(DType::kF32, shape);
+  for (std::int64_t i = 0; i < shape.elements(); ++i) tensor.ptr<float>()[i] = philox_normal(1, stream, static_cast<std::uint64_t>(i));
+  return tensor;
+}
+
+// The largest difference between a sharded causal attention over all present ranks and the reference kernel.
+double self_test(Communicator& world, const std::string& strategy, const MeshShape& shape) {
+  const AttentionShape problem{.batch = 1, .seq_q = 257, .seq_kv = 257, .heads = 4, .kv_heads = 2, .dim_qk = 32, .dim_v = 32, .dtype = DType::kF32};
+  AttentionOptions options;
+  options.strategy = strategy;
+  const Mesh mesh(world, shape);
+  ShardedAttention attention(mesh, problem, options);
+  const Tensor q = random_tensor({1, 257, 4, 32}, 1), k = random_tensor({1, 257, 2, 32}, 2), v = random_tensor({1, 257, 2, 32}, 3);
+  const Shard rows{{0, 1}, attention.q_positions(), attention.heads().q}, keys{{0, 1}, attention.kv_positions(), attention.heads().kv};
+  const AttentionResult result = attention.forward(take_shard(q, rows, DType::kF32), take_shard(k, keys, DType::kF32), take_shard(v, keys, DType::kF32));
+
+  Tensor out(DType::kF32, q->shape), lse(DType::kF32, {1, 4, 257});
+  const std::vector<Tile> tiles = make_tiles(compile(options.mask, 257, 257), Positions::range(0, 257), Positions::range(0, 257));
+  reference_kernel().attend({q, k, v, {0, 0, 2}, tiles, 1.0 / std::sqrt(32.0), out, lse, false});
+  const Tensor expected = take_shard(out, rows, DType::kF32);
+  double largest = 0;
+  for (std::int64_t i = 0; i < expected->elements(); ++i) {
+    largest = std::max(largest, static_cast<double>(std::abs(result.out.ptr<float>()[i] - expected.ptr<float>()[i])));
+  }
+  Tensor everywhere(DType::kF32, {1});
+  everywhere.ptr<float>()[0] = static_cast<float>(largest);
+  world.all_reduce_max(everywhere, {"doctor"});
+  return everywhere.ptr<float>()[0];
+}
+
+Json self_tests(Communicator& world) {
+  Json results;
+  for (const Axis axis : {Axis::kRing, Axis::kUlysses}) {
+    MeshShape mesh;
+    mesh.set(axis, world.size());
+    for (const Strategy& strategy : strategies()) {
+      if (!strategy.accepts(mesh).ok) continue;
+      const double error = self_test(world, std::string(strategy.name), mesh);
+      ensure(error < 1e-5, "self-test of strategy {} on {} ranks differs from the reference by {}", strategy.name, world.size(), error);
+      results[fmt::format("{} on {} {}", strategy.name, name_of(axis), world.size())] = error;
+    }
+  }
+  return results;
+}
+
+void print_report(const Json& done) {
+  for (const auto& [key, value] : done.items()) {
+    if (key == "event") continue;
+    std::string text = value.is_string() ? value.get<std::string>() : value.dump();
+    if (value.is_object() && value.contains("detail")) {
+      text = fmt::format("{}: {}", value["found"].get<bool>() ? "found" : "off", value["detail"].get<std::string>());
+    }
+    print_line(fmt::format("{:<14} {}", key, text));
+  }
+}
+
+}  // namespace
+
+Command add_doctor(CLI::App& app) {
+  CLI::App* command = app.add_subcommand("doctor", "what was found on this machine, and a self-test on the present ranks");
+  const auto common = std::make_shared<CommonOptions>();
+  common->declare(*command, false);
+  return [common] {
+    const auto load = [] { return RunConfig{}; };
+    return run_with_config(*common, load, [&](const RunConfig&, Communicator& world) {
+      Json done{{"event", "done"}};
+      if (world.rank() == 0) done.update(report());
+      done["ranks"] = world.size();
+      done["threads"] = num_threads();
+      done["self_test"] = self_tests(world);
+      if (world.rank() != 0) return;
+      common->json ? print_json(done) : print_report(done);
+    });
+  };
+}
+
+}  // namespace dattn

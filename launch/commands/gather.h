@@ -1,0 +1,43 @@
+// Whole tensors from the shards of all ranks, and back: for commands that read and write files.
+#pragma once
+
+#include <map>
+#include <string>
+#include <vector>
+
+#include "parallel/attention.h"
+
+namespace dattn {
+
+enum class Side { kQuery, kKey };
+
+// What a rank holds of a tensor [B, S, H, X].
+struct Shard {
+  Interval batch;
+  Positions rows;
+  Interval heads;
+};
+
+Tensor take_shard(const TensorView& whole, const Shard& shard, DType dtype);
+TensorView statistics_as_rows(const TensorView& statistics);  // [B, H, S] seen as [B, S, H, 1]
+
+// Collects tensors on rank 0. Heads that several ranks hold (KV heads shared by parts of the tensor axis) are summed.
+class Gatherer {
+ public:
+  Gatherer(const Mesh& mesh, const AttentionShape& shape, Layout layout) : mesh_(mesh), shape_(shape), layout_(layout) {}
+
+  // Collective. `own` is this rank's shard of the tensor of shape `whole`.
+  void add(const std::string& name, const TensorView& own, const Shape& whole, Side side);
+  // Collective: rank 0 writes the file ("lse" as [B, H, S]); a failure there is an error on every rank.
+  void write(const std::string& path);
+
+ private:
+  Shard shard_of(int rank, Side side) const;
+
+  const Mesh& mesh_;
+  AttentionShape shape_;
+  Layout layout_;
+  std::vector<std::pair<std::string, Tensor>> collected_;  // rank 0
+};
+
+}  // namespace dattn

@@ -1,0 +1,44 @@
+// dattn train CONFIG: trains a model and leaves a run folder.
+#include <filesystem>
+#include <memory>
+
+#include "launch/commands/commands.h"
+#include "plugins/train/trainer.h"
+
+namespace dattn {
+
+Command add_train(CLI::App& app) {
+  CLI::App* command = app.add_subcommand("train", "train a transformer whose attention is sharded over the mesh");
+  struct Options {
+    CommonOptions common;
+    std::string config;
+    bool resume = false;
+  };
+  const auto options = std::make_shared<Options>();
+  command->add_option("config", options->config, "YAML file (keys: configs/SCHEMA.md)")->required();
+  command->add_flag("--resume", options->resume, "continue the newest checkpoint of the run folder instead of starting afresh");
+  options->common.declare(*command, true);
+  return [options] {
+    const auto load = [&] { return load_run_config(options->config, options->common); };
+    return run_with_config(options->common, load, [&](const RunConfig& config, Communicator& world) {
+      TrainJob job;
+      job.mesh = config.mesh.shape();
+      job.attention = config.attention;
+      job.layout = config.layout;
+      job.strategy = config.strategy;
+      job.dtype = config.dtype;
+      job.data = config.data;
+      job.model = config.model;
+      job.train = config.train;
+      job.name = std::filesystem::path(options->config).stem().string();
+      job.config_yaml = to_yaml(to_node(config));
+      job.resume = options->resume;
+      TrainHooks hooks;
+      if (options->common.json) hooks.on_event = print_line;
+      const TrainResult result = train(world, job, hooks);
+      if (world.rank() == 0 && !options->common.json) print_line(result.run_dir);
+    });
+  };
+}
+
+}  // namespace dattn

@@ -1,0 +1,157 @@
+// The whole config of a run, as the command reads it: one struct per section. configs/SCHEMA.md is made from this.
+#pragma once
+
+#include <array>
+#include <optional>
+#include <string>
+#include <utility>
+
+#include "core/base/dtype.h"
+#include "core/config/attention_config.h"
+#include "core/config/config.h"
+#include "core/nn/model_config.h"
+#include "parallel/layout.h"
+#include "parallel/mesh.h"
+#include "plugins/train/train_config.h"
+
+namespace dattn {
+
+template <>
+struct ConfigNames<Layout> {
+  static constexpr std::array<std::pair<std::string_view, Layout>, 3> kAll{
+      {{"contiguous", Layout::kContiguous}, {"zigzag", Layout::kZigzag}, {"striped", Layout::kStriped}}};
+};
+
+template <>
+struct ConfigNames<DType> {
+  static constexpr std::array<std::pair<std::string_view, DType>, 2> kAll{{{"fp32", DType::kF32}, {"bf16", DType::kBF16}}};
+};
+
+// Repeatable: same mesh, same bits.
+enum class Determinism { kRepeatable };
+
+template <>
+struct ConfigNames<Determinism> {
+  static constexpr std::array<std::pair<std::string_view, Determinism>, 1> kAll{{{"repeatable", Determinism::kRepeatable}}};
+};
+
+struct MeshConfig {
+  int data = 1;
+  int tensor = 1;
+  int ulysses = 1;
+  int ring = 1;
+
+  MeshShape shape() const {
+    MeshShape mesh;
+    mesh.set(Axis::kData, data);
+    mesh.set(Axis::kRing, ring);
+    mesh.set(Axis::kUlysses, ulysses);
+    mesh.set(Axis::kTensor, tensor);
+    return mesh;
+  }
+};
+
+// Sizes of one attention call, for `plan` and `bench`, which have no tensors to take them from.
+struct ShapeConfig {
+  std::int64_t batch = 1;
+  std::int64_t seq = 1024;
+  std::optional<std::int64_t> seq_kv;
+  std::int64_t heads = 8;
+  std::optional<std::int64_t> kv_heads;
+  std::int64_t dim = 64;
+  std::optional<std::int64_t> dim_v;
+};
+
+struct CommConfig {
+  double timeout_s = 60;
+};
+
+struct RunConfig {
+  AttentionConfig attention;
+  MeshConfig mesh;
+  Layout layout = Layout::kZigzag;
+  std::string strategy = "auto";
+  DType dtype = DType::kF32;
+  Determinism determinism = Determinism::kRepeatable;
+  int threads = 0;
+  CommConfig comm;
+  DataConfig data;
+  ModelConfig model;
+  TrainConfig train;
+  std::optional<ShapeConfig> shape;
+};
+
+template <class V>
+void describe(V& v, MeshConfig& c) {
+  v("data", c.data, "ranks that share out the batch");
+  v("tensor", c.tensor, "ranks that share out heads, hidden units and vocabulary");
+  v("ulysses", c.ulysses, "ranks that share out the sequence and, inside attention, the heads");
+  v("ring", c.ring, "ranks that share out the sequence and pass keys and values around");
+}
+
+template <class V>
+void describe(V& v, ShapeConfig& c) {
+  v("batch", c.batch, "batch rows");
+  v("seq", c.seq, "query positions");
+  v("seq_kv", c.seq_kv, "key positions; absent = seq");
+  v("heads", c.heads, "query heads");
+  v("kv_heads", c.kv_heads, "key and value heads, a divisor of heads; absent = heads");
+  v("dim", c.dim, "head dim of queries and keys");
+  v("dim_v", c.dim_v, "head dim of values; absent = dim");
+}
+
+template <class V>
+void describe(V& v, CommConfig& c) {
+  v("timeout_s", c.timeout_s, "seconds without an answer after which a peer counts as lost");
+}
+
+template <class V>
+void describe(V& v, RunConfig& c) {
+  v("attention", c.attention, "the mask and the scale of the scores");
+  v("mesh", c.mesh, "ranks along each axis; the product equals the ranks of the job");
+  v("layout", c.layout, "which positions each part of the sequence holds");
+  v("strategy", c.strategy, "how keys and values travel: auto, or a file of parallel/strategies");
+  v("dtype", c.dtype, "storage type; sums are kept in fp32");
+  v("determinism", c.determinism, "repeatable: same mesh, same bits");
+  v("threads", c.threads, "threads per rank; 0 = cores / ranks on this machine");
+  v("comm", c.comm, "communication");
+  v("data", c.data, "the training text");
+  v("model", c.model, "the transformer");
+  v("train", c.train, "the training loop");
+  v("shape", c.shape, "sizes of one attention call, for plan and bench");
+}
+
+inline void check(const MeshConfig& c, const ConfigCheck& at) {
+  at.require("data", c.data >= 1, "must be at least 1");
+  at.require("tensor", c.tensor >= 1, "must be at least 1");
+  at.require("ulysses", c.ulysses >= 1, "must be at least 1");
+  at.require("ring", c.ring >= 1, "must be at least 1");
+}
+
+inline void check(const ShapeConfig& c, const ConfigCheck& at) {
+  at.require("batch", c.batch >= 1, "must be at least 1");
+  at.require("seq", c.seq >= 0 && c.seq <= kMaxPosition, "must lie in [0, {}]", kMaxPosition);
+  at.require("heads", c.heads >= 1, "must be at least 1");
+  at.require("dim", c.dim >= 1, "must be at least 1");
+  const std::int64_t kv_heads = c.kv_heads.value_or(c.heads);
+  at.require("kv_heads", kv_heads >= 1 && c.heads % kv_heads == 0, "must divide heads ({})", c.heads);
+}
+
+inline void check(const CommConfig& c, const ConfigCheck& at) {
+  at.require("timeout_s", c.timeout_s > 0, "must be greater than 0");
+}
+
+inline void check(const RunConfig& c, const ConfigCheck& at) {
+  at.require("threads", c.threads >= 0, "must be at least 0");
+}
+
+// The text of configs/SCHEMA.md.
+inline std::string run_config_schema() {
+  return schema_page(
+      "Config keys",
+      "Made from the structs by the tests (`DATTN_UPDATE=1`, `Schema.*`); do not edit. Every key may also be set on "
+      "the command line: `--set train.steps=10`. Unknown and duplicate keys, anchors, aliases and tags are refused.",
+      schema_of<RunConfig>());
+}
+
+}  // namespace dattn

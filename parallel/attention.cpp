@@ -1,0 +1,121 @@
+#include "parallel/attention.h"
+
+#include <map>
+
+#include "core/attention/state.h"
+#include "core/base/error.h"
+#include "core/base/log.h"
+#include "parallel/run.h"
+#include "parallel/strategy.h"
+
+namespace dattn {
+namespace {
+
+void check_tensor(std::string_view name, const TensorView& tensor, const Shape& expected, DType dtype) {
+  require(tensor.shape == expected, "attention: {} has shape {} but this rank's shard is {}", name, tensor.shape.text(), expected.text());
+  require(tensor.dtype == dtype, "attention: {} has dtype {} but the plan was made for {}", name, name_of(tensor.dtype), name_of(dtype));
+  require(tensor.empty() || tensor.size(3) == 1 || tensor.stride(3) == 1, "attention: the last axis of {} must be contiguous, its stride is {}",
+          name, tensor.stride(3));
+}
+
+Tensor owned_field(ValueData& value, std::size_t field) {
+  return value.owned.empty() ? to_dtype(value.fields[field], value.fields[field].dtype) : std::move(value.owned[field]);
+}
+
+}  // namespace
+
+struct ShardedAttention::Impl {
+  Impl(const Mesh& on_mesh, const AttentionShape& with_shape, const AttentionOptions& options)
+      : mesh(on_mesh),
+        shape(with_shape),
+        forward_plan(make_plan(on_mesh.shape(), with_shape, options)),
+        backward_plan(dattn::backward(forward_plan)),
+        forward_mine(make_rank_plan(forward_plan, on_mesh.rank())),
+        backward_mine(make_rank_plan(backward_plan, on_mesh.rank())),
+        kernel(select_kernel({with_shape.dtype, with_shape.dim_qk, with_shape.dim_v})),
+        forward_runner(forward_plan, forward_mine, on_mesh, kernel),
+        backward_runner(backward_plan, backward_mine, on_mesh, kernel) {
+    note_once(fmt::format("attention strategy {} on mesh {}", forward_plan.strategy, on_mesh.shape().text()));
+  }
+
+  const Block& q_block() const { return forward_mine.blocks[0]; }
+  const Block& kv_block() const { return forward_mine.blocks[1]; }
+
+  void check_inputs(const TensorView& q, const TensorView& k, const TensorView& v) const {
+    check_tensor("q", q, {shape.batch, q_block().rows.count(), q_block().heads.q.count(), shape.dim_qk}, shape.dtype);
+    check_tensor("k", k, {shape.batch, kv_block().rows.count(), kv_block().heads.kv.count(), shape.dim_qk}, shape.dtype);
+    check_tensor("v", v, {shape.batch, kv_block().rows.count(), kv_block().heads.kv.count(), shape.dim_v}, shape.dtype);
+  }
+
+  const Mesh& mesh;
+  AttentionShape shape;
+  Plan forward_plan, backward_plan;
+  RankPlan forward_mine, backward_mine;
+  const AttentionKernel& kernel;
+  Runner forward_runner, backward_runner;
+};
+
+ShardedAttention::ShardedAttention(const Mesh& mesh, const AttentionShape& shape, const AttentionOptions& options)
+    : impl_(std::make_unique<Impl>(mesh, shape, options)) {}
+ShardedAttention::~ShardedAttention() = default;
+ShardedAttention::ShardedAttention(ShardedAttention&&) noexcept = default;
+
+const Positions& ShardedAttention::q_positions() const { return impl_->q_block().rows; }
+const Positions& ShardedAttention::kv_positions() const { return impl_->kv_block().rows; }
+HeadRange ShardedAttention::heads() const { return impl_->q_block().heads; }
+
+AttentionResult ShardedAttention::forward(const TensorView& q, const TensorView& k, const TensorView& v, int layer) {
+  impl_->check_inputs(q, k, v);
+  std::vector<ValueData> outputs = impl_->forward_runner.run({{q}, {k, v}}, layer);
+  Tensor lse = owned_field(outputs[0], 0);
+  return {owned_field(outputs[0], 1), std::move(lse)};
+}
+
+AttentionGradients ShardedAttention::backward(const TensorView& q, const TensorView& k, const TensorView& v, const AttentionResult& result,
+                                              const TensorView& dout, int layer) {
+  impl_->check_inputs(q, k, v);
+  check_tensor("dout", dout, result.out->shape, impl_->shape.dtype);
+  Tensor delta = Tensor::uninitialized(result.lse->dtype, result.lse->shape);
+  attention_delta(dout, result.out, delta);
+  std::vector<ValueData> outputs = impl_->backward_runner.run({{q}, {k, v}, {result.lse, delta, dout}}, layer);
+  Tensor dq = owned_field(outputs[0], 0);
+  Tensor dk = owned_field(outputs[1], 0);
+  return {std::move(dq), std::move(dk), owned_field(outputs[1], 1)};
+}
+
+struct DistributedAttention::Impl {
+  const Mesh& mesh;
+  AttentionShape shape;
+  AttentionOptions options;
+  std::map<std::int64_t, ShardedAttention> by_batch;
+  std::map<int, AttentionResult> saved;  // by layer, until its backward
+
+  ShardedAttention& for_batch(std::int64_t batch) {
+    const auto found = by_batch.find(batch);
+    if (found != by_batch.end()) return found->second;
+    AttentionShape with_batch = shape;
+    with_batch.batch = batch;
+    return by_batch.emplace(batch, ShardedAttention(mesh, with_batch, options)).first->second;
+  }
+};
+
+DistributedAttention::DistributedAttention(const Mesh& mesh, const AttentionShape& shape, const AttentionOptions& options)
+    : impl_(new Impl{mesh, shape, options, {}, {}}) {}
+DistributedAttention::~DistributedAttention() = default;
+
+Tensor DistributedAttention::forward(int layer, const TensorView& q, const TensorView& k, const TensorView& v) {
+  AttentionResult result = impl_->for_batch(q.size(0)).forward(q, k, v, layer);
+  Tensor out = result.out.clone();
+  impl_->saved[layer] = std::move(result);
+  return out;
+}
+
+Attention::Gradients DistributedAttention::backward(int layer, const TensorView& q, const TensorView& k, const TensorView& v, const TensorView& dout) {
+  const auto saved = impl_->saved.find(layer);
+  ensure(saved != impl_->saved.end(), "attention of layer {} has a backward without a forward", layer);
+  AttentionGradients gradients = impl_->for_batch(q.size(0)).backward(q, k, v, saved->second, dout, layer);
+  impl_->saved.erase(saved);
+  return {std::move(gradients.dq), std::move(gradients.dk), std::move(gradients.dv)};
+}
+
+}  // namespace dattn

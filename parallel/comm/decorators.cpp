@@ -1,0 +1,217 @@
+#include "parallel/comm/decorators.h"
+
+#include <thread>
+#include <unordered_map>
+
+#include <fmt/format.h>
+
+#include "parallel/comm/parts.h"
+
+namespace dattn {
+namespace {
+
+// Forwards everything. The collectives stay those of Communicator, made of this object's own start() and wait(), so that
+// what a decorator does to exchanges it does to every byte of a collective too.
+class Decorator : public Communicator {
+ public:
+  explicit Decorator(std::unique_ptr<Communicator> inner) : inner_(std::move(inner)) {}
+
+  int rank() const override { return inner_->rank(); }
+  int size() const override { return inner_->size(); }
+  std::string_view name() const override { return inner_->name(); }
+  Ticket start(std::span<const SendPart> sends, std::span<const RecvPart> receives, const OpLabel& label) override {
+    return inner_->start(sends, receives, label);
+  }
+  void wait(Ticket ticket) override { inner_->wait(ticket); }
+  void abort(const std::string& reason) noexcept override { inner_->abort(reason); }
+  void abort(const std::string& reason, ErrorCode code) noexcept override { inner_->abort(reason, code); }
+  JobEnd job_end() const override { return inner_->job_end(); }
+  void terminate_job(int exit_code) noexcept override { inner_->terminate_job(exit_code); }
+
+ protected:
+  std::unique_ptr<Communicator> inner_;
+};
+
+// Payload of an exchange, without what goes to oneself.
+struct Payload {
+  std::int64_t received = 0;
+  std::int64_t sent = 0;
+
+  Payload(std::span<const SendPart> sends, std::span<const RecvPart> receives, int rank) {
+    for (const SendPart& part : sends) sent += part.peer == rank ? 0 : static_cast<std::int64_t>(part.bytes);
+    for (const RecvPart& part : receives) received += part.peer == rank ? 0 : static_cast<std::int64_t>(part.bytes);
+  }
+};
+
+class Counted final : public Decorator {
+ public:
+  Counted(std::unique_ptr<Communicator> inner, std::shared_ptr<ByteCounter> counter)
+      : Decorator(std::move(inner)), counter_(std::move(counter)) {}
+  Ticket start(std::span<const SendPart> sends, std::span<const RecvPart> receives, const OpLabel& label) override {
+    const Payload payload(sends, receives, rank());
+    const Ticket ticket = inner_->start(sends, receives, label);
+    counter_->count(label.verb, payload.received, payload.sent);
+    return ticket;
+  }
+  std::unique_ptr<Communicator> split(std::span<const int> ranks, std::string_view part) override {
+    return counted(inner_->split(ranks, part), counter_);
+  }
+
+ private:
+  std::shared_ptr<ByteCounter> counter_;
+};
+
+// One span from start to the end of the wait on the group's own track, and one for the wait itself: what is exposed.
+class Traced final : public Decorator {
+ public:
+  Traced(std::unique_ptr<Communicator> inner, std::shared_ptr<Trace> trace)
+      : Decorator(std::move(inner)), trace_(std::move(trace)) {}
+  Ticket start(std::span<const SendPart> sends, std::span<const RecvPart> receives, const OpLabel& label) override {
+    const Payload payload(sends, receives, rank());
+    const double begin = trace_->now_us();
+    const Ticket ticket = inner_->start(sends, receives, label);
+    const std::lock_guard lock(mutex_);
+    running_.insert_or_assign(ticket, Running{std::string(label.verb), begin,
+                                              fmt::format(R"({{"layer":{},"step":{},"received":{},"sent":{}}})", label.layer,
+                                                          label.step, payload.received, payload.sent)});
+    return ticket;
+  }
+  void wait(Ticket ticket) override {
+    const double begin = trace_->now_us();
+    inner_->wait(ticket);
+    const double end = trace_->now_us();
+    const std::lock_guard lock(mutex_);
+    const auto entry = running_.find(ticket);
+    if (entry == running_.end()) return;
+    const Running& running = entry->second;
+    trace_->span(fmt::format("comm {}", name()), running.verb, running.begin_us, end, running.arguments);
+    trace_->span("exposed communication", running.verb, begin, end, running.arguments);
+    running_.erase(entry);
+  }
+  std::unique_ptr<Communicator> split(std::span<const int> ranks, std::string_view part) override {
+    return traced(inner_->split(ranks, part), trace_);
+  }
+
+ private:
+  struct Running {
+    std::string verb;
+    double begin_us = 0;
+    std::string arguments;
+  };
+  std::shared_ptr<Trace> trace_;
+  std::mutex mutex_;
+  std::unordered_map<Ticket, Running> running_;
+};
+
+class Faulty final : public Decorator {
+ public:
+  Faulty(std::unique_ptr<Communicator> inner, const Fault& fault, std::shared_ptr<std::atomic<std::int64_t>> starts)
+      : Decorator(std::move(inner)), fault_(fault), starts_(std::move(starts)) {}
+  Ticket start(std::span<const SendPart> sends, std::span<const RecvPart> receives, const OpLabel& label) override {
+    if (starts_->fetch_add(1) != fault_.at) return inner_->start(sends, receives, label);
+    if (fault_.kind == Fault::Kind::kKill) {
+      fail(ErrorCode::kPeer, "killed by an injected fault at start {} ({})", fault_.at, label_text(label));
+    }
+    if (fault_.kind == Fault::Kind::kDelay) std::this_thread::sleep_for(std::chrono::duration<double>(fault_.delay_s));
+    std::vector<SendPart> made(sends.begin(), sends.end());
+    if (fault_.kind == Fault::Kind::kDrop) std::erase_if(made, [this](const SendPart& part) { return part.peer != rank(); });
+    return inner_->start(made, receives, label);
+  }
+  std::unique_ptr<Communicator> split(std::span<const int> ranks, std::string_view part) override {
+    return std::make_unique<Faulty>(inner_->split(ranks, part), fault_, starts_);
+  }
+
+ private:
+  Fault fault_;
+  std::shared_ptr<std::atomic<std::int64_t>> starts_;
+};
+
+// JSON string without its quotes.
+std::string escaped(std::string_view text) {
+  std::string out;
+  for (const char c : text) {
+    if (c == '"' || c == '\\') {
+      out += {'\\', c};
+    } else if (static_cast<unsigned char>(c) < 0x20) {
+      out += fmt::format("\\u{:04x}", static_cast<unsigned char>(c));
+    } else {
+      out += c;
+    }
+  }
+  return out;
+}
+
+}  // namespace
+
+void ByteCounter::count(std::string_view verb, std::int64_t received, std::int64_t sent) {
+  const std::lock_guard lock(mutex_);
+  auto entry = counts_.find(verb);
+  if (entry == counts_.end()) entry = counts_.emplace(verb, ByteCounts{}).first;
+  entry->second.received += received;
+  entry->second.sent += sent;
+  ++entry->second.operations;
+}
+
+std::map<std::string, ByteCounts> ByteCounter::by_verb() const {
+  const std::lock_guard lock(mutex_);
+  return {counts_.begin(), counts_.end()};
+}
+
+ByteCounts ByteCounter::total() const {
+  ByteCounts sum;
+  for (const auto& [verb, counts] : by_verb()) {
+    sum.received += counts.received;
+    sum.sent += counts.sent;
+    sum.operations += counts.operations;
+  }
+  return sum;
+}
+
+void ByteCounter::reset() {
+  const std::lock_guard lock(mutex_);
+  counts_.clear();
+}
+
+Trace::Trace(int rank) : rank_(rank), start_(std::chrono::steady_clock::now()) {
+  events_ = fmt::format(R"({{"ph":"M","name":"process_name","pid":{0},"tid":0,"args":{{"name":"rank {0}"}}}})", rank);
+}
+
+void Trace::span(std::string_view track, std::string_view name, double begin_us, double end_us, std::string_view arguments) {
+  const std::lock_guard lock(mutex_);
+  int track_id = 0;
+  if (const auto known = tracks_.find(track); known != tracks_.end()) {
+    track_id = known->second;
+  } else {
+    track_id = static_cast<int>(tracks_.size()) + 1;
+    tracks_.emplace(track, track_id);
+    events_ += fmt::format(R"(,
+{{"ph":"M","name":"thread_name","pid":{},"tid":{},"args":{{"name":"{}"}}}})",
+                           rank_, track_id, escaped(track));
+  }
+  events_ += fmt::format(R"(,
+{{"ph":"X","name":"{}","pid":{},"tid":{},"ts":{:.3f},"dur":{:.3f},"args":{}}})",
+                         escaped(name), rank_, track_id, begin_us, end_us - begin_us, arguments.empty() ? "{}" : arguments);
+}
+
+double Trace::now_us() const {
+  return std::chrono::duration<double, std::micro>(std::chrono::steady_clock::now() - start_).count();
+}
+
+std::string Trace::json_events() const {
+  const std::lock_guard lock(mutex_);
+  return events_;
+}
+
+std::unique_ptr<Communicator> counted(std::unique_ptr<Communicator> inner, std::shared_ptr<ByteCounter> counter) {
+  return std::make_unique<Counted>(std::move(inner), std::move(counter));
+}
+
+std::unique_ptr<Communicator> traced(std::unique_ptr<Communicator> inner, std::shared_ptr<Trace> trace) {
+  return std::make_unique<Traced>(std::move(inner), std::move(trace));
+}
+
+std::unique_ptr<Communicator> faulty(std::unique_ptr<Communicator> inner, const Fault& fault) {
+  return std::make_unique<Faulty>(std::move(inner), fault, std::make_shared<std::atomic<std::int64_t>>(0));
+}
+
+}  // namespace dattn

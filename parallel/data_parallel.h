@@ -1,0 +1,51 @@
+// Data parallelism: ranks that hold equal parameters but other tokens (mesh.replicas(): data, ring, ulysses) sum their
+// gradients, and so do the ranks of the tensor axis for the parameters that are flagged so. Gradients are flattened into
+// buckets, so that few large messages travel instead of many small ones.
+//
+//   gradients of a rank   [embed][norm][q.weight][k.weight] .. [head]
+//   buckets of ~4 MB      [----------- 0 ----------][-- 1 --][- 2 -]    each summed in one all-reduce
+//
+// A parameter whose slices overlap between tensor parts (KV heads held twice) is placed in a tensor of its global shape
+// with zeros elsewhere, summed over the tensor axis, and cut again. Every sum is taken in rank order, and the buckets go
+// in a fixed order, so runs repeat bit by bit.
+// Source: Li et al., "PyTorch distributed: experiences on accelerating data parallel training", 2020 (buckets).
+#pragma once
+
+#include <cstdint>
+#include <span>
+#include <vector>
+
+#include "core/nn/parameter.h"
+#include "parallel/mesh.h"
+
+namespace dattn {
+
+class GradientSync {
+ public:
+  static constexpr std::int64_t kBucketBytes = 4 << 20;
+
+  // Mesh and parameters must outlive this. A tensor larger than a bucket travels alone, without a copy.
+  GradientSync(const Mesh& mesh, std::span<Parameter* const> parameters, std::int64_t bucket_bytes = kBucketBytes);
+
+  // Sums the gradients over all ranks that share them, in place. Verbs "gradient_tensor" and "gradient".
+  void sum();
+
+  // This rank's share of the squared norm of the summed gradients: added over the world, every element of the model
+  // counts once, whatever is replicated or held twice.
+  double squared_norm_share() const;
+
+ private:
+  void sum_over_tensor();
+
+  const Mesh& mesh_;
+  std::vector<Parameter*> parameters_;
+  std::vector<Parameter*> tensor_summed_;
+  std::int64_t bucket_bytes_;
+};
+
+// Sums every tensor of the list over the group, in place, in buckets of at most `bucket_bytes` (or one tensor). Fp32,
+// contiguous, shapes equal on every rank.
+void all_reduce_in_buckets(Communicator& group, std::span<const TensorView> tensors, std::int64_t bucket_bytes,
+                           const OpLabel& label);
+
+}  // namespace dattn

@@ -1,0 +1,134 @@
+// A plan: what an attention call over a mesh does, as a value. It is a list of a few verbs over values that are written
+// once; the same list holds for every rank, with the rank as a parameter, so a plan of thousands of ranks is small. A
+// plan can be printed, proved (verify.h), costed (rank_plan.h) and run (run.h); backward(plan) derives the gradient's
+// plan, so a strategy is written once.
+//
+//   ring of 3:   s0 = attend(q, kv)          backward:   kv1 = rotate(kv)
+//                kv1 = rotate(kv)                        g1 = attend_grad(q, kv1)      (dq, dkv of rank r-1's block)
+//                s1 = attend(q, kv1, s0)                 kv2 = rotate(kv1), h1 = rotate(g1)
+//                kv2 = rotate(kv1)                       g2 = attend_grad(q, kv2) + h1
+//                s2 = attend(q, kv2, s1)                 home = rotate(g2)             (overlaps with the own block:)
+//                out = finish(s2)                        dkv = attend_grad(q, kv) + home
+#pragma once
+
+#include <memory>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "parallel/attention.h"
+
+namespace dattn {
+
+enum class Verb {
+  kAttend,         // (q, kv [, state]) -> state
+  kFinish,         // state -> result: out in storage type, lse
+  kAttendGrad,     // (q, kv, grad_out, dq or none, dkv or none) -> (dq, dkv), added to those given
+  kAdd,            // (a, b) -> a + b, in a's memory
+  kRotate,         // to the rank `shift` further along the axis, cyclically
+  kGather,         // every rank of the axis gets the rows of all
+  kReduceScatter,  // the adjoint of gather: every rank gets the sum of its own rows
+  kSeqToHead,      // all-to-all: rows of all ranks of the axis, this rank's share of the heads
+  kHeadToSeq       // the way back; heads held by several ranks are summed
+};
+std::string_view name_of(Verb verb);
+constexpr bool is_move(Verb verb) { return verb >= Verb::kRotate; }
+
+enum class What { kQuery, kKeyValue, kState, kResult, kGradOut, kGradQuery, kGradKeyValue };
+std::string_view name_of(What what);
+constexpr bool is_key_side(What what) { return what == What::kKeyValue || what == What::kGradKeyValue; }
+
+using ValueId = int;
+inline constexpr ValueId kNoValue = -1;
+
+// Where a value's rows and heads are, on any rank: relative to another value, so that nothing is stored per rank.
+struct Placing {
+  enum class Kind { kShard, kRotated, kGathered, kHeadSplit, kLike };
+  Kind kind = Kind::kShard;
+  ValueId base = kNoValue;
+  Axis axis = Axis::kRing;
+  int shift = 0;  // kRotated: this rank holds what the rank `shift` earlier on the axis holds of base
+};
+
+struct Value {
+  What what = What::kQuery;
+  Placing placing;
+};
+
+struct Step {
+  Verb verb = Verb::kAttend;
+  std::vector<ValueId> in;
+  std::vector<ValueId> out;
+  Axis axis = Axis::kRing;  // moves
+  int shift = 0;            // rotate
+};
+
+// What is computed, on which mesh. Shared by a plan and its backward plan.
+struct Problem {
+  AttentionShape shape;  // batch: of one data coordinate
+  double scale = 1.0;
+  std::vector<Region> mask;
+  std::string mask_text;
+  Layout layout = Layout::kZigzag;
+  MeshShape mesh;
+};
+
+// The rows and heads a rank holds of a value.
+struct Block {
+  Positions rows;  // query or key positions, by the value's side
+  HeadRange heads;
+
+  const Interval& heads_for(What what) const { return is_key_side(what) ? heads.kv : heads.q; }
+};
+
+// One tensor of a value. Statistics (lse, delta) are [B, H, S] in accumulator type and counted apart.
+struct Field {
+  std::string_view name;
+  DType dtype = DType::kF32;
+  std::int64_t width = 1;  // last axis; 1 for statistics
+  bool statistic = false;
+};
+std::vector<Field> fields_of(What what, const AttentionShape& shape);
+
+struct Plan {
+  std::string strategy;
+  std::shared_ptr<const Problem> problem;
+  std::vector<Value> values;
+  std::vector<Step> steps;
+  std::vector<ValueId> inputs;   // forward: q, kv; backward: q, kv, grad_out
+  std::vector<ValueId> outputs;  // forward: result; backward: dq, dkv
+
+  Block block(ValueId value, int rank) const;
+  std::string value_name(ValueId value) const;  // "kv2"
+  std::string text() const;                     // one line a step
+};
+
+Plan backward(const Plan& forward);
+
+// How strategies write plans. Moves over an axis of one rank return their argument.
+class PlanBuilder {
+ public:
+  PlanBuilder(std::string strategy, std::shared_ptr<const Problem> problem);
+
+  ValueId q() const { return 0; }
+  ValueId kv() const { return 1; }
+  int size(Axis axis) const { return plan_.problem->mesh.size(axis); }
+
+  ValueId attend(ValueId q, ValueId kv, ValueId state = kNoValue);
+  ValueId rotate(ValueId value, Axis axis, int shift = 1);
+  ValueId gather(ValueId value, Axis axis);
+  ValueId seq_to_head(ValueId value, Axis axis);
+  ValueId finish(ValueId state);
+  ValueId head_to_seq(ValueId result, Axis axis, ValueId like);  // to the rows and heads of `like`
+  Plan build(ValueId result) &&;
+
+ private:
+  friend class BackwardBuilder;
+  ValueId add_value(What what, Placing placing);
+  void add_step(Verb verb, std::vector<ValueId> in, std::vector<ValueId> out, Axis axis = Axis::kRing, int shift = 0);
+  ValueId move(Verb verb, ValueId value, Axis axis, int shift, Placing placing);
+
+  Plan plan_;
+};
+
+}  // namespace dattn

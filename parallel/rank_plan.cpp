@@ -1,0 +1,172 @@
+#include "parallel/rank_plan.h"
+
+#include <algorithm>
+#include <numeric>
+
+#include "core/base/error.h"
+
+namespace dattn {
+namespace {
+
+// Rows shared by two runs; for unequal steps the result is taken row by row.
+void append_shared(const Run& a, std::int64_t a_row, const Run& b, std::int64_t b_row, std::vector<SharedRows>& shared) {
+  if (a.last() < b.begin || b.last() < a.begin) return;
+  const std::int64_t step_a = a.count == 1 ? b.step : a.step, step_b = b.count == 1 ? step_a : b.step;
+  if (step_a == step_b) {
+    if ((a.begin - b.begin) % step_a != 0) return;
+    const std::int64_t begin = std::max(a.begin, b.begin), last = std::min(a.last(), b.last());
+    shared.push_back({a_row + (begin - a.begin) / step_a, b_row + (begin - b.begin) / step_a, (last - begin) / step_a + 1});
+    return;
+  }
+  for (std::int64_t row = 0; row < a.count; ++row) {
+    const std::int64_t offset = a.at(row) - b.begin;
+    if (offset >= 0 && offset % b.step == 0 && offset / b.step < b.count) shared.push_back({a_row + row, b_row + offset / b.step, 1});
+  }
+}
+
+Interval shared_heads(const Interval& a, const Interval& b) {
+  const Interval both{std::max(a.begin, b.begin), std::min(a.end, b.end)};
+  return both.count() > 0 ? both : Interval{};
+}
+
+class RankPlanner {
+ public:
+  RankPlanner(const Plan& plan, int rank) : plan_(plan), problem_(*plan.problem) { result_.rank = rank; }
+
+  RankPlan make() {
+    for (std::size_t i = 0; i < plan_.values.size(); ++i) {
+      result_.blocks.push_back(plan_.block(static_cast<ValueId>(i), result_.rank));
+    }
+    for (const Step& step : plan_.steps) {
+      RankStep mine;
+      if (is_move(step.verb)) plan_move(step, mine);
+      if (step.verb == Verb::kAttend || step.verb == Verb::kAttendGrad) plan_attend(step, mine);
+      result_.steps.push_back(std::move(mine));
+    }
+    count_memory();
+    return std::move(result_);
+  }
+
+ private:
+  const Block& block(ValueId value) const { return result_.blocks[static_cast<std::size_t>(value)]; }
+  What what(ValueId value) const { return plan_.values[static_cast<std::size_t>(value)].what; }
+
+  void plan_move(const Step& step, RankStep& mine) {
+    const MeshShape& mesh = problem_.mesh;
+    const int parts = mesh.size(step.axis), own = mesh.coordinate(result_.rank, step.axis);
+    const ValueId in = step.in[0], out = step.out[0];
+    if (step.verb == Verb::kRotate) {
+      append_whole(block(in), what(in), (own + step.shift) % parts, mine.sends);
+      append_whole(block(out), what(in), (own - step.shift % parts + parts) % parts, mine.receives);
+    } else {
+      for (int peer = 0; peer < parts; ++peer) {
+        const int rank = mesh.neighbour(result_.rank, step.axis, peer);
+        append(block(in), plan_.block(out, rank), what(in), peer, true, mine.sends);
+        append(plan_.block(in, rank), block(out), what(in), peer, false, mine.receives);
+      }
+    }
+    for (const Piece& piece : mine.receives) {
+      if (piece.peer != own) count_received(step, piece);
+    }
+  }
+
+  // A rotation moves blocks whole: one piece, in the order in which a value lies in memory.
+  static void append_whole(const Block& held, What what, int peer, std::vector<Piece>& pieces) {
+    const Interval heads = held.heads_for(what);
+    if (held.rows.count() > 0 && heads.count() > 0) pieces.push_back({peer, 0, held.rows.count(), heads});
+  }
+
+  // The pieces that go from block `from` to block `to`, as the sender or the receiver lists them.
+  static void append(const Block& from, const Block& to, What what, int peer, bool sender, std::vector<Piece>& pieces) {
+    const Interval heads = shared_heads(from.heads_for(what), to.heads_for(what));
+    if (heads.count() == 0) return;
+    for (const SharedRows& rows : shared_rows(from.rows, to.rows)) {
+      pieces.push_back({peer, sender ? rows.row_a : rows.row_b, rows.count, heads});
+    }
+  }
+
+  void count_received(const Step& step, const Piece& piece) {
+    const std::int64_t cells = problem_.shape.batch * piece.rows * piece.heads.count();
+    for (const Field& field : fields_of(what(step.out[0]), problem_.shape)) {
+      const std::int64_t bytes = cells * field.width * size_of(field.dtype);
+      (field.statistic ? result_.cost.stats_bytes : result_.cost.bytes_received) += bytes;
+      result_.cost.received_by_verb[std::string(name_of(step.verb))] += bytes;
+    }
+  }
+
+  void plan_attend(const Step& step, RankStep& mine) {
+    const Block &q = block(step.in[0]), &kv = block(step.in[1]);
+    const AttentionShape& shape = problem_.shape;
+    mine.heads = {q.heads.q.begin, kv.heads.kv.begin, shape.heads / shape.kv_heads};
+    mine.head_count = q.heads.q.count();
+    if (mine.head_count == 0) return;
+    mine.tiles = make_tiles(problem_.mask, q.rows, kv.rows);
+    const double pairs = static_cast<double>(area(mine.tiles)) * static_cast<double>(shape.batch * mine.head_count);
+    const auto d = static_cast<double>(shape.dim_qk), v = static_cast<double>(shape.dim_v);
+    result_.cost.flops += pairs * (step.verb == Verb::kAttend ? 2 * (d + v) : 2 * (3 * d + 2 * v));
+  }
+
+  void count_memory() {
+    const std::vector<int> last = last_uses(plan_);
+    std::vector<std::int64_t> bytes(plan_.values.size(), 0);
+    std::int64_t now = 0;
+    for (std::size_t i = 0; i < plan_.steps.size(); ++i) {
+      const Step& step = plan_.steps[i];
+      for (std::size_t j = 0; j < step.in.size(); ++j) {
+        if (step.in[j] != kNoValue && consumes(step, j)) now -= std::exchange(bytes[static_cast<std::size_t>(step.in[j])], 0);
+      }
+      for (const ValueId value : step.out) now += bytes[static_cast<std::size_t>(value)] = bytes_of(plan_, value, block(value));
+      result_.cost.peak_memory = std::max(result_.cost.peak_memory, now);
+      for (std::size_t value = 0; value < bytes.size(); ++value) {
+        if (last[value] <= static_cast<int>(i)) now -= std::exchange(bytes[value], 0);
+      }
+    }
+  }
+
+  const Plan& plan_;
+  const Problem& problem_;
+  RankPlan result_;
+};
+
+}  // namespace
+
+RankPlan make_rank_plan(const Plan& plan, int rank) { return RankPlanner(plan, rank).make(); }
+
+std::vector<SharedRows> shared_rows(const Positions& a, const Positions& b) {
+  std::vector<SharedRows> shared;
+  for (std::size_t i = 0; i < a.runs().size(); ++i) {
+    for (std::size_t j = 0; j < b.runs().size(); ++j) append_shared(a.runs()[i], a.row_of_run(i), b.runs()[j], b.row_of_run(j), shared);
+  }
+  std::sort(shared.begin(), shared.end(), [](const SharedRows& x, const SharedRows& y) { return x.row_a < y.row_a; });
+  return shared;
+}
+
+std::vector<int> last_uses(const Plan& plan) {
+  std::vector<int> last(plan.values.size(), -1);
+  for (std::size_t i = 0; i < plan.steps.size(); ++i) {
+    for (const ValueId value : plan.steps[i].in) {
+      if (value != kNoValue) last[static_cast<std::size_t>(value)] = static_cast<int>(i);
+    }
+  }
+  for (const ValueId value : plan.outputs) last[static_cast<std::size_t>(value)] = static_cast<int>(plan.steps.size());
+  return last;
+}
+
+bool consumes(const Step& step, std::size_t index) {
+  switch (step.verb) {
+    case Verb::kAttend: return index == 2;
+    case Verb::kAttendGrad: return index >= 3;
+    case Verb::kAdd: return index == 0;
+    case Verb::kFinish: return index == 0;
+    default: return false;
+  }
+}
+
+std::int64_t bytes_of(const Plan& plan, ValueId value, const Block& block) {
+  const What what = plan.values[static_cast<std::size_t>(value)].what;
+  std::int64_t width = 0;
+  for (const Field& field : fields_of(what, plan.problem->shape)) width += field.width * size_of(field.dtype);
+  return plan.problem->shape.batch * block.rows.count() * block.heads_for(what).count() * width;
+}
+
+}  // namespace dattn

@@ -1,0 +1,62 @@
+// One rank's part of a plan: the blocks it holds, the pieces it sends and receives, the tiles it computes, and what all
+// that costs. Made lazily from the plan, which is the same for every rank.
+#pragma once
+
+#include <map>
+#include <vector>
+
+#include "parallel/plan.h"
+
+namespace dattn {
+
+// A stretch of rows and heads that one rank sends and another receives. Both sides list the pieces they share in the
+// same order, so that a message needs no header.
+struct Piece {
+  int peer = 0;           // coordinate on the step's axis
+  std::int64_t row = 0;   // first row in this side's block
+  std::int64_t rows = 0;
+  Interval heads;         // global numbers
+};
+
+struct RankStep {
+  std::vector<Piece> sends;     // moves: from the input's block, ascending peers
+  std::vector<Piece> receives;  // moves: into the output's block, ascending peers
+  std::vector<Tile> tiles;      // attends
+  HeadMap heads;                // attends
+  std::int64_t head_count = 0;  // attends: query heads
+};
+
+// Payload a rank receives from other ranks, computation and memory of one plan.
+struct RankCost {
+  std::int64_t bytes_received = 0;  // at the type it travels in, without statistics
+  std::int64_t stats_bytes = 0;     // lse and delta
+  double flops = 0;
+  std::int64_t peak_memory = 0;     // bytes of the plan's own values alive at once, inputs not counted
+  std::map<std::string, std::int64_t> received_by_verb;  // statistics included
+};
+
+struct RankPlan {
+  int rank = 0;
+  std::vector<Block> blocks;    // of every value
+  std::vector<RankStep> steps;  // of every step
+  RankCost cost;
+};
+
+RankPlan make_rank_plan(const Plan& plan, int rank);
+
+// Rows that two blocks share: where they stand in each, in runs that are contiguous in both, ordered by the row in `a`.
+struct SharedRows {
+  std::int64_t row_a = 0;
+  std::int64_t row_b = 0;
+  std::int64_t count = 0;
+};
+std::vector<SharedRows> shared_rows(const Positions& a, const Positions& b);
+
+// The last step that reads each value, or -1; plan outputs are read at steps.size().
+std::vector<int> last_uses(const Plan& plan);
+// Whether the step writes its output into the memory of its input number `index`, which no later step may read.
+bool consumes(const Step& step, std::size_t index);
+
+std::int64_t bytes_of(const Plan& plan, ValueId value, const Block& block);  // all fields
+
+}  // namespace dattn

@@ -1,0 +1,16 @@
+// All-gather: every rank of the ring axis gets all keys and values and attends once (inside ulysses, if there is one).
+// Fewer, larger messages than a ring and one large tile, for the price of holding the whole kv.
+//
+// Source: Dubey et al., "The Llama 3 Herd of Models", 2024, section 3.3.2 (all-gather context parallelism).
+#include "parallel/strategies/compose.h"
+
+namespace dattn {
+
+Strategy allgather_strategy() {
+  return {"allgather", "gathers kv over the ring axis", [](const MeshShape&) { return Support{}; },
+          [](PlanBuilder& plan) {
+            return inside_ulysses(plan, [&](ValueId q, ValueId kv) { return plan.attend(q, plan.gather(kv, Axis::kRing)); });
+          }};
+}
+
+}  // namespace dattn

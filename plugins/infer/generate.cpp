@@ -1,0 +1,171 @@
+// The inference engine (see generate.h).
+#include "plugins/infer/generate.h"
+
+#include <algorithm>
+#include <chrono>
+#include <numeric>
+#include <optional>
+
+#include "core/base/error.h"
+#include "core/config/attention_config.h"
+#include "core/nn/transformer.h"
+#include "parallel/tensor_parallel.h"
+#include "plugins/infer/cached_attention.h"
+#include "plugins/train/model_state.h"
+#include "plugins/train/text_data.h"
+#include "plugins/train/together.h"
+
+namespace dattn {
+namespace {
+
+using Clock = std::chrono::steady_clock;
+
+const std::string& value_of(const CheckpointReader& reader, const char* key) {
+  const auto found = reader.manifest().values.find(key);
+  require(found != reader.manifest().values.end(), "the manifest of {} lacks the value '{}'; it was not written by dattn train",
+          reader.path(), key);
+  return found->second;
+}
+
+std::int64_t window_of(const CheckpointReader& reader, const ModelConfig& model) {
+  return model.position == "learned" ? model.max_seq : std::stoll(value_of(reader, "seq_len"));
+}
+
+CachedAttention::Options attention_of(const CheckpointReader& reader, const ModelConfig& model) {
+  const auto config = parse_config_as<AttentionConfig>(value_of(reader, "attention"), reader.path());
+  CachedAttention::Options options{.layers = static_cast<int>(model.layers),
+                                   .heads = model.heads,
+                                   .kv_heads = model.kv_heads,
+                                   .dim = model.head_dim,
+                                   .scale = config.softmax_scale.value_or(0),
+                                   .window = window_of(reader, model),
+                                   .dtype = dtype_from(value_of(reader, "dtype"))};
+  options.mask = to_mask(config.mask, options.window, options.window);
+  for (const Region& region : compile(options.mask, options.window, options.window)) {
+    const bool causal = region.hi <= 0 || region.k.end <= region.q.begin + 1;
+    require(causal, "{} was trained with the mask {}, in which a token sees later ones; only causal masks can generate",
+            reader.path(), options.mask.text());
+  }
+  return options;
+}
+
+// A model ready to continue texts.
+class Engine {
+ public:
+  Engine(const Mesh& mesh, const CheckpointReader& reader)
+      : mesh_(mesh),
+        model_(resolve(model_from_json(reader.manifest().model, reader.path()))),
+        window_(window_of(reader, model_)),
+        boundary_(mesh.axis(Axis::kTensor)),
+        vocabulary_(mesh.axis(Axis::kTensor)),
+        attention_(mesh, attention_of(reader, model_)),
+        transformer_(model_,
+                     {.part = {mesh.coordinate(Axis::kTensor), mesh.shape().size(Axis::kTensor)},
+                      .compute = dtype_from(value_of(reader, "dtype"))},
+                     attention_, boundary_, vocabulary_) {}
+
+  Transformer& transformer() { return transformer_; }
+  std::int64_t cached_rows() const { return attention_.cached_rows(); }
+
+  // Logits [vocabulary] of the token that follows `tokens`, of which those behind the cached ones are computed now.
+  Tensor next_logits(const std::vector<std::int32_t>& tokens, bool use_cache);
+
+ private:
+  void make_room(std::int64_t tokens, bool use_cache);
+
+  const Mesh& mesh_;
+  ModelConfig model_;
+  std::int64_t window_;
+  TensorBoundary boundary_;
+  TensorVocabularyReduction vocabulary_;
+  CachedAttention attention_;
+  Transformer transformer_;
+  std::int64_t begin_ = 0;  // the token that stands at position 0
+};
+
+// A full window restarts on its last half (see generate.h).
+void Engine::make_room(std::int64_t tokens, bool use_cache) {
+  if (tokens - begin_ > window_) {
+    begin_ = tokens - std::max<std::int64_t>(1, window_ / 2);
+    attention_.clear();
+  }
+  if (!use_cache) attention_.clear();
+}
+
+Tensor Engine::next_logits(const std::vector<std::int32_t>& tokens, bool use_cache) {
+  make_room(static_cast<std::int64_t>(tokens.size()), use_cache);
+  const std::int64_t cached = attention_.length();
+  const auto fresh = std::span(tokens).subspan(static_cast<std::size_t>(begin_ + cached));
+  std::vector<std::int64_t> positions(fresh.size());
+  std::iota(positions.begin(), positions.end(), cached);
+  const std::vector<std::int32_t> targets(fresh.size(), -1);
+  TokenBatch batch;
+  batch.batch = 1;
+  batch.tokens = fresh;
+  batch.targets = targets;
+  batch.positions = positions;
+  const std::array<std::int64_t, 1> last{static_cast<std::int64_t>(fresh.size()) - 1};
+  const Tensor part = transformer_.logits(batch, last);
+
+  Tensor all = Tensor::uninitialized(DType::kF32, {model_.vocab});
+  std::vector<std::int64_t> counts;
+  Communicator& tensor = mesh_.axis(Axis::kTensor);
+  for (int index = 0; index < tensor.size(); ++index) {
+    const Interval slice = ranges_of(model_, {index, tensor.size()}).vocab;
+    counts.push_back(slice.count());
+    if (index == tensor.rank()) copy(part->reshape({slice.count()}), all->slice(0, slice.begin, slice.count()));
+  }
+  tensor.all_gather(all, counts, {.verb = "logits"});
+  return all;
+}
+
+std::vector<std::int32_t> encode_prompt(const Alphabet& alphabet, const std::string& prompt) {
+  if (!prompt.empty()) return alphabet.encode(prompt);
+  for (std::int32_t symbol = 0; symbol < alphabet.size(); ++symbol) {
+    if (alphabet.decode(symbol) == '\n') return {symbol};
+  }
+  return {0};
+}
+
+}  // namespace
+
+GenerateResult generate(Communicator& world, const MeshShape& shape, const std::string& path, const std::string& prompt,
+                        const GenerateOptions& options, const TextSink& on_text) {
+  check(options.sampling);
+  require(options.max_tokens >= 0, "max_tokens is {}; use 0 or more", options.max_tokens);
+  const Mesh mesh(world, shape);
+  std::string checkpoint;
+  together(world, "finding the checkpoint", [&] {
+    if (world.rank() == 0) checkpoint = find_checkpoint(path);
+  });
+  const CheckpointReader reader = open_checkpoint(world, world.gather_strings(checkpoint, {.verb = "checkpoint"}).front());
+  const Alphabet alphabet = Alphabet::from_json(reader.manifest().alphabet, reader.path());
+  std::vector<std::int32_t> tokens = encode_prompt(alphabet, prompt);
+  Engine engine(mesh, reader);
+  load_weights(world, reader, engine.transformer().parameters());
+
+  GenerateResult result;
+  auto start = Clock::now();
+  const auto lap = [&] { return std::chrono::duration<double>(Clock::now() - std::exchange(start, Clock::now())).count(); };
+  for (std::int64_t index = 0; index < options.max_tokens; ++index) {
+    const Tensor logits = engine.next_logits(tokens, options.use_cache);
+    std::int32_t token = 0;
+    if (world.rank() == 0) {
+      token = sample({logits.ptr<float>(), static_cast<std::size_t>(logits->elements())}, options.sampling,
+                     static_cast<std::uint64_t>(index));
+    }
+    world.broadcast(std::as_writable_bytes(std::span(&token, 1)), 0, {.verb = "token"});
+    tokens.push_back(token);
+    result.tokens.push_back(token);
+    const std::string text(1, alphabet.decode(token));
+    result.text += text;
+    if (world.rank() == 0 && on_text) on_text(text);
+    if (index == 0) result.prefill_s = lap();
+  }
+  const double seconds = lap();
+  if (options.max_tokens > 1 && seconds > 0) result.tokens_per_s = static_cast<double>(options.max_tokens - 1) / seconds;
+  result.cached_positions = engine.cached_rows();
+  return result;
+}
+
+}  // namespace dattn

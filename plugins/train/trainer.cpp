@@ -1,0 +1,367 @@
+// The training loop (see trainer.h).
+#include "plugins/train/trainer.h"
+
+#include <array>
+#include <chrono>
+#include <cmath>
+#include <numbers>
+#include <optional>
+
+#include "core/base/error.h"
+#include "core/nn/optimizer.h"
+#include "core/nn/transformer.h"
+#include "parallel/attention.h"
+#include "parallel/comm/decorators.h"
+#include "parallel/data_parallel.h"
+#include "parallel/sequence_parallel.h"
+#include "parallel/tensor_parallel.h"
+#include "plugins/infer/generate.h"
+#include "plugins/train/batch_share.h"
+#include "plugins/train/model_state.h"
+#include "plugins/train/ngram.h"
+#include "plugins/train/text_data.h"
+#include "plugins/train/together.h"
+
+namespace dattn {
+namespace {
+
+using Clock = std::chrono::steady_clock;
+
+double seconds_since(Clock::time_point start) {
+  return std::chrono::duration<double>(Clock::now() - start).count();
+}
+
+// The whole world again, with its bytes counted.
+std::unique_ptr<Communicator> counted_job(Communicator& world, const std::shared_ptr<ByteCounter>& counter) {
+  std::vector<int> everyone;
+  for (int rank = 0; rank < world.size(); ++rank) everyone.push_back(rank);
+  return counted(world.split(everyone, "job"), counter);
+}
+
+AttentionShape attention_shape(const TrainJob& job, const ModelConfig& model) {
+  return {.batch = 1,
+          .seq_q = job.train.seq_len,
+          .seq_kv = job.train.seq_len,
+          .heads = model.heads,
+          .kv_heads = model.kv_heads,
+          .dim_qk = model.head_dim,
+          .dim_v = model.head_dim,
+          .dtype = job.dtype};
+}
+
+AttentionOptions attention_options(const TrainJob& job) {
+  return {.mask = to_mask(job.attention.mask, job.train.seq_len, job.train.seq_len),
+          .softmax_scale = job.attention.softmax_scale,
+          .layout = job.layout,
+          .strategy = job.strategy};
+}
+
+Schedule schedule_of(const TrainConfig& train) {
+  Schedule schedule;
+  for (const auto& [name, kind] : ConfigNames<ScheduleKind>::kAll) {
+    if (kind == train.schedule) schedule.kind = name;
+  }
+  schedule.peak = train.learning_rate;
+  schedule.floor = train.min_learning_rate;
+  schedule.warmup = train.warmup_steps;
+  schedule.steps = train.steps;
+  return schedule;
+}
+
+// A model spread over the mesh, with the hooks it calls.
+struct MeshModel {
+  std::unique_ptr<Boundary> boundary;
+  TensorVocabularyReduction vocabulary;
+  DistributedAttention attention;
+  Transformer transformer;
+
+  MeshModel(const Mesh& mesh, const TrainJob& job, const ModelConfig& model)
+      : boundary(make_boundary(mesh, job.train.sequence_parallel)),
+        vocabulary(mesh.axis(Axis::kTensor)),
+        attention(mesh, attention_shape(job, model), attention_options(job)),
+        transformer(model,
+                    {.part = {mesh.coordinate(Axis::kTensor), mesh.shape().size(Axis::kTensor)},
+                     .compute = job.dtype,
+                     .recompute = job.train.recompute,
+                     .seed = static_cast<std::uint64_t>(job.train.seed)},
+                    attention, *boundary, vocabulary) {}
+
+  static std::unique_ptr<Boundary> make_boundary(const Mesh& mesh, bool sequence_parallel) {
+    Communicator& tensor = mesh.axis(Axis::kTensor);
+    if (sequence_parallel) return std::make_unique<SequenceBoundary>(tensor);
+    return std::make_unique<TensorBoundary>(tensor);
+  }
+};
+
+class Trainer {
+ public:
+  Trainer(Communicator& world, const TrainJob& job, const TrainHooks& hooks);
+  TrainResult run();
+
+ private:
+  struct StepSums {
+    double loss = 0;  // nats per symbol
+    double grad_norm = 0;
+    std::int64_t bytes = 0;  // sent by all ranks
+  };
+
+  bool first() const { return world_->rank() == 0; }
+  void open_run_folder();
+  void load_data();
+  void build_model();
+  void restore();
+  StepSums forward_backward(std::int64_t step);
+  void check_finite(std::int64_t step, const StepSums& sums, double rate) const;
+  void step(std::int64_t step);
+  double evaluate();
+  void save(std::int64_t steps_done);
+  void write_sample();
+  void count_ngrams();
+
+  const TrainJob& job_;
+  const TrainHooks& hooks_;
+  Clock::time_point start_ = Clock::now();
+  std::shared_ptr<ByteCounter> counter_ = std::make_shared<ByteCounter>();
+  std::unique_ptr<Communicator> world_;
+  Mesh mesh_;
+  RunFolder folder_;
+  std::optional<CheckpointReader> resumed_;
+  std::optional<TextData> data_;
+  ModelConfig model_config_;
+  std::optional<MeshModel> model_;
+  std::optional<AdamW> optimizer_;
+  std::optional<GradientSync> gradients_;
+  BatchShare share_;
+  std::optional<Report> report_;  // first rank
+  std::int64_t steps_before_ = 0;
+  std::int64_t bytes_counted_ = 0;
+  double step_seconds_ = 0;
+  TrainResult result_;
+};
+
+Trainer::Trainer(Communicator& world, const TrainJob& job, const TrainHooks& hooks)
+    : job_(job),
+      hooks_(hooks),
+      world_(counted_job(world, counter_)),
+      mesh_(*world_, job.mesh),
+      share_(mesh_, job.layout, job.train.seq_len) {
+  load_data();
+  build_model();
+  open_run_folder();
+  if (resumed_) restore();
+  resumed_.reset();
+  together(*world_, "opening the run folder", [&] {
+    if (first()) report_.emplace(folder_, job_.config_yaml, steps_before_, job_.train.steps, hooks_.on_event, hooks_.progress);
+  });
+}
+
+void Trainer::load_data() {
+  folder_.path = job_.train.out.empty() ? "runs/" + job_.name : job_.train.out;
+  if (job_.resume) {
+    std::string checkpoint;
+    together(*world_, "finding the checkpoint", [&] {
+      if (first()) checkpoint = find_checkpoint(existing_run_folder(folder_.path).path);
+    });
+    resumed_ = open_checkpoint(*world_, world_->gather_strings(checkpoint, {.verb = "checkpoint"}).front());
+  }
+  together(*world_, "reading the text", [&] {
+    const TextOptions options{.held_out = job_.data.held_out, .seq_len = job_.train.seq_len};
+    if (resumed_) {
+      const Alphabet alphabet = Alphabet::from_json(resumed_->manifest().alphabet, resumed_->path());
+      data_ = TextData::load(job_.data.path, options, &alphabet);
+    } else {
+      data_ = TextData::load(job_.data.path, options);
+    }
+  });
+}
+
+// Before the run folder is touched: what the config gets wrong must not set an older run aside.
+void Trainer::build_model() {
+  ModelConfig model = job_.model;
+  model.vocab = data_->alphabet().size();
+  together(*world_, "building the model", [&] {
+    require(model.position != "learned" || job_.train.seq_len <= model.max_seq,
+            "train.seq_len is {} but model.max_seq has {} learned positions; raise model.max_seq or use model.position=rope",
+            job_.train.seq_len, model.max_seq);
+    model_config_ = resolve(model);
+    if (resumed_) require_same_model(model_config_, *resumed_);
+    model_.emplace(mesh_, job_, model_config_);
+  });
+  const std::span<Parameter* const> parameters = model_->transformer.parameters();
+  optimizer_.emplace(parameters, AdamWOptions{.beta1 = job_.train.beta1,
+                                              .beta2 = job_.train.beta2,
+                                              .epsilon = job_.train.epsilon,
+                                              .weight_decay = job_.train.weight_decay});
+  gradients_.emplace(mesh_, parameters);
+}
+
+void Trainer::open_run_folder() {
+  together(*world_, "making the run folder", [&] {
+    if (first()) folder_ = job_.resume ? existing_run_folder(folder_.path) : fresh_run_folder(folder_.path);
+  });
+}
+
+void Trainer::restore() {
+  load_weights(*world_, *resumed_, model_->transformer.parameters());
+  load_moments(*world_, *resumed_, *optimizer_);
+  steps_before_ = resumed_->manifest().step;
+  result_.checkpoint = resumed_->path();
+}
+
+// The gradients of one step, summed; and the step's loss and gradient norm, equal on every rank. One exchange for all sums:
+// each number is contributed once (losses are equal over tensor, summed gradients over the replicas).
+Trainer::StepSums Trainer::forward_backward(std::int64_t step) {
+  model_->transformer.zero_gradients();
+  double loss = 0;
+  share_.for_each_piece(job_.train.batch, job_.train.accumulate, [&](Interval rows) {
+    TokenBatch batch = share_.tokens(rows, [&](std::int64_t row) {
+      return data_->train_window(static_cast<std::uint64_t>(job_.train.seed), step, row, job_.train.seq_len);
+    });
+    batch.step = static_cast<std::uint64_t>(step);
+    batch.loss_scale = 1.0 / static_cast<double>(job_.train.batch * job_.train.seq_len);
+    loss += model_->transformer.forward_backward(batch);
+  });
+  gradients_->sum();
+  const std::int64_t sent = counter_->total().sent;
+  std::array<double, 3> sums{mesh_.coordinate(Axis::kTensor) == 0 ? loss : 0.0, gradients_->squared_norm_share(),
+                             static_cast<double>(sent - std::exchange(bytes_counted_, sent))};
+  world_->all_reduce_sum(TensorView(sums.data(), DType::kF64, {3}), {.verb = "step_sums"});
+  return {sums[0], std::sqrt(sums[1]), static_cast<std::int64_t>(sums[2])};
+}
+
+void Trainer::check_finite(std::int64_t step, const StepSums& sums, double rate) const {
+  if (std::isfinite(sums.loss) && std::isfinite(sums.grad_norm)) return;
+  before_throwing_together(*world_);
+  fail(ErrorCode::kDiverged,
+       "training diverged at step {}: loss {}, gradient norm {}, learning rate {:.3g}; lower train.learning_rate, lengthen "
+       "train.warmup_steps or lower train.clip_norm; {}",
+       step + 1, sums.loss, sums.grad_norm, rate,
+       result_.checkpoint.empty() ? "no checkpoint was written yet (train.checkpoint_every)"
+                                  : "the last good checkpoint is " + result_.checkpoint + ", --resume continues it");
+}
+
+void Trainer::step(std::int64_t step) {
+  const auto begin = Clock::now();
+  const double rate = learning_rate(schedule_of(job_.train), step);
+  const StepSums sums = forward_backward(step);
+  check_finite(step, sums, rate);
+  optimizer_->step(rate, clip_factor(sums.grad_norm, job_.train.clip_norm));
+
+  const double seconds = seconds_since(begin);
+  step_seconds_ += seconds;
+  result_.loss = sums.loss;
+  result_.losses.push_back(sums.loss);
+  result_.steps = step + 1;
+  result_.bytes_sent += sums.bytes;
+  if (!report_) return;
+  const auto tokens = static_cast<double>(job_.train.batch * job_.train.seq_len);
+  report_->step({step + 1, sums.loss, sums.grad_norm, rate, tokens / seconds, sums.bytes});
+}
+
+// Bits per symbol over windows of the held-out text, spread evenly over it; cut over the mesh as a training step is.
+double Trainer::evaluate() {
+  const std::int64_t windows = data_->held_out_windows(job_.train.seq_len), batch = job_.train.batch;
+  const std::int64_t used = job_.train.eval_batches == 0 ? windows : std::min(windows, job_.train.eval_batches * batch);
+  const std::int64_t pieces = (used + batch - 1) / batch * job_.train.accumulate;  // as much memory as a training step
+  double loss = 0;
+  share_.for_each_piece(used, pieces, [&](Interval rows) {
+    TokenBatch tokens =
+        share_.tokens(rows, [&](std::int64_t row) { return data_->held_out_window(row * windows / used, job_.train.seq_len); });
+    tokens.loss_scale = 1.0 / static_cast<double>(used * job_.train.seq_len);
+    loss += model_->transformer.loss(tokens);
+  });
+  if (mesh_.coordinate(Axis::kTensor) != 0) loss = 0;
+  world_->all_reduce_sum(TensorView(&loss, DType::kF64, {1}), {.verb = "step_sums"});
+  return loss / std::numbers::ln2;
+}
+
+void Trainer::save(std::int64_t steps_done) {
+  CheckpointManifest manifest;
+  manifest.step = steps_done;
+  manifest.config = job_.config_yaml;
+  manifest.model = model_to_json(model_config_);
+  manifest.alphabet = data_->alphabet().to_json();
+  manifest.values = {{"seq_len", std::to_string(job_.train.seq_len)},
+                     {"seed", std::to_string(job_.train.seed)},
+                     {"next_step", std::to_string(steps_done)},  // the data's cursor: batches follow from (seed, step)
+                     {"dtype", std::string(name_of(job_.dtype))},
+                     {"attention", to_json(to_node(job_.attention))}};
+  result_.checkpoint =
+      save_checkpoint(mesh_, folder_.path + "/checkpoints", manifest, model_->transformer.parameters(), *optimizer_);
+  together(*world_, "removing old checkpoints", [&] {
+    if (first()) keep_newest(folder_.checkpoints(), job_.train.keep_checkpoints);
+  });
+}
+
+// The first held-out line, unless the config has a prompt.
+std::string first_held_out_line(const TextData& data) {
+  std::string line;
+  for (const std::uint8_t symbol : data.held_out().first(std::min<std::size_t>(data.held_out().size(), 4096))) {
+    const char c = data.alphabet().decode(static_cast<std::int32_t>(symbol));
+    if (c == '\n' && line.size() >= 20) break;
+    line += c == '\n' ? ' ' : c;
+  }
+  return line.substr(0, 80);
+}
+
+void Trainer::write_sample() {
+  if (job_.train.sample_length <= 0) return;
+  const std::string prompt = job_.train.sample_prompt.empty() ? first_held_out_line(*data_) : job_.train.sample_prompt;
+  GenerateOptions options;
+  options.max_tokens = job_.train.sample_length;
+  options.sampling.temperature = 0.8;
+  options.sampling.seed = static_cast<std::uint64_t>(job_.train.seed);
+  const GenerateResult generated = generate(*world_, mesh_.shape(), result_.checkpoint, prompt, options, {});
+  result_.sample = prompt + generated.text;
+  together(*world_, "writing the sample", [&] {
+    if (report_) report_->write_sample(result_.sample + "\n");
+  });
+}
+
+void Trainer::count_ngrams() {
+  const std::int64_t vocabulary = data_->alphabet().size();
+  result_.bigram_bits_per_char = ngram_bits(data_->train(), data_->held_out(), vocabulary, 2);
+  result_.trigram_bits_per_char = ngram_bits(data_->train(), data_->held_out(), vocabulary, 3);
+}
+
+TrainResult Trainer::run() {
+  const TrainConfig& config = job_.train;
+  result_.run_dir = folder_.path;
+  result_.parameters = count_parameters(model_config_);
+  result_.steps = steps_before_;
+  count_ngrams();
+  if (report_) {
+    report_->line(fmt::format("{} parameters, mesh {}, {} symbols of text ({} held out), alphabet of {}", result_.parameters,
+                              mesh_.shape().text(), data_->train().size() + data_->held_out().size(), data_->held_out().size(),
+                              data_->alphabet().size()));
+  }
+  for (std::int64_t next = steps_before_; next < config.steps; ++next) {
+    step(next);
+    const std::int64_t done = next + 1;
+    const bool last = done == config.steps;
+    if (config.eval_every > 0 && done % config.eval_every == 0 && !last) {
+      const double bits = evaluate();
+      if (report_) report_->held_out(done, bits);
+    }
+    if (last || (config.checkpoint_every > 0 && done % config.checkpoint_every == 0)) save(done);
+  }
+  result_.held_out_bits_per_char = evaluate();
+  if (report_) report_->held_out(result_.steps, result_.held_out_bits_per_char);
+  write_sample();
+  result_.wall_s = seconds_since(start_);
+  const auto tokens = static_cast<double>(static_cast<std::int64_t>(result_.losses.size()) * config.batch * config.seq_len);
+  result_.tokens_per_s = step_seconds_ > 0 ? tokens / step_seconds_ : 0;
+  together(*world_, "completing the run folder", [&] {
+    if (report_) report_->done(result_);
+  });
+  return result_;
+}
+
+}  // namespace
+
+TrainResult train(Communicator& world, const TrainJob& job, const TrainHooks& hooks) {
+  Trainer trainer(world, job, hooks);
+  return trainer.run();
+}
+
+}  // namespace dattn

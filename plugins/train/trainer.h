@@ -1,0 +1,45 @@
+// The training loop: the same losses on every mesh. Each step takes its batch from (seed, step) alone, cuts it over the
+// mesh, sums gradients over the ranks that share parameters, clips by the global norm and steps AdamW; the loss is the mean
+// over all target tokens of the step.
+//
+//   for every step:   window of the text -> share of this rank -> forward, backward (accumulate times)
+//                     -> gradients summed -> (loss, norm) summed over the job, checked -> clip, AdamW -> report
+#pragma once
+
+#include <functional>
+#include <string>
+
+#include "core/config/attention_config.h"
+#include "core/nn/model_config.h"
+#include "parallel/layout.h"
+#include "parallel/mesh.h"
+#include "plugins/train/report.h"
+#include "plugins/train/train_config.h"
+
+namespace dattn {
+
+// Everything a run is made of, as the config states it.
+struct TrainJob {
+  MeshShape mesh;
+  AttentionConfig attention;
+  Layout layout = Layout::kZigzag;
+  std::string strategy = "auto";
+  DType dtype = DType::kF32;
+  DataConfig data;
+  ModelConfig model;  // vocab is taken from the text
+  TrainConfig train;  // train.out: the run folder, or empty for runs/NAME
+  std::string name = "run";
+  std::string config_yaml;  // the resolved config, kept in the run folder and in checkpoints
+  bool resume = false;      // continue the newest checkpoint of the run folder
+};
+
+struct TrainHooks {
+  Report::EventSink on_event;  // first rank only: one JSON object per call
+  bool progress = true;        // the progress line and the closing lines, on stderr
+};
+
+// Collective over the world. Errors, the same on every rank: kBadInput (config, data, checkpoint of another model), kSystem
+// (disk full), kDiverged (loss or gradient norm not finite: nothing of that step is kept), kPeer.
+TrainResult train(Communicator& world, const TrainJob& job, const TrainHooks& hooks);
+
+}  // namespace dattn

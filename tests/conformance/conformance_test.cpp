@@ -1,0 +1,55 @@
+// Runs the sweep on ranks as threads. DATTN_SWEEP=full takes every combination instead of a pairwise choice.
+#include <gtest/gtest.h>
+
+#include <cstdlib>
+#include <mutex>
+#include <string_view>
+
+#include "parallel/comm/thread.h"
+#include "parallel/strategy.h"
+#include "tests/conformance/sweep.h"
+
+namespace dattn::conformance {
+namespace {
+
+struct Group {
+  std::string strategy;
+  int ranks;
+};
+
+std::vector<Group> groups() {
+  std::vector<Group> all;
+  for (const Strategy& strategy : strategies()) {
+    for (const int ranks : {1, 2, 3, 4, 6, 8}) all.push_back({std::string(strategy.name), ranks});
+  }
+  return all;
+}
+
+bool full_sweep() {
+  const char* value = std::getenv("DATTN_SWEEP");
+  return value != nullptr && std::string_view(value) == "full";
+}
+
+class Conformance : public testing::TestWithParam<Group> {};
+
+TEST_P(Conformance, EqualsTheReference) {
+  const std::vector<Case> cases = sweep(GetParam().strategy, GetParam().ranks, full_sweep());
+  ASSERT_FALSE(cases.empty());
+  for (const Case& one : cases) {
+    std::mutex mutex;
+    std::string problems;
+    run_thread_ranks(GetParam().ranks, {}, [&](Communicator& world) {
+      const std::string mine = run_case(one, world);
+      const std::lock_guard lock(mutex);
+      problems += mine;
+    });
+    EXPECT_TRUE(problems.empty()) << problems;
+  }
+  RecordProperty("cases", static_cast<int>(cases.size()));
+}
+
+INSTANTIATE_TEST_SUITE_P(Sweep, Conformance, testing::ValuesIn(groups()),
+                         [](const auto& group) { return group.param.strategy + "_" + std::to_string(group.param.ranks) + "_ranks"; });
+
+}  // namespace
+}  // namespace dattn::conformance

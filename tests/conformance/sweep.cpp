@@ -1,0 +1,151 @@
+#include "tests/conformance/sweep.h"
+
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <set>
+
+#include "parallel/strategy.h"
+
+namespace dattn::conformance {
+namespace {
+
+struct Heads {
+  std::int64_t heads, kv_heads;
+};
+struct Lengths {
+  std::int64_t batch, seq_q, seq_kv;
+};
+struct Dims {
+  DType dtype;
+  std::int64_t dim_qk, dim_v;
+};
+
+const std::vector<std::string> kMasks{"full", "causal", "window", "window_right", "documents", "documents_window", "regions", "blind_rows"};
+const std::vector<Layout> kLayouts{Layout::kContiguous, Layout::kZigzag, Layout::kStriped};
+// 9 query heads on 4 ranks, one head on 8 ranks, MQA, GQA groups that ranks cut through.
+const std::vector<Heads> kHeads{{4, 4}, {9, 3}, {1, 1}, {6, 1}, {8, 2}, {3, 3}};
+// Fewer positions than ranks, one, primes, cross-attention of unequal lengths both ways.
+const std::vector<Lengths> kLengths{{1, 61, 61}, {2, 96, 96}, {1, 1, 1}, {3, 5, 5}, {1, 127, 127}, {1, 31, 75}, {2, 75, 31}, {1, 128, 128}};
+const std::vector<Dims> kDims{{DType::kF32, 16, 16}, {DType::kF32, 24, 8}, {DType::kBF16, 32, 32}, {DType::kF64, 8, 12}};
+
+std::vector<MeshShape> meshes(int ranks) {
+  std::vector<MeshShape> all;
+  for (int ring = 1; ring <= ranks; ++ring) {
+    for (int ulysses = 1; ring * ulysses <= ranks; ++ulysses) {
+      if (ranks % (ring * ulysses) != 0) continue;
+      MeshShape mesh;
+      mesh.set(Axis::kRing, ring);
+      mesh.set(Axis::kUlysses, ulysses);
+      mesh.set(Axis::kTensor, ranks / ring / ulysses);
+      all.push_back(mesh);
+    }
+  }
+  return all;
+}
+
+// Choices by index: mesh, layout, mask, heads, lengths, dims.
+using Choice = std::array<std::size_t, 6>;
+
+std::vector<Choice> every_choice(const std::array<std::size_t, 6>& sizes) {
+  std::vector<Choice> all;
+  std::size_t turn = 0;
+  for (std::size_t mesh = 0; mesh < sizes[0]; ++mesh) {
+    for (std::size_t layout = 0; layout < sizes[1]; ++layout) {
+      for (std::size_t mask = 0; mask < sizes[2]; ++mask, ++turn) {
+        all.push_back({mesh, layout, mask, turn % sizes[3], (turn / 2 + turn) % sizes[4], (turn / 3) % sizes[5]});
+      }
+    }
+  }
+  return all;
+}
+
+// Greedy covering of all pairs of values: each choice is the best of a few that start from an uncovered pair.
+std::vector<Choice> pairwise_choice(const std::array<std::size_t, 6>& sizes) {
+  using Pair = std::array<std::size_t, 4>;  // dimension, value, dimension, value
+  std::set<Pair> open;
+  for (std::size_t a = 0; a < sizes.size(); ++a) {
+    for (std::size_t b = a + 1; b < sizes.size(); ++b) {
+      for (std::size_t i = 0; i < sizes[a]; ++i) {
+        for (std::size_t j = 0; j < sizes[b]; ++j) open.insert({a, i, b, j});
+      }
+    }
+  }
+  std::vector<Choice> all;
+  while (!open.empty()) {
+    const Pair seed = *open.begin();
+    Choice choice{};
+    std::array<bool, 6> fixed{};
+    choice[seed[0]] = seed[1];
+    choice[seed[2]] = seed[3];
+    fixed[seed[0]] = fixed[seed[2]] = true;
+    for (std::size_t dimension = 0; dimension < sizes.size(); ++dimension) {
+      if (fixed[dimension]) continue;
+      std::size_t best = 0, best_gain = 0;
+      for (std::size_t k = 0; k < sizes[dimension]; ++k) {
+        const std::size_t value = (k + all.size()) % sizes[dimension];
+        std::size_t gain = 0;
+        for (std::size_t other = 0; other < sizes.size(); ++other) {
+          if (!fixed[other]) continue;
+          gain += open.count(other < dimension ? Pair{other, choice[other], dimension, value} : Pair{dimension, value, other, choice[other]});
+        }
+        if (k == 0 || gain > best_gain) best = value, best_gain = gain;
+      }
+      choice[dimension] = best;
+      fixed[dimension] = true;
+    }
+    for (std::size_t a = 0; a < sizes.size(); ++a) {
+      for (std::size_t b = a + 1; b < sizes.size(); ++b) open.erase({a, choice[a], b, choice[b]});
+    }
+    all.push_back(choice);
+  }
+  return all;
+}
+
+}  // namespace
+
+std::string Case::text() const {
+  return fmt::format("{} on {}, layout {}, mask {}, batch {}, seq {} x {}, heads {}/{}, dims {}/{}, {}", strategy, mesh.text(), name_of(layout),
+                     mask, shape.batch, shape.seq_q, shape.seq_kv, shape.heads, shape.kv_heads, shape.dim_qk, shape.dim_v, name_of(shape.dtype));
+}
+
+Mask mask_named(const std::string& name, std::int64_t seq_q, std::int64_t seq_kv) {
+  const std::int64_t shorter = std::min(seq_q, seq_kv);
+  if (name == "full") return Mask::full();
+  if (name == "causal") return Mask::causal();
+  if (name == "window") return Mask::window(7, 0);
+  if (name == "window_right") return Mask::window(5, 9);
+  const std::vector<std::int64_t> bounds{0, shorter / 7, shorter / 3, shorter / 3, shorter - shorter / 5};  // an empty document, a blind tail
+  if (name == "documents") return Mask::documents(bounds, Mask::causal());
+  if (name == "documents_window") return Mask::documents(bounds, Mask::window(4, 2));
+  const std::int64_t q_half = seq_q / 2, k_third = seq_kv / 3;
+  if (name == "regions") {
+    return Mask::of_regions({{{0, q_half}, {0, k_third}, -8, 3},
+                             {{q_half, seq_q}, {k_third, seq_kv}, -kUnbounded, 2},
+                             {{0, q_half}, {k_third, seq_kv}, -2, kUnbounded},
+                             {{q_half, q_half}, {0, 0}, -kUnbounded, kUnbounded}});
+  }
+  return Mask::of_regions({{{q_half, seq_q}, {0, k_third}, -kUnbounded, kUnbounded}});  // blind_rows: the first half sees nothing
+}
+
+std::vector<Case> sweep(const std::string& strategy, int ranks, bool full) {
+  std::vector<MeshShape> accepted;
+  for (const MeshShape& mesh : meshes(ranks)) {
+    for (const Strategy& one : strategies()) {
+      if (one.name == strategy && one.accepts(mesh).ok) accepted.push_back(mesh);
+    }
+  }
+  if (accepted.empty()) return {};
+  const std::array<std::size_t, 6> sizes{accepted.size(), kLayouts.size(), kMasks.size(), kHeads.size(), kLengths.size(), kDims.size()};
+  std::vector<Case> cases;
+  for (const Choice& choice : full ? every_choice(sizes) : pairwise_choice(sizes)) {
+    const Heads& heads = kHeads[choice[3]];
+    const Lengths& lengths = kLengths[choice[4]];
+    const Dims& dims = kDims[choice[5]];
+    cases.push_back({strategy, accepted[choice[0]], kLayouts[choice[1]], kMasks[choice[2]],
+                     {lengths.batch, lengths.seq_q, lengths.seq_kv, heads.heads, heads.kv_heads, dims.dim_qk, dims.dim_v, dims.dtype}});
+  }
+  return cases;
+}
+
+}  // namespace dattn::conformance

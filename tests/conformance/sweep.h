@@ -1,0 +1,33 @@
+// The conformance sweep: every strategy x layout x mask x mesh x heads x length x type, against the reference kernel
+// on one device, with gradients. New strategies and kernels join it without an edit.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "parallel/attention.h"
+#include "parallel/comm/communicator.h"
+
+namespace dattn::conformance {
+
+struct Case {
+  std::string strategy;
+  MeshShape mesh;
+  Layout layout = Layout::kZigzag;
+  std::string mask;  // a name of masks()
+  AttentionShape shape;
+
+  std::string text() const;
+};
+
+// The masks of the sweep, by name, for the lengths of a case.
+Mask mask_named(const std::string& name, std::int64_t seq_q, std::int64_t seq_kv);
+
+// Every case that a strategy accepts, on meshes of `ranks` ranks. full: all of strategy x mesh x layout x mask, other
+// dimensions in turn; otherwise a choice in which every pair of values of two dimensions occurs.
+std::vector<Case> sweep(const std::string& strategy, int ranks, bool full);
+
+// Runs one case on the ranks of `world` and returns what this rank found wrong, or an empty string.
+std::string run_case(const Case& one, Communicator& world);
+
+}  // namespace dattn::conformance

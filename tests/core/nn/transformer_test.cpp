@@ -1,0 +1,232 @@
+#include "core/nn/transformer.h"
+
+#include <cstring>
+
+#include "core/base/error.h"
+#include "core/base/threads.h"
+#include "tests/core/nn/support.h"
+
+namespace dattn {
+namespace {
+
+using testing::OwnedBatch;
+using testing::small_model;
+
+struct Model {
+  LocalAttention attention;
+  Boundary boundary;
+  VocabularyReduction vocabulary;
+  Transformer transformer;
+
+  explicit Model(const ModelConfig& config, const TransformerOptions& options = {}, const Mask& mask = Mask::causal())
+      : attention(mask), transformer(config, options, attention, boundary, vocabulary) {
+    set_num_threads(1);  // the shapes are too small for more
+    testing::scale_up(transformer);
+  }
+};
+
+TransformerOptions recomputing(Recompute recompute) {
+  TransformerOptions options;
+  options.recompute = recompute;
+  return options;
+}
+
+struct Case {
+  std::string name;
+  std::string style;
+  bool tied;
+  double dropout;
+  bool encoder;
+
+  friend std::ostream& operator<<(std::ostream& out, const Case& c) { return out << c.name; }
+};
+
+class TransformerCases : public ::testing::TestWithParam<Case> {
+ protected:
+  static ModelConfig config_of(const Case& c) {
+    ModelConfig config = small_model(c.style);
+    config.tied = c.tied;
+    config.dropout = c.dropout;
+    return config;
+  }
+};
+
+TEST_P(TransformerCases, GradientsByFiniteDifferences) {
+  const Case& c = GetParam();
+  Model model(config_of(c), {}, c.encoder ? Mask::full() : Mask::causal());
+  const OwnedBatch batch(2, 5, 29);
+  model.transformer.zero_gradients();
+  const double loss = model.transformer.forward_backward(batch.view);
+  EXPECT_GT(loss, 0.5);
+  std::vector<Tensor> gradients;  // the differences below go on adding to the model's own
+  for (Parameter* parameter : model.transformer.parameters()) gradients.push_back(parameter->gradient.clone());
+  for (std::size_t i = 0; i < gradients.size(); ++i) {
+    Parameter* parameter = model.transformer.parameters()[i];
+    const Tensor& gradient = gradients[i];
+    EXPECT_GT(testing::largest(gradient), 0.0) << parameter->name << " has no gradient";
+    testing::expect_gradient(
+        parameter->value, gradient, [&] { return model.transformer.forward_backward(batch.view); }, parameter->name, 1e-2,
+        2e-2);
+  }
+}
+
+TEST_P(TransformerCases, RecomputationChangesNothing) {
+  const ModelConfig config = config_of(GetParam());
+  Model kept(config), again(config, recomputing(Recompute::kBlock));
+  const OwnedBatch batch(2, 5, 29);
+  kept.transformer.zero_gradients();
+  again.transformer.zero_gradients();
+  EXPECT_EQ(kept.transformer.forward_backward(batch.view), again.transformer.forward_backward(batch.view));
+  for (Parameter* parameter : kept.transformer.parameters()) {
+    EXPECT_EQ(testing::largest_difference(parameter->gradient, again.transformer.parameter(parameter->name).gradient), 0.0)
+        << parameter->name;
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(Styles, TransformerCases,
+                         ::testing::Values(Case{"gpt2", "gpt2", true, 0.0, false},
+                                           Case{"gpt2_dropout", "gpt2", false, 0.2, false},
+                                           Case{"llama", "llama", false, 0.0, false},
+                                           Case{"llama_tied_dropout", "llama", true, 0.1, false},
+                                           Case{"encoder", "gpt2", true, 0.0, true}),
+                         [](const auto& instance) { return instance.param.name; });
+
+TEST(Transformer, RecomputationKeepsLess) {
+  ModelConfig config = small_model("llama");
+  config.layers = 8;
+  const OwnedBatch batch(8, 16, 29);
+  std::int64_t peaks[2] = {};
+  for (const Recompute recompute : {Recompute::kNone, Recompute::kBlock}) {
+    Model model(config, recomputing(recompute));
+    const std::int64_t before = tensor_bytes_now();
+    reset_tensor_bytes_peak();
+    model.transformer.forward_backward(batch.view);
+    peaks[static_cast<int>(recompute)] = tensor_bytes_peak() - before;
+    EXPECT_EQ(tensor_bytes_now(), before) << "activations are left behind";
+  }
+  EXPECT_LT(2 * peaks[1], peaks[0]);
+}
+
+TEST(Transformer, LogitsAndHeldOutLossAgree) {
+  ModelConfig config = small_model("llama");
+  config.dropout = 0.5;  // must not act here
+  Model model(config);
+  const OwnedBatch batch(2, 5, 29);
+  std::vector<std::int64_t> rows;
+  for (std::int64_t row = 9; row >= 0; --row) rows.push_back(row);
+  const Tensor logits = model.transformer.logits(batch.view, rows);
+  double loss = 0.0;
+  for (std::size_t i = 0; i < rows.size(); ++i) {
+    const std::int32_t target = batch.targets[static_cast<std::size_t>(rows[i])];
+    if (target < 0) continue;
+    double sum = 0.0;
+    const auto row = static_cast<std::int64_t>(i);
+    for (std::int64_t j = 0; j < 29; ++j) sum += std::exp(static_cast<double>(logits->at<float>(row, j)));
+    loss += std::log(sum) - static_cast<double>(logits->at<float>(row, target));
+  }
+  EXPECT_NEAR(model.transformer.loss(batch.view), loss * batch.view.loss_scale, 1e-6);
+}
+
+TEST(Transformer, DropoutChangesWithTheStepAndRepeats) {
+  ModelConfig config = small_model("gpt2");
+  config.dropout = 0.2;
+  Model model(config);
+  OwnedBatch batch(2, 5, 29);
+  const double first = model.transformer.forward_backward(batch.view);
+  EXPECT_EQ(model.transformer.forward_backward(batch.view), first);
+  batch.view.step += 1;
+  EXPECT_GT(std::abs(model.transformer.forward_backward(batch.view) - first), 1e-4);
+}
+
+TEST(Transformer, BatchRowsAddUp) {
+  Model model(small_model("gpt2"));
+  const OwnedBatch batch(3, 5, 29);
+  model.transformer.zero_gradients();
+  const double whole = model.transformer.forward_backward(batch.view);
+  const Tensor gradient = model.transformer.parameter("blocks.0.attention.k.weight").gradient.clone();
+  model.transformer.zero_gradients();
+  double sum = 0.0;
+  for (std::int64_t row = 0; row < 3; ++row) {
+    TokenBatch one = batch.view;
+    one.batch = 1;
+    one.batch_begin += row;
+    one.tokens = one.tokens.subspan(static_cast<std::size_t>(5 * row), 5);
+    one.targets = one.targets.subspan(static_cast<std::size_t>(5 * row), 5);
+    sum += model.transformer.forward_backward(one);
+  }
+  EXPECT_NEAR(sum, whole, 1e-6);
+  const Tensor& added = model.transformer.parameter("blocks.0.attention.k.weight").gradient;
+  EXPECT_LT(testing::largest_difference(added, gradient), 1e-5 * testing::largest(gradient));
+}
+
+TEST(Transformer, Bf16IsCloseToFp32) {
+  const ModelConfig config = small_model("llama");
+  TransformerOptions in_bf16;
+  in_bf16.compute = DType::kBF16;
+  Model exact(config), rounded(config, in_bf16);
+  const OwnedBatch batch(2, 8, 29);
+  exact.transformer.zero_gradients();
+  rounded.transformer.zero_gradients();
+  const double loss = exact.transformer.forward_backward(batch.view);
+  EXPECT_NEAR(rounded.transformer.forward_backward(batch.view), loss, 0.02 * loss);
+  for (Parameter* parameter : exact.transformer.parameters()) {
+    const Tensor& other = rounded.transformer.parameter(parameter->name).gradient;
+    const double cosine = testing::dot(parameter->gradient, other) /
+                          std::sqrt(testing::dot(parameter->gradient, parameter->gradient) * testing::dot(other, other));
+    EXPECT_GT(cosine, 0.99) << parameter->name;
+  }
+}
+
+TEST(Transformer, NoRowsAtAll) {
+  Model model(small_model("gpt2"));
+  OwnedBatch batch(2, 0, 29);
+  batch.view.loss_scale = 1.0;
+  EXPECT_EQ(model.transformer.forward_backward(batch.view), 0.0);
+  EXPECT_EQ(model.transformer.loss(batch.view), 0.0);
+}
+
+TEST(Transformer, RefusesTokensAndPositionsOutside) {
+  Model model(small_model("gpt2"));
+  OwnedBatch batch(1, 5, 29);
+  batch.tokens[3] = 29;
+  EXPECT_THROW(model.transformer.loss(batch.view), Error);
+  OwnedBatch far(1, 5, 29);
+  far.positions[4] = 16;
+  EXPECT_THROW(model.transformer.loss(far.view), Error);
+}
+
+TEST(ModelConfigTest, CountsAndRefusals) {
+  for (const std::string style : {"gpt2", "llama"}) {
+    const ModelConfig config = small_model(style);
+    Model model(config);
+    std::int64_t count = 0;
+    for (Parameter* parameter : model.transformer.parameters()) count += parameter->elements();
+    EXPECT_EQ(count, count_parameters(config));
+  }
+  ModelConfig config = small_model("gpt2");
+  config.kv_heads = 4;  // of 6 heads
+  EXPECT_THROW(validate(config), Error);
+  config = small_model("gpt2");
+  config.norm = "batchnorm";
+  EXPECT_THROW(validate(config), Error);
+  config = small_model("llama");
+  config.head_dim = 5;
+  EXPECT_THROW(validate(config), Error);
+  EXPECT_THROW(model_style("bert"), Error);
+  EXPECT_EQ(resolve(model_style("llama")).hidden, 512);
+}
+
+TEST(ModelConfigTest, DescriptionNamesEveryMember) {
+  std::vector<std::string> keys;
+  const ModelConfig config;
+  describe(
+      [&](const char* key, const auto&, const char* text) {
+        keys.emplace_back(key);
+        EXPECT_GT(std::strlen(text), 0u);
+      },
+      config);
+  EXPECT_EQ(keys.size(), 16u);
+}
+
+}  // namespace
+}  // namespace dattn

@@ -1,0 +1,19 @@
+// What every communicator must do, as functions of a world of any size: run on thread ranks and on MPI processes alike.
+// A case throws where something is wrong.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "parallel/comm/communicator.h"
+
+namespace dattn::test {
+
+struct Case {
+  std::string name;
+  void (*run)(Communicator& world);
+};
+
+const std::vector<Case>& collective_cases();
+
+}  // namespace dattn::test

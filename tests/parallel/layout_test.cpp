@@ -1,0 +1,68 @@
+#include "parallel/layout.h"
+
+#include <gtest/gtest.h>
+
+#include <algorithm>
+
+#include "core/base/error.h"
+#include "parallel/mesh.h"
+
+namespace dattn {
+namespace {
+
+TEST(Layout, EveryPositionHasOneOwner) {
+  for (const Layout layout : {Layout::kContiguous, Layout::kZigzag, Layout::kStriped}) {
+    for (const std::int64_t length : {0, 1, 2, 5, 8, 13, 64, 97}) {
+      for (const int parts : {1, 2, 3, 4, 6, 8}) {
+        std::vector<std::int64_t> all;
+        std::int64_t least = length, most = 0;
+        for (int i = 0; i < parts; ++i) {
+          const auto own = positions_of(layout, length, parts, i).list();
+          least = std::min<std::int64_t>(least, static_cast<std::int64_t>(own.size()));
+          most = std::max<std::int64_t>(most, static_cast<std::int64_t>(own.size()));
+          all.insert(all.end(), own.begin(), own.end());
+        }
+        std::sort(all.begin(), all.end());
+        ASSERT_EQ(static_cast<std::int64_t>(all.size()), length) << name_of(layout);
+        for (std::int64_t i = 0; i < length; ++i) ASSERT_EQ(all[static_cast<std::size_t>(i)], i) << name_of(layout);
+        EXPECT_LE(most - least, layout == Layout::kZigzag ? 2 : 1) << name_of(layout) << " " << length << " " << parts;
+      }
+    }
+  }
+}
+
+TEST(Layout, ZigzagIsTheDualChunkOrderOfMegatron) {
+  EXPECT_EQ(positions_of(Layout::kZigzag, 16, 2, 0).text(), "[0,4) [12,16)");
+  EXPECT_EQ(positions_of(Layout::kZigzag, 16, 2, 1).text(), "[4,8) [8,12)");
+  EXPECT_EQ(positions_of(Layout::kStriped, 10, 4, 1).text(), "1:10:4");
+}
+
+TEST(Layout, UnknownNamesAreRefused) {
+  EXPECT_EQ(layout_from("striped"), Layout::kStriped);
+  EXPECT_THROW(layout_from("zigzagged"), Error);
+}
+
+TEST(Mesh, CoordinatesGroupsAndNeighbours) {
+  MeshShape mesh;
+  mesh.set(Axis::kData, 2);
+  mesh.set(Axis::kRing, 3);
+  mesh.set(Axis::kUlysses, 2);
+  mesh.set(Axis::kTensor, 2);
+  ASSERT_EQ(mesh.ranks(), 24);
+  EXPECT_EQ(mesh.text(), "data 2 x ring 3 x ulysses 2 x tensor 2");
+  for (int rank = 0; rank < 24; ++rank) {
+    int rebuilt = 0;
+    for (const Axis axis : kAxes) rebuilt = rebuilt * mesh.size(axis) + mesh.coordinate(rank, axis);
+    EXPECT_EQ(rebuilt, rank);
+    EXPECT_EQ(mesh.sequence_index(rank), mesh.coordinate(rank, Axis::kRing) * 2 + mesh.coordinate(rank, Axis::kUlysses));
+    for (const Axis axis : kAxes) {
+      const auto group = mesh.group(rank, std::array{axis});
+      ASSERT_EQ(static_cast<int>(group.size()), mesh.size(axis));
+      for (int i = 0; i < mesh.size(axis); ++i) EXPECT_EQ(group[static_cast<std::size_t>(i)], mesh.neighbour(rank, axis, i));
+    }
+  }
+  EXPECT_EQ(mesh.group(13, std::array{Axis::kRing, Axis::kUlysses}), (std::vector<int>{13, 15, 17, 19, 21, 23}));
+}
+
+}  // namespace
+}  // namespace dattn

@@ -1,0 +1,136 @@
+// Plans as values: their text, the backward plan, bytes against the formulas, and memory.
+#include "parallel/plan.h"
+
+#include <gtest/gtest.h>
+
+#include "core/base/error.h"
+#include "parallel/rank_plan.h"
+#include "parallel/strategy.h"
+
+namespace dattn {
+namespace {
+
+MeshShape mesh_of(int ring, int ulysses, int tensor = 1) {
+  MeshShape mesh;
+  mesh.set(Axis::kRing, ring);
+  mesh.set(Axis::kUlysses, ulysses);
+  mesh.set(Axis::kTensor, tensor);
+  return mesh;
+}
+
+AttentionOptions options_of(const std::string& strategy, const Mask& mask = Mask::causal()) {
+  AttentionOptions options;
+  options.strategy = strategy;
+  options.mask = mask;
+  return options;
+}
+
+TEST(Plan, RingReadsAsItsPicture) {
+  const Plan plan = make_plan(mesh_of(3, 1), {.seq_q = 12, .seq_kv = 12}, options_of("ring"));
+  EXPECT_EQ(plan.text(),
+            "   0  state = attend(q, kv)\n"
+            "   1  kv1 = rotate[ring +1](kv)\n"
+            "   2  state1 = attend(q, kv1, state)\n"
+            "   3  kv2 = rotate[ring +1](kv1)\n"
+            "   4  state2 = attend(q, kv2, state1)\n"
+            "   5  out = finish(state2)\n");
+  EXPECT_EQ(backward(plan).text(),
+            "   0  kv1 = rotate[ring +1](kv)\n"
+            "   1  dq, dkv = attend_grad(q, kv1, dout, -, -)\n"
+            "   2  dkv1 = rotate[ring +1](dkv)\n"
+            "   3  kv2 = rotate[ring +1](kv1)\n"
+            "   4  dq1, dkv2 = attend_grad(q, kv2, dout, dq, -)\n"
+            "   5  dkv3 = add(dkv2, dkv1)\n"
+            "   6  dkv4 = rotate[ring +1](dkv3)\n"
+            "   7  dq2, dkv5 = attend_grad(q, kv, dout, dq1, -)\n"
+            "   8  dkv6 = add(dkv5, dkv4)\n");
+}
+
+// In a ring of P, kv and its gradient make P - 1 hops each, never P.
+TEST(Plan, GradientsComeHomeInOneHopLessThanTheRing) {
+  for (const int ranks : {2, 3, 5, 8}) {
+    const Plan plan = backward(make_plan(mesh_of(ranks, 1), {.seq_q = 64, .seq_kv = 64}, options_of("ring")));
+    int kv = 0, dkv = 0;
+    for (const Step& step : plan.steps) {
+      if (step.verb != Verb::kRotate) continue;
+      const bool gradient = plan.values[static_cast<std::size_t>(step.in[0])].what == What::kGradKeyValue;
+      ++(gradient ? dkv : kv);
+    }
+    EXPECT_EQ(kv, ranks - 1);
+    EXPECT_EQ(dkv, ranks - 1);
+  }
+}
+
+struct Vector {
+  std::int64_t batch, seq, heads, kv_heads, dim;
+  int ranks, ulysses;
+  std::int64_t bytes;
+};
+
+// Forward bytes a rank: B S D / P * [(2H + 2K)(U - 1) / U + 2K (b - 1)] elements, P = U b, at 2 bytes each.
+TEST(Plan, BytesFollowTheFormula) {
+  for (const Vector& v : {Vector{1, 131072, 32, 8, 128, 8, 8, 293601280}, Vector{1, 131072, 32, 8, 128, 64, 1, 528482304},
+                          Vector{1, 131072, 32, 8, 128, 64, 8, 95420416}, Vector{2, 65536, 16, 4, 64, 4, 2, 117440512}}) {
+    const MeshShape mesh = mesh_of(v.ranks / v.ulysses, v.ulysses);
+    const Plan plan = make_plan(mesh, {v.batch, v.seq, v.seq, v.heads, v.kv_heads, v.dim, v.dim, DType::kBF16}, options_of("auto"));
+    const std::int64_t ring = v.ranks / v.ulysses;
+    const std::int64_t unit = v.batch * v.seq * v.dim / v.ranks * 2;
+    EXPECT_EQ(unit * (2 * v.heads + 2 * v.kv_heads) * (v.ulysses - 1) / v.ulysses + unit * 2 * v.kv_heads * (ring - 1), v.bytes);
+    for (const int rank : {0, v.ranks - 1}) EXPECT_EQ(make_rank_plan(plan, rank).cost.bytes_received, v.bytes) << plan.strategy;
+  }
+}
+
+// Backward: kv again, its gradient in fp32; ring (P - 1) hops of each.
+TEST(Plan, BackwardBytesFollowTheFormula) {
+  const std::int64_t batch = 2, seq = 4096, kv_heads = 4, dim = 64;
+  const Plan plan = backward(make_plan(mesh_of(4, 1), {batch, seq, seq, 8, kv_heads, dim, dim, DType::kBF16}, options_of("ring")));
+  EXPECT_EQ(make_rank_plan(plan, 1).cost.bytes_received, 3 * batch * (seq / 4) * kv_heads * 2 * dim * (2 + 4));
+  EXPECT_EQ(make_rank_plan(plan, 1).cost.stats_bytes, 0);
+}
+
+TEST(Plan, AllgatherMovesWhatTheRingMoves) {
+  const AttentionShape shape{1, 1024, 1024, 8, 2, 64, 64, DType::kF32};
+  const Plan ring = make_plan(mesh_of(4, 1), shape, options_of("ring")), gather = make_plan(mesh_of(4, 1), shape, options_of("allgather"));
+  EXPECT_EQ(make_rank_plan(ring, 2).cost.bytes_received, make_rank_plan(gather, 2).cost.bytes_received);
+  EXPECT_EQ(make_rank_plan(backward(ring), 2).cost.bytes_received, make_rank_plan(backward(gather), 2).cost.bytes_received);
+  EXPECT_LT(make_rank_plan(ring, 2).cost.peak_memory, make_rank_plan(gather, 2).cost.peak_memory);
+}
+
+// The causal work of zigzag and striped is balanced, that of contiguous is not; the sum is the mask's area everywhere.
+TEST(Plan, WorkIsSharedOutByTheLayout) {
+  for (const Layout layout : {Layout::kContiguous, Layout::kZigzag, Layout::kStriped}) {
+    AttentionOptions options = options_of("ring");
+    options.layout = layout;
+    const Plan plan = make_plan(mesh_of(4, 1), {1, 1024, 1024, 2, 2, 32, 32, DType::kF32}, options);
+    double sum = 0, most = 0;
+    for (int rank = 0; rank < 4; ++rank) {
+      const double flops = make_rank_plan(plan, rank).cost.flops;
+      sum += flops;
+      most = std::max(most, flops);
+    }
+    EXPECT_DOUBLE_EQ(sum, 1024.0 * 1025 / 2 * 2 * 2 * 64);
+    EXPECT_NEAR(sum / 4 / most, layout == Layout::kContiguous ? 4.0 / 7 : 1.0, 0.01) << name_of(layout);
+  }
+}
+
+TEST(Plan, RefusesWithTheNearestChoice) {
+  const AttentionShape shape{.seq_q = 8, .seq_kv = 8, .heads = 4, .kv_heads = 4};
+  const auto message = [&](const MeshShape& mesh, const AttentionShape& s, const std::string& strategy) -> std::string {
+    try {
+      make_plan(mesh, s, options_of(strategy));
+    } catch (const Error& error) {
+      EXPECT_EQ(error.code(), ErrorCode::kBadInput);
+      return error.what();
+    }
+    return "accepted";
+  };
+  EXPECT_NE(message(mesh_of(2, 2), shape, "ring").find("use hybrid"), std::string::npos);
+  EXPECT_NE(message(mesh_of(2, 2), shape, "ulysses").find("use hybrid"), std::string::npos);
+  EXPECT_NE(message(mesh_of(2, 1), shape, "rings").find("allgather, hybrid, ring, ulysses, auto"), std::string::npos);
+  EXPECT_NE(message(mesh_of(2, 1), {.seq_q = 8, .seq_kv = 8, .heads = 8, .kv_heads = 3}, "ring").find("query heads 8 are no multiple of KV heads 3"),
+            std::string::npos);
+  EXPECT_NE(message(mesh_of(2, 1), {.seq_q = 8, .seq_kv = 8, .dim_qk = 300}, "ring").find("300"), std::string::npos);
+}
+
+}  // namespace
+}  // namespace dattn
