@@ -118,4 +118,6 @@ Attention::Gradients DistributedAttention::backward(int layer, const TensorView&
   return {std::move(gradients.dq), std::move(gradients.dk), std::move(gradients.dv)};
 }
 
+void DistributedAttention::drop(int layer) { impl_->saved.erase(layer); }
+
 }  // namespace dattn

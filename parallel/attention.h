@@ -88,6 +88,7 @@ class DistributedAttention final : public Attention {
 
   Tensor forward(int layer, const TensorView& q, const TensorView& k, const TensorView& v) override;
   Gradients backward(int layer, const TensorView& q, const TensorView& k, const TensorView& v, const TensorView& dout) override;
+  void drop(int layer) override;
 
  private:
   struct Impl;

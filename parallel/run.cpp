@@ -8,28 +8,7 @@
 namespace dattn {
 namespace {
 
-// Part of a field: a range of rows and of heads (counted from the block's first).
-TensorView part_of(const TensorView& field, bool statistic, std::int64_t row, std::int64_t rows, std::int64_t head, std::int64_t heads) {
-  return statistic ? field.slice(1, head, heads).slice(2, row, rows) : field.slice(1, row, rows).slice(2, head, heads);
-}
-
-bool covers(const Piece& piece, const Block& block, What what) {
-  return piece.rows == block.rows.count() && piece.heads == block.heads_for(what);
-}
-
-Shape field_shape(const Field& field, std::int64_t batch, std::int64_t rows, std::int64_t heads) {
-  return field.statistic ? Shape{batch, heads, rows} : Shape{batch, rows, heads, field.width};
-}
-
-// Views of the fields of one piece inside a message, one behind the other.
-std::vector<TensorView> message_fields(char*& cursor, const std::vector<Field>& fields, std::int64_t batch, const Piece& piece) {
-  std::vector<TensorView> views;
-  for (const Field& field : fields) {
-    views.emplace_back(cursor, field.dtype, field_shape(field, batch, piece.rows, piece.heads.count()));
-    cursor += views.back().bytes();
-  }
-  return views;
-}
+bool sums(Verb verb) { return verb == Verb::kReduceScatter || verb == Verb::kHeadToSeq; }
 
 }  // namespace
 
@@ -130,63 +109,39 @@ void Runner::need(ValueId value) {
   if (producer >= 0) finish_move(static_cast<std::size_t>(producer));
 }
 
-// Packs what goes to each peer into one message; a whole block in one piece of memory is sent and received in place.
+FieldSet Runner::field_set(ValueId value, std::span<const Field> fields) {
+  return {fields, data(value).fields, plan_.problem->shape.batch, block(value).heads_for(what(value)).begin};
+}
+
+// Packs what goes to each peer into one message. A rotation sends a value that lies in one block of memory as it is, and
+// receives into such a block.
 void Runner::start_move(std::size_t index) {
   const Step& step = plan_.steps[index];
   const RankStep& mine = mine_.steps[index];
   Transfer& transfer = transfers_[index];
-  const auto fields = fields_of(what(step.out[0]), plan_.problem->shape);
-  const std::int64_t batch = plan_.problem->shape.batch;
-  const bool sums = step.verb == Verb::kReduceScatter || step.verb == Verb::kHeadToSeq;
-  data(step.out[0]) = allocate(step.out[0], sums);
-  const ValueData& from = data(step.in[0]);
-  ValueData& to = data(step.out[0]);
+  const bool rotates = step.verb == Verb::kRotate;
   const int own = mesh_.coordinate(step.axis);
-
+  const std::vector<Field> fields = fields_of(what(step.out[0]), plan_.problem->shape);
+  data(step.out[0]) = allocate(step.out[0], sums(step.verb));
+  const FieldSet from = field_set(step.in[0], fields);
+  const auto message_of = [&](std::span<const Piece> pieces) -> TensorView {
+    transfer.buffers.push_back(Tensor::uninitialized(DType::kBF16, {message_bytes(fields, from.batch, pieces) / 2}));
+    return transfer.buffers.back();
+  };
   std::vector<SendPart> sends;
-  const auto message_size = [&](std::span<const Piece> pieces) {
-    std::int64_t bytes = 0;
-    for (const Piece& piece : pieces) {
-      for (const Field& field : fields) bytes += field_shape(field, batch, piece.rows, piece.heads.count()).elements() * size_of(field.dtype);
-    }
-    return bytes;
-  };
-  const auto by_peer = [](const std::vector<Piece>& pieces, auto&& visit) {
-    for (std::size_t begin = 0; begin < pieces.size();) {
-      std::size_t end = begin;
-      while (end < pieces.size() && pieces[end].peer == pieces[begin].peer) ++end;
-      visit(std::span(pieces).subspan(begin, end - begin));
-      begin = end;
-    }
-  };
-  by_peer(mine.sends, [&](std::span<const Piece> pieces) {
-    if (pieces[0].peer == own) return;
-    const auto bytes = static_cast<std::size_t>(message_size(pieces));
-    if (from.packed.defined() && pieces.size() == 1 && covers(pieces[0], block(step.in[0]), what(step.in[0]))) {
-      sends.push_back({pieces[0].peer, from.packed->data, bytes});
-      return;
-    }
-    transfer.buffers.push_back(Tensor::uninitialized(DType::kBF16, {static_cast<std::int64_t>(bytes / 2)}));
-    char* cursor = transfer.buffers.back().ptr<char>();
-    const Interval heads = block(step.in[0]).heads_for(what(step.in[0]));
-    for (const Piece& piece : pieces) {
-      const auto slots = message_fields(cursor, fields, batch, piece);
-      for (std::size_t f = 0; f < fields.size(); ++f) {
-        copy(part_of(from.fields[f], fields[f].statistic, piece.row, piece.rows, piece.heads.begin - heads.begin, piece.heads.count()), slots[f]);
-      }
-    }
-    sends.push_back({pieces[0].peer, transfer.buffers.back()->data, bytes});
-  });
-  by_peer(mine.receives, [&](std::span<const Piece> pieces) {
-    if (pieces[0].peer == own) return;
-    const auto bytes = static_cast<std::size_t>(message_size(pieces));
-    void* into = to.packed.defined() && step.verb == Verb::kRotate ? to.packed->data : nullptr;
-    if (into == nullptr) {
-      transfer.buffers.push_back(Tensor::uninitialized(DType::kBF16, {static_cast<std::int64_t>(bytes / 2)}));
-      into = transfer.buffers.back()->data;
-    }
-    transfer.receives.push_back({pieces[0].peer, into, bytes});
-  });
+  for (const auto pieces : by_peer(mine.sends)) {
+    if (pieces[0].peer == own) continue;
+    const Tensor& whole = data(step.in[0]).packed;
+    const bool in_place = rotates && whole.defined();
+    const TensorView message = in_place ? whole.view() : message_of(pieces);
+    if (!in_place) pack(from, pieces, message.data);
+    sends.push_back({pieces[0].peer, message.data, static_cast<std::size_t>(message.bytes())});
+  }
+  for (const auto pieces : by_peer(mine.receives)) {
+    if (pieces[0].peer == own) continue;
+    const TensorView message = rotates ? data(step.out[0]).packed.view() : message_of(pieces);
+    transfer.receives.push_back({pieces[0].peer, message.data, static_cast<std::size_t>(message.bytes())});
+  }
   transfer.ticket = mesh_.axis(step.axis).start(sends, transfer.receives, {name_of(step.verb), layer_, static_cast<int>(index)});
   transfer.state = Transfer::State::kUnderWay;
 }
@@ -201,42 +156,28 @@ void Runner::finish_move(std::size_t index) {
     start_move(index);
   }
   mesh_.axis(step.axis).wait(transfer.ticket);
-  const auto fields = fields_of(what(step.out[0]), plan_.problem->shape);
-  const std::int64_t batch = plan_.problem->shape.batch;
-  const bool sums = step.verb == Verb::kReduceScatter || step.verb == Verb::kHeadToSeq;
-  const ValueData& from = data(step.in[0]);
-  ValueData& to = data(step.out[0]);
-  const Interval to_heads = block(step.out[0]).heads_for(what(step.out[0])), from_heads = block(step.in[0]).heads_for(what(step.in[0]));
-  const auto put = [&](const TensorView& piece, std::size_t f, const Piece& place) {
-    const TensorView target = part_of(to.fields[f], fields[f].statistic, place.row, place.rows, place.heads.begin - to_heads.begin, place.heads.count());
-    sums ? add(piece, target) : copy(piece, target);
-  };
-  const int own = mesh_.coordinate(step.axis);
-  std::size_t next_own = 0;
-  const std::vector<Piece>& sends = mine_.steps[index].sends;
-  char* cursor = nullptr;
-  int peer = -1;
-  for (const Piece& piece : mine_.steps[index].receives) {
-    if (piece.peer == own) {
-      while (sends[next_own].peer != own) ++next_own;
-      const Piece& source = sends[next_own++];
-      for (std::size_t f = 0; f < fields.size(); ++f) {
-        put(part_of(from.fields[f], fields[f].statistic, source.row, source.rows, source.heads.begin - from_heads.begin, source.heads.count()), f, piece);
-      }
-      continue;
-    }
-    if (piece.peer != peer) {
-      peer = piece.peer;
-      const auto part = std::find_if(transfer.receives.begin(), transfer.receives.end(), [&](const RecvPart& r) { return r.peer == peer; });
-      cursor = static_cast<char*>(part->data);
-    }
-    if (to.packed.defined() && step.verb == Verb::kRotate) continue;  // arrived in place
-    const auto slots = message_fields(cursor, fields, batch, piece);
-    for (std::size_t f = 0; f < fields.size(); ++f) put(slots[f], f, piece);
-  }
+  if (step.verb != Verb::kRotate) place_pieces(index);
   transfer.buffers.clear();
   transfer.state = Transfer::State::kDone;
   release_if_used(step.in[0]);
+}
+
+void Runner::place_pieces(std::size_t index) {
+  const Step& step = plan_.steps[index];
+  const RankStep& mine = mine_.steps[index];
+  const std::vector<Field> fields = fields_of(what(step.out[0]), plan_.problem->shape);
+  const FieldSet from = field_set(step.in[0], fields), to = field_set(step.out[0], fields);
+  const int own = mesh_.coordinate(step.axis);
+  const auto sent = by_peer(mine.sends);
+  auto received = transfers_[index].receives.begin();
+  for (const auto pieces : by_peer(mine.receives)) {
+    if (pieces[0].peer != own) {
+      unpack((received++)->data, pieces, to, sums(step.verb));
+      continue;
+    }
+    const auto stays = std::find_if(sent.begin(), sent.end(), [&](const auto& group) { return group[0].peer == own; });
+    move_within(from, *stays, to, pieces, sums(step.verb));
+  }
 }
 
 bool Runner::being_sent(ValueId value) const {

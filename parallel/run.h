@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "core/attention/kernel.h"
+#include "parallel/message.h"
 #include "parallel/rank_plan.h"
 
 namespace dattn {
@@ -32,13 +33,15 @@ class Runner {
     enum class State { kWaiting, kUnderWay, kDone };
     State state = State::kWaiting;
     Communicator::Ticket ticket = 0;
-    std::vector<Tensor> buffers;  // packed messages, sent ones first
+    std::vector<Tensor> buffers;  // of messages that are not values themselves
     std::vector<RecvPart> receives;
   };
 
   void start_ready_moves(std::size_t from);
   void start_move(std::size_t index);
   void finish_move(std::size_t index);
+  void place_pieces(std::size_t index);
+  FieldSet field_set(ValueId value, std::span<const Field> fields);
   void need(ValueId value);     // finishes the move that makes it, if any
   void compute(std::size_t index);
   void attend(const Step& step, const RankStep& mine);

@@ -69,7 +69,7 @@ struct TensorView {
 class Tensor {
  public:
   Tensor() = default;
-  Tensor(DType dtype, const Shape& shape);                   // zero-filled
+  Tensor(DType dtype, const Shape& shape);  // zero-filled
   static Tensor uninitialized(DType dtype, const Shape& shape);
   Tensor(Tensor&& other) noexcept : memory_(std::move(other.memory_)), view_(std::exchange(other.view_, {})) {}
   Tensor& operator=(Tensor&& other) noexcept {

@@ -111,6 +111,7 @@ void Report::done(const TrainResult& result) {
   line(fmt::format("held-out loss {:.3f} bits per character (a bigram model has {:.3f}, a trigram model {:.3f}); {} in all",
                    result.held_out_bits_per_char, result.bigram_bits_per_char, result.trigram_bits_per_char,
                    text_of_seconds(result.wall_s)));
+  if (!result.sample.empty()) line(fmt::format("--- sample ---\n{}\n--------------", result.sample));
   line(fmt::format("run folder    {}", result.run_dir));
   line(fmt::format("checkpoint    {}", result.checkpoint));
   if (drawn) line(fmt::format("loss curve    {}", folder_.loss_picture()));

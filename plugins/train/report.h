@@ -4,6 +4,7 @@
 
 #include <chrono>
 #include <functional>
+#include <limits>
 #include <optional>
 #include <string>
 #include <utility>
@@ -19,8 +20,8 @@ namespace dattn {
 
 // The result of a run, as the `done` event and the last lines show it.
 struct TrainResult {
-  std::int64_t steps = 0;  // done in all, those before a resume included
-  double loss = 0;         // nats per symbol, of the last step
+  std::int64_t steps = 0;                                  // done in all, those before a resume included
+  double loss = std::numeric_limits<double>::quiet_NaN();  // nats per symbol, of the last step; NaN where none was left
   double held_out_bits_per_char = 0;
   double bigram_bits_per_char = 0;
   double trigram_bits_per_char = 0;

@@ -134,7 +134,6 @@ class Trainer {
   BatchShare share_;
   std::optional<Report> report_;  // first rank
   std::int64_t steps_before_ = 0;
-  std::int64_t bytes_counted_ = 0;
   double step_seconds_ = 0;
   TrainResult result_;
 };
@@ -211,6 +210,7 @@ void Trainer::restore() {
 // The gradients of one step, summed; and the step's loss and gradient norm, equal on every rank. One exchange for all sums:
 // each number is contributed once (losses are equal over tensor, summed gradients over the replicas).
 Trainer::StepSums Trainer::forward_backward(std::int64_t step) {
+  const std::int64_t sent_before = counter_->total().sent;
   model_->transformer.zero_gradients();
   double loss = 0;
   share_.for_each_piece(job_.train.batch, job_.train.accumulate, [&](Interval rows) {
@@ -222,9 +222,8 @@ Trainer::StepSums Trainer::forward_backward(std::int64_t step) {
     loss += model_->transformer.forward_backward(batch);
   });
   gradients_->sum();
-  const std::int64_t sent = counter_->total().sent;
   std::array<double, 3> sums{mesh_.coordinate(Axis::kTensor) == 0 ? loss : 0.0, gradients_->squared_norm_share(),
-                             static_cast<double>(sent - std::exchange(bytes_counted_, sent))};
+                             static_cast<double>(counter_->total().sent - sent_before)};
   world_->all_reduce_sum(TensorView(sums.data(), DType::kF64, {3}), {.verb = "step_sums"});
   return {sums[0], std::sqrt(sums[1]), static_cast<std::int64_t>(sums[2])};
 }
@@ -320,8 +319,14 @@ void Trainer::write_sample() {
 
 void Trainer::count_ngrams() {
   const std::int64_t vocabulary = data_->alphabet().size();
-  result_.bigram_bits_per_char = ngram_bits(data_->train(), data_->held_out(), vocabulary, 2);
-  result_.trigram_bits_per_char = ngram_bits(data_->train(), data_->held_out(), vocabulary, 3);
+  std::array<double, 2> bits{};
+  if (first()) {
+    for (const int order : {2, 3})
+      bits[static_cast<std::size_t>(order) - 2] = ngram_bits(data_->train(), data_->held_out(), vocabulary, order);
+  }
+  world_->broadcast(std::as_writable_bytes(std::span(bits)), 0, {.verb = "ngrams"});
+  result_.bigram_bits_per_char = bits[0];
+  result_.trigram_bits_per_char = bits[1];
 }
 
 TrainResult Trainer::run() {

@@ -81,8 +81,9 @@ def main():
     parser.add_argument("--repeat", type=int, default=3, help="timed calls of one round")
     parser.add_argument("--cpu-time", action="store_true", help="processor time instead of wall time, for busy machines")
     args = parser.parse_args()
-    print("| dtype | mask | S | D | forward: torch | ours | ratio | backward: torch | ours | ratio | (GFLOP/s)")
-    print("|---|---|---|---|---|---|---|---|---|---|---|")
+    print("GFLOP/s, forward and backward")
+    print("| dtype | mask | S | D | torch | ours | ratio | torch | ours | ratio |")
+    print("|---|---|---|---|---|---|---|---|---|---|")
     for dtype, mask, seq, dim in itertools.product(args.dtype, args.mask, args.seq, args.dim):
         spec = {"seq": seq, "heads": args.heads, "dim": dim, "dtype": dtype, "mask": mask, "threads": args.threads,
                 "repeat": args.repeat, "cpu_time": args.cpu_time}
@@ -91,8 +92,8 @@ def main():
             ours.append(gflops(spec, run_ours(args.bench, spec)))
             theirs.append(gflops(spec, run_torch(spec)))
         (of, ob), (tf, tb) = ([statistics.median(column) for column in zip(*rows)] for rows in (ours, theirs))
-        print(f"| {dtype} | {mask} | {seq} | {dim} | {tf:.1f} | {of:.1f} | {of / tf:.2f} | {tb:.1f} | {ob:.1f} | {ob / tb:.2f} |",
-              flush=True)
+        print(f"| {dtype} | {mask} | {seq} | {dim} | {tf:.1f} | {of:.1f} | {of / tf:.2f} | {tb:.1f} | {ob:.1f} | "
+              f"{ob / tb:.2f} |", flush=True)
 
 
 if __name__ == "__main__":

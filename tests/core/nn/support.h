@@ -49,6 +49,9 @@ inline double largest(const TensorView& a) {
   return found;
 }
 
+// What rounding of an fp32 loss makes of a difference quotient.
+inline constexpr double kNoise = 2e-5;
+
 // Compares <gradient, d> with the central difference of `loss` along a random direction d of `x`, several times.
 inline void expect_gradient(const TensorView& x, const TensorView& gradient, const std::function<double()>& loss,
                             const std::string& what, double tolerance = 2e-3, double step = 1e-2) {
@@ -68,7 +71,7 @@ inline void expect_gradient(const TensorView& x, const TensorView& gradient, con
     const double measured = (values[0] - values[1]) / (2.0 * step), computed = dot(gradient, direction);
     // A random direction sees about |gradient| / sqrt(elements) of a gradient: that is the scale of what may differ.
     const double scale = std::sqrt(dot(gradient, gradient) / static_cast<double>(x.elements()));
-    EXPECT_NEAR(measured, computed, tolerance * (scale + std::abs(computed)) + 2e-6) << what << ", trial " << trial;
+    EXPECT_NEAR(measured, computed, tolerance * (scale + std::abs(computed)) + kNoise) << what << ", trial " << trial;
   }
 }
 

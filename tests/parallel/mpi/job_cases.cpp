@@ -127,6 +127,11 @@ int run(int argc, char** argv) {
                                                              {"sizes", sizes_differ},
                                                              {"long_compute", long_compute},
                                                              {"speed", speed}};
+  if (argc > 1 && std::strcmp(argv[1], "launch") == 0) {
+    const Launch launch = detect_launch();
+    std::printf("%s %d/%d %d/%d\n", launch.launcher.c_str(), launch.rank, launch.size, launch.local_rank, launch.local_size);
+    return 0;
+  }
   const auto wanted = cases.find(argc > 1 ? argv[1] : "");
   if (wanted == cases.end()) {
     std::fprintf(stderr, "usage: %s CASE [--timeout SECONDS] [--ranks N]\n", argv[0]);

@@ -92,6 +92,42 @@ class Failures(unittest.TestCase):
         self.assertIn("/nowhere/libdattn_mpi.so", errors[0])
 
 
+class Launchers(unittest.TestCase):
+    """What is read from a launcher's variables."""
+
+    def run_with(self, *arguments, **variables):
+        clean = {k: v for k, v in os.environ.items() if not k.startswith(("OMPI_", "PMI", "SLURM_"))}
+        return subprocess.run([PROGRAM, *arguments], capture_output=True, text=True, timeout=60, env={**clean, **variables})
+
+    def test_variables(self):
+        slurm = {"SLURM_PROCID": "5", "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "7", "SLURM_NTASKS": "9", "SLURM_LOCALID": "0",
+                 "SLURM_NODEID": "2", "SLURM_STEP_TASKS_PER_NODE": "2(x2),3"}
+        for variables, text in [
+                ({}, " 0/1 0/1"),
+                ({"OMPI_COMM_WORLD_RANK": "3", "OMPI_COMM_WORLD_SIZE": "8", "OMPI_COMM_WORLD_LOCAL_RANK": "1",
+                  "OMPI_COMM_WORLD_LOCAL_SIZE": "2", "RANK": "0", "WORLD_SIZE": "1"}, "openmpi 3/8 1/2"),
+                ({"RANK": "1", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}, "torchrun 1/4 1/2"),
+                ({"PMI_RANK": "2", "PMI_SIZE": "3"}, "pmi 2/3 0/1"),
+                (slurm, "slurm 5/7 0/3"),
+                ({"SLURM_PROCID": "0", "SLURM_NTASKS": "9"}, " 0/1 0/1")]:  # a batch script, no step
+            self.assertEqual(self.run_with("launch", **variables).stdout, text + "\n", variables)
+
+    def test_contradictions_are_refused(self):
+        for arguments, variables, text in [
+                (["--ranks", "3"], {"RANK": "0", "WORLD_SIZE": "2"}, "--ranks 3 but torchrun started 2"),
+                ([], {"RANK": "0", "WORLD_SIZE": "two"}, "WORLD_SIZE is 'two'"),
+                ([], {"RANK": "0", "WORLD_SIZE": "2"}, "MASTER_ADDR")]:
+            job = self.run_with("collectives", *arguments, **variables)
+            self.assertEqual(job.returncode, 2, job.stderr)
+            self.assertIn(text, job.stderr)
+
+    def test_threads(self):
+        job = self.run_with("collectives", "--ranks", "3")
+        self.assertEqual((job.returncode, job.stdout.count("ok "), job.stderr), (0, 13, ""))
+        job = self.run_with("error", "--ranks", "3")
+        self.assertEqual((job.returncode, job.stderr), (5, "dattn: checkpoint.tmp: no space left on device [rank 2/3]\n"))
+
+
 class Tcp(unittest.TestCase):
     """Processes with torchrun's variables."""
 

@@ -98,6 +98,22 @@ TEST(Training, RecomputationAndDropoutKeepTheCurve) {
   for (std::size_t step = 0; step < one.size(); ++step) EXPECT_NEAR(one[step], other[step], 1e-5 * one[step]);
 }
 
+TEST(Training, Bf16StaysNearFp32OnEveryMesh) {
+  const TemporaryFolder folder;
+  TrainJob job = small_job(folder);
+  job.dtype = DType::kBF16;
+  job.train.sample_length = 5;
+  const std::vector<double> one = train_on_threads(job).losses;
+  job.mesh = mesh_of(1, 2, 1, 2);
+  const std::vector<double> other = train_on_threads(job).losses;
+  const std::vector<double>& fp32 = reference_losses(job.train.batch);
+  EXPECT_NE(one, fp32);
+  for (std::size_t step = 0; step < one.size(); ++step) {
+    EXPECT_NEAR(one[step], fp32[step], 0.02 * fp32[step]) << "step " << step + 1;
+    EXPECT_NEAR(other[step], one[step], 0.01 * one[step]) << "step " << step + 1;
+  }
+}
+
 // A run of 8 steps with checkpoints after 4 and 8.
 TrainJob resumable(const TemporaryFolder& folder, const MeshShape& mesh) {
   TrainJob job = small_job(folder);
@@ -207,6 +223,7 @@ TEST(Training, LeavesARunFolder) {
     EXPECT_EQ(events[i]["step"], i + 1);
     EXPECT_GT(events[i]["grad_norm"].get<double>(), 0);
     EXPECT_GT(events[i]["bytes_sent"].get<double>(), 0);
+    EXPECT_EQ(events[i]["bytes_sent"], events[0]["bytes_sent"]) << "equal steps send equally much";
   }
   EXPECT_EQ(events.back()["event"], "done");
   EXPECT_GT(events.back()["bigram_bits_per_char"].get<double>(), 0);

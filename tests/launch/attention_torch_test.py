@@ -1,0 +1,118 @@
+#!/usr/bin/env python3
+"""`dattn attention` against PyTorch's scaled_dot_product_attention: out, lse, dq, dk, dv for several masks, 9 query and
+3 KV heads, an odd length, every strategy and layout, 1 to 8 ranks. Needs the Python environment of
+`launch/setup.sh --python`; without it the test is skipped (exit 77).
+
+The command is found in DATTN_BUILD/bin. DATTN_SWEEP=full takes every combination instead of a choice."""
+import itertools
+import math
+import os
+import subprocess
+import sys
+import tempfile
+
+ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+PYTHON = os.path.join(ROOT, "build", "venv", "bin", "python")
+if not os.path.exists(PYTHON):
+    print("skipped: no build/venv; launch/setup.sh --python makes it")
+    sys.exit(77)
+if os.path.realpath(sys.prefix) != os.path.realpath(os.path.join(ROOT, "build", "venv")):
+    os.execv(PYTHON, [PYTHON] + sys.argv)
+
+import torch
+from safetensors.torch import load_file, save_file
+
+SEQ, HEADS, KV_HEADS, DIM = 1021, 9, 3, 64
+TOLERANCE = 2e-6
+
+MASKS = {
+    "full": ("{kind: full}", lambda q, k: torch.ones_like(q, dtype=torch.bool)),
+    "causal": ("{kind: causal}", lambda q, k: k <= q),
+    "window": ("{kind: window, left: 100, right: 7}", lambda q, k: (k >= q - 100) & (k <= q + 7)),
+    "documents": ("{kind: documents, cu_seqlens: [0, 130, 130, 611, 1000], within: {kind: causal}}",
+                  lambda q, k: (k <= q) & same_document(q, k, [0, 130, 130, 611, 1000])),
+    "regions": ("{kind: regions, regions: [{q: [0, 500], k: [0, 300], lo: -8, hi: 90}, {q: [500, 1021], k: [200, 900], lo: null, hi: 0},"
+                " {q: [10, 10], k: [0, 5]}, {q: [300, 500], k: [300, 1021], lo: 5, hi: null}]}",
+                lambda q, k: ((q < 500) & (k < 300) & (k - q >= -8) & (k - q <= 90))
+                | ((q >= 500) & (k >= 200) & (k < 900) & (k <= q)) | ((q >= 300) & (q < 500) & (k >= 300) & (k - q >= 5))),
+}
+MESHES = {1: [{}], 2: [{"ring": 2}, {"ulysses": 2}, {"tensor": 2}], 3: [{"ring": 3}, {"ulysses": 3}],
+          4: [{"ring": 4}, {"ulysses": 4}, {"ulysses": 2, "ring": 2}, {"tensor": 2, "ring": 2}],
+          8: [{"ring": 8}, {"ulysses": 8}, {"ulysses": 4, "ring": 2}, {"tensor": 2, "ulysses": 2, "ring": 2}]}
+
+
+def same_document(q, k, bounds):
+    number = torch.bucketize(torch.arange(SEQ), torch.tensor(bounds[1:]), right=True)
+    number[torch.arange(SEQ) >= bounds[-1]] = -1
+    return (number[q] == number[k]) & (number[q] >= 0)
+
+
+def strategies(mesh):
+    ring, ulysses = mesh.get("ring", 1), mesh.get("ulysses", 1)
+    return ["hybrid", "allgather"] + (["ring"] if ulysses == 1 else []) + (["ulysses"] if ring == 1 else [])
+
+
+def expected(inputs, visible):
+    """fp64 through torch's own SDPA; rows that see nothing give 0 (torch gives NaN there)."""
+    q, k, v = (inputs[name].double().transpose(1, 2).requires_grad_() for name in "qkv")
+    seeing = visible.any(dim=1)
+    safe = visible.clone()
+    safe[~seeing, 0] = True
+    out = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=safe, enable_gqa=True)
+    out = out * seeing[None, None, :, None]
+    out.backward(inputs["dout"].double().transpose(1, 2))
+    scores = q @ k.repeat_interleave(HEADS // KV_HEADS, dim=1).transpose(2, 3) / math.sqrt(DIM)
+    lse = scores.masked_fill(~visible, -math.inf).logsumexp(dim=3)
+    turn = lambda t: t.detach().transpose(1, 2)
+    return {"out": turn(out), "lse": lse.detach(), "dq": turn(q.grad), "dk": turn(k.grad), "dv": turn(v.grad)}
+
+
+def error(got, want):
+    finite = torch.isfinite(want)
+    if not torch.equal(torch.isfinite(got), finite):
+        return math.inf
+    difference, want = got.double()[finite] - want[finite], want[finite]
+    return (difference.norm() / want.norm()).item()
+
+
+def main():
+    command = os.path.join(os.environ.get("DATTN_BUILD", os.path.join(ROOT, "build", "release")), "bin", "dattn")
+    full = os.environ.get("DATTN_SWEEP") == "full"
+    torch.manual_seed(3)
+    shapes = {"q": HEADS, "k": KV_HEADS, "v": KV_HEADS, "dout": HEADS}
+    inputs = {name: torch.randn(1, SEQ, heads, DIM) for name, heads in shapes.items()}
+    cases = [(mask, ranks, mesh, strategy, layout) for mask in MASKS for ranks, meshes in MESHES.items() for mesh in meshes
+             for strategy in strategies(mesh) for layout in ("contiguous", "zigzag", "striped")]
+    if not full:  # every mask with every mesh once, the strategy and layout in turn
+        groups = [list(group) for _, group in itertools.groupby(cases, key=lambda c: (c[0], c[1], str(c[2])))]
+        cases = [group[(7 * i) % len(group)] for i, group in enumerate(groups)]
+    worst, failed = 0.0, 0
+    with tempfile.TemporaryDirectory() as folder:
+        paths = {name: os.path.join(folder, name) for name in ("x.safetensors", "y.safetensors", "c.yaml")}
+        save_file(inputs, paths["x.safetensors"])
+        rows, columns = torch.meshgrid(torch.arange(SEQ), torch.arange(SEQ), indexing="ij")
+        want = {name: expected(inputs, visible(rows, columns)) for name, (_, visible) in MASKS.items()}
+        for mask, ranks, mesh, strategy, layout in cases:
+            text = ", ".join(f"{axis}: {size}" for axis, size in mesh.items())
+            with open(paths["c.yaml"], "w", encoding="utf-8") as config:
+                config.write(f"attention: {{mask: {MASKS[mask][0]}}}\nmesh: {{{text}}}\nlayout: {layout}\nstrategy: {strategy}\n")
+            run = [command, "attention", paths["c.yaml"], "--in", paths["x.safetensors"], "--out", paths["y.safetensors"]]
+            result = subprocess.run(run + ["--ranks", str(ranks)], capture_output=True, text=True, timeout=300)
+            case = f"{mask}, mesh {{{text}}}, {strategy}, {layout}"
+            if result.returncode != 0:
+                failed += 1
+                print(f"FAILED {case}: exit {result.returncode}\n{result.stderr}")
+                continue
+            got = load_file(paths["y.safetensors"])
+            for name, values in want[mask].items():
+                off = error(got[name], values)
+                worst = max(worst, off)
+                if not off <= TOLERANCE:
+                    failed += 1
+                    print(f"FAILED {case}: {name} is off by {off:.2e}")
+    print(f"{len(cases)} cases, worst relative error {worst:.2e}, {failed} failures")
+    sys.exit(1 if failed else 0)
+
+
+if __name__ == "__main__":
+    main()
