@@ -1,10 +1,10 @@
 // The dattn command. Exit codes: 0 done, 1 a defect of dattn, 2 bad input, 3 a peer failed or timed out, 4 the training
 // diverged, 5 the operating system refused (disk full, no permission, out of memory).
-#include <CLI/CLI.hpp>
-
 #include <cstdio>
 #include <exception>
 #include <map>
+
+#include <CLI/CLI.hpp>
 
 #include "core/base/error.h"
 #include "launch/commands/commands.h"
@@ -21,8 +21,9 @@ int run(int argc, char** argv) {
   app.require_subcommand(1);
   app.footer(kFooter);
   const std::map<std::string, dattn::Command> commands{
-      {"train", dattn::add_train(app)},   {"generate", dattn::add_generate(app)}, {"attention", dattn::add_attention(app)},
-      {"plan", dattn::add_plan(app)},     {"bench", dattn::add_bench(app)},       {"doctor", dattn::add_doctor(app)},
+      {"train", dattn::add_train(app)},          {"generate", dattn::add_generate(app)},
+      {"attention", dattn::add_attention(app)},  {"plan", dattn::add_plan(app)},
+      {"bench", dattn::add_bench(app)},          {"doctor", dattn::add_doctor(app)},
       {"mesh-ranks", dattn::add_mesh_ranks(app)}};
   try {
     app.parse(argc, argv);

@@ -141,9 +141,7 @@ inline void check(const CommConfig& c, const ConfigCheck& at) {
   at.require("timeout_s", c.timeout_s > 0, "must be greater than 0");
 }
 
-inline void check(const RunConfig& c, const ConfigCheck& at) {
-  at.require("threads", c.threads >= 0, "must be at least 0");
-}
+inline void check(const RunConfig& c, const ConfigCheck& at) { at.require("threads", c.threads >= 0, "must be at least 0"); }
 
 // The text of configs/SCHEMA.md.
 inline std::string run_config_schema() {

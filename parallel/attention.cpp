@@ -12,10 +12,12 @@ namespace dattn {
 namespace {
 
 void check_tensor(std::string_view name, const TensorView& tensor, const Shape& expected, DType dtype) {
-  require(tensor.shape == expected, "attention: {} has shape {} but this rank's shard is {}", name, tensor.shape.text(), expected.text());
-  require(tensor.dtype == dtype, "attention: {} has dtype {} but the plan was made for {}", name, name_of(tensor.dtype), name_of(dtype));
-  require(tensor.empty() || tensor.size(3) == 1 || tensor.stride(3) == 1, "attention: the last axis of {} must be contiguous, its stride is {}",
-          name, tensor.stride(3));
+  require(tensor.shape == expected, "attention: {} has shape {} but this rank's shard is {}", name, tensor.shape.text(),
+          expected.text());
+  require(tensor.dtype == dtype, "attention: {} has dtype {} but the plan was made for {}", name, name_of(tensor.dtype),
+          name_of(dtype));
+  require(tensor.empty() || tensor.size(3) == 1 || tensor.stride(3) == 1,
+          "attention: the last axis of {} must be contiguous, its stride is {}", name, tensor.stride(3));
 }
 
 Tensor owned_field(ValueData& value, std::size_t field) {
@@ -71,8 +73,8 @@ AttentionResult ShardedAttention::forward(const TensorView& q, const TensorView&
   return {owned_field(outputs[0], 1), std::move(lse)};
 }
 
-AttentionGradients ShardedAttention::backward(const TensorView& q, const TensorView& k, const TensorView& v, const AttentionResult& result,
-                                              const TensorView& dout, int layer) {
+AttentionGradients ShardedAttention::backward(const TensorView& q, const TensorView& k, const TensorView& v,
+                                              const AttentionResult& result, const TensorView& dout, int layer) {
   impl_->check_inputs(q, k, v);
   check_tensor("dout", dout, result.out->shape, impl_->shape.dtype);
   Tensor delta = Tensor::uninitialized(result.lse->dtype, result.lse->shape);
@@ -110,7 +112,8 @@ Tensor DistributedAttention::forward(int layer, const TensorView& q, const Tenso
   return out;
 }
 
-Attention::Gradients DistributedAttention::backward(int layer, const TensorView& q, const TensorView& k, const TensorView& v, const TensorView& dout) {
+Attention::Gradients DistributedAttention::backward(int layer, const TensorView& q, const TensorView& k, const TensorView& v,
+                                                    const TensorView& dout) {
   const auto saved = impl_->saved.find(layer);
   ensure(saved != impl_->saved.end(), "attention of layer {} has a backward without a forward", layer);
   AttentionGradients gradients = impl_->for_batch(q.size(0)).backward(q, k, v, saved->second, dout, layer);

@@ -38,7 +38,7 @@ struct AttentionOptions {
   Mask mask = Mask::causal();
   std::optional<double> softmax_scale;  // default 1 / sqrt(dim_qk)
   Layout layout = Layout::kZigzag;
-  std::string strategy = "auto";        // a file of parallel/strategies, or auto
+  std::string strategy = "auto";  // a file of parallel/strategies, or auto
 };
 
 // The heads of one part of the tensor axis, numbered globally.
@@ -64,9 +64,9 @@ class ShardedAttention {
   ~ShardedAttention();
   ShardedAttention(ShardedAttention&&) noexcept;
 
-  const Positions& q_positions() const;   // of this rank's shard
+  const Positions& q_positions() const;  // of this rank's shard
   const Positions& kv_positions() const;
-  HeadRange heads() const;                // of this rank's shard
+  HeadRange heads() const;  // of this rank's shard
 
   // q [B, Sq_local, H_local, D], k [B, Skv_local, K_local, D], v [B, Skv_local, K_local, V]; any strides, last axis
   // contiguous. `layer` names the call in errors and traces.

@@ -85,7 +85,8 @@ class BackwardBuilder {
       if (step.verb == Verb::kAttend) attends.push_back(&step);
     }
     const auto own = [this](const Step* step) {
-      return value(step->in[0]).placing.kind != Placing::Kind::kRotated && value(step->in[1]).placing.kind != Placing::Kind::kRotated;
+      return value(step->in[0]).placing.kind != Placing::Kind::kRotated &&
+             value(step->in[1]).placing.kind != Placing::Kind::kRotated;
     };
     std::stable_partition(attends.begin(), attends.end(), [&](const Step* step) { return !own(step); });
     return attends;
@@ -131,7 +132,8 @@ class BackwardBuilder {
       const bool keep_new = node.gradient_moved;  // add in computed memory, never in memory that a move delivered
       const ValueId sum = builder_.add_value(builder_.plan_.values[static_cast<std::size_t>(gradient)].what,
                                              {Placing::Kind::kLike, node.replayed});
-      builder_.add_step(Verb::kAdd, keep_new ? std::vector{gradient, node.gradient} : std::vector{node.gradient, gradient}, {sum});
+      builder_.add_step(Verb::kAdd, keep_new ? std::vector{gradient, node.gradient} : std::vector{node.gradient, gradient},
+                        {sum});
       node.gradient = sum;
       node.gradient_moved = false;
     }
@@ -155,7 +157,8 @@ class BackwardBuilder {
     }
     const Verb adjoint = step->verb == Verb::kGather ? Verb::kReduceScatter : Verb::kHeadToSeq;
     const ValueId from = step->in[0];
-    contribute(from, builder_.move(adjoint, node.gradient, step->axis, 0, {Placing::Kind::kLike, nodes_.at(from).replayed}), false, true);
+    contribute(from, builder_.move(adjoint, node.gradient, step->axis, 0, {Placing::Kind::kLike, nodes_.at(from).replayed}),
+               false, true);
   }
 
   const Plan& forward_;

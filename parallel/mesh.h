@@ -29,10 +29,10 @@ struct MeshShape {
   int sequence_parts() const { return size(Axis::kRing) * size(Axis::kUlysses); }
 
   int coordinate(int rank, Axis axis) const;
-  int sequence_index(int rank) const;                 // ring * ulysses parts: the context-parallel rank
-  int neighbour(int rank, Axis axis, int coordinate) const;  // the rank that differs from this one in that axis only
+  int sequence_index(int rank) const;                                  // ring * ulysses parts: the context-parallel rank
+  int neighbour(int rank, Axis axis, int coordinate) const;            // the rank that differs from this one in that axis only
   std::vector<int> group(int rank, std::span<const Axis> axes) const;  // ranks that agree with it on all other axes, ascending
-  std::string text() const;                           // "data 1 x ring 2 x ulysses 2 x tensor 1"
+  std::string text() const;                                            // "data 1 x ring 2 x ulysses 2 x tensor 1"
   bool operator==(const MeshShape&) const = default;
 };
 

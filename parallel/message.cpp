@@ -13,7 +13,8 @@ TensorView part_of(const FieldSet& set, std::size_t field, const Piece& piece) {
 
 // Calls visit(field, piece, view of its place in the message) in the message's order.
 template <class Visit>
-void for_each_slot(std::span<const Field> fields, std::int64_t batch, std::span<const Piece> pieces, void* message, const Visit& visit) {
+void for_each_slot(std::span<const Field> fields, std::int64_t batch, std::span<const Piece> pieces, void* message,
+                   const Visit& visit) {
   char* cursor = static_cast<char*>(message);
   for (const Piece& piece : pieces) {
     for (std::size_t f = 0; f < fields.size(); ++f) {
@@ -44,7 +45,8 @@ std::vector<std::span<const Piece>> by_peer(const std::vector<Piece>& pieces) {
 std::int64_t message_bytes(std::span<const Field> fields, std::int64_t batch, std::span<const Piece> pieces) {
   std::int64_t bytes = 0;
   for (const Piece& piece : pieces) {
-    for (const Field& field : fields) bytes += field_shape(field, batch, piece.rows, piece.heads.count()).elements() * size_of(field.dtype);
+    for (const Field& field : fields)
+      bytes += field_shape(field, batch, piece.rows, piece.heads.count()).elements() * size_of(field.dtype);
   }
   return bytes;
 }
@@ -59,7 +61,8 @@ void unpack(const void* message, std::span<const Piece> pieces, const FieldSet& 
                 [&](std::size_t f, const Piece& piece, const TensorView& slot) { put(slot, part_of(to, f, piece), sum); });
 }
 
-void move_within(const FieldSet& from, std::span<const Piece> sent, const FieldSet& to, std::span<const Piece> received, bool sum) {
+void move_within(const FieldSet& from, std::span<const Piece> sent, const FieldSet& to, std::span<const Piece> received,
+                 bool sum) {
   for (std::size_t i = 0; i < received.size(); ++i) {
     for (std::size_t f = 0; f < to.fields.size(); ++f) put(part_of(from, f, sent[i]), part_of(to, f, received[i]), sum);
   }

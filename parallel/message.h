@@ -26,6 +26,7 @@ std::int64_t message_bytes(std::span<const Field> fields, std::int64_t batch, st
 void pack(const FieldSet& from, std::span<const Piece> pieces, void* message);
 void unpack(const void* message, std::span<const Piece> pieces, const FieldSet& to, bool sum);
 // Pieces that stay on the rank: as many on both sides, in the same order.
-void move_within(const FieldSet& from, std::span<const Piece> sent, const FieldSet& to, std::span<const Piece> received, bool sum);
+void move_within(const FieldSet& from, std::span<const Piece> sent, const FieldSet& to, std::span<const Piece> received,
+                 bool sum);
 
 }  // namespace dattn

@@ -1,9 +1,9 @@
 #include "parallel/plan.h"
 
+#include <algorithm>
+
 #include <fmt/format.h>
 #include <fmt/ranges.h>
-
-#include <algorithm>
 
 #include "core/base/error.h"
 
@@ -135,7 +135,8 @@ std::string Plan::text() const {
     for (const ValueId value : step.in) in.push_back(value_name(value));
     for (const ValueId value : step.out) out.push_back(value_name(value));
     std::string verb(name_of(step.verb));
-    if (is_move(step.verb)) verb += fmt::format("[{}{}]", name_of(step.axis), step.verb == Verb::kRotate ? fmt::format(" {:+}", step.shift) : "");
+    if (is_move(step.verb))
+      verb += fmt::format("[{}{}]", name_of(step.axis), step.verb == Verb::kRotate ? fmt::format(" {:+}", step.shift) : "");
     lines += fmt::format("{:4}  {} = {}({})\n", i, fmt::join(out, ", "), verb, fmt::join(in, ", "));
   }
   return lines;
@@ -174,8 +175,8 @@ ValueId PlanBuilder::rotate(ValueId value, Axis axis, int shift) {
   if (size(axis) == 1) return value;
   const Placing& from = plan_.values[static_cast<std::size_t>(value)].placing;
   const bool further = from.kind == Placing::Kind::kRotated && from.axis == axis;
-  const Placing placing = further ? Placing{from.kind, from.base, axis, from.shift + shift}
-                                  : Placing{Placing::Kind::kRotated, value, axis, shift};
+  const Placing placing =
+      further ? Placing{from.kind, from.base, axis, from.shift + shift} : Placing{Placing::Kind::kRotated, value, axis, shift};
   return move(Verb::kRotate, value, axis, shift, placing);
 }
 

@@ -20,7 +20,8 @@ void append_shared(const Run& a, std::int64_t a_row, const Run& b, std::int64_t 
   }
   for (std::int64_t row = 0; row < a.count; ++row) {
     const std::int64_t offset = a.at(row) - b.begin;
-    if (offset >= 0 && offset % b.step == 0 && offset / b.step < b.count) shared.push_back({a_row + row, b_row + offset / b.step, 1});
+    if (offset >= 0 && offset % b.step == 0 && offset / b.step < b.count)
+      shared.push_back({a_row + row, b_row + offset / b.step, 1});
   }
 }
 
@@ -135,7 +136,8 @@ RankPlan make_rank_plan(const Plan& plan, int rank) { return RankPlanner(plan, r
 std::vector<SharedRows> shared_rows(const Positions& a, const Positions& b) {
   std::vector<SharedRows> shared;
   for (std::size_t i = 0; i < a.runs().size(); ++i) {
-    for (std::size_t j = 0; j < b.runs().size(); ++j) append_shared(a.runs()[i], a.row_of_run(i), b.runs()[j], b.row_of_run(j), shared);
+    for (std::size_t j = 0; j < b.runs().size(); ++j)
+      append_shared(a.runs()[i], a.row_of_run(i), b.runs()[j], b.row_of_run(j), shared);
   }
   std::sort(shared.begin(), shared.end(), [](const SharedRows& x, const SharedRows& y) { return x.row_a < y.row_a; });
   return shared;

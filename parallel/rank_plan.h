@@ -12,10 +12,10 @@ namespace dattn {
 // A stretch of rows and heads that one rank sends and another receives. Both sides list the pieces they share in the
 // same order, so that a message needs no header.
 struct Piece {
-  int peer = 0;           // coordinate on the step's axis
-  std::int64_t row = 0;   // first row in this side's block
+  int peer = 0;          // coordinate on the step's axis
+  std::int64_t row = 0;  // first row in this side's block
   std::int64_t rows = 0;
-  Interval heads;         // global numbers
+  Interval heads;  // global numbers
 };
 
 struct RankStep {
@@ -31,7 +31,7 @@ struct RankCost {
   std::int64_t bytes_received = 0;  // at the type it travels in, without statistics
   std::int64_t stats_bytes = 0;     // lse and delta
   double flops = 0;
-  std::int64_t peak_memory = 0;     // bytes of the plan's own values alive at once, inputs not counted
+  std::int64_t peak_memory = 0;                          // bytes of the plan's own values alive at once, inputs not counted
   std::map<std::string, std::int64_t> received_by_verb;  // statistics included
 };
 

@@ -142,7 +142,8 @@ void Runner::start_move(std::size_t index) {
     const TensorView message = rotates ? data(step.out[0]).packed.view() : message_of(pieces);
     transfer.receives.push_back({pieces[0].peer, message.data, static_cast<std::size_t>(message.bytes())});
   }
-  transfer.ticket = mesh_.axis(step.axis).start(sends, transfer.receives, {name_of(step.verb), layer_, static_cast<int>(index)});
+  transfer.ticket =
+      mesh_.axis(step.axis).start(sends, transfer.receives, {name_of(step.verb), layer_, static_cast<int>(index)});
   transfer.state = Transfer::State::kUnderWay;
 }
 
@@ -208,7 +209,8 @@ void Runner::attend(const Step& step, const RankStep& mine) {
   ValueData state = merge ? take(step.in[2]) : allocate(step.out[0], false);
   if (!merge || !mine.tiles.empty()) {
     const ValueData &q = data(step.in[0]), &kv = data(step.in[1]);
-    AttendArgs args{q.fields[0], kv.fields[0], kv.fields[1], mine.heads, mine.tiles, plan_.problem->scale, state.fields[1], state.fields[0], merge};
+    AttendArgs args{q.fields[0],          kv.fields[0],    kv.fields[1],    mine.heads, mine.tiles,
+                    plan_.problem->scale, state.fields[1], state.fields[0], merge};
     if (!args.out.empty() || !args.lse.empty()) kernel_.attend(args);
   }
   data(step.out[0]) = std::move(state);

@@ -42,7 +42,7 @@ class Runner {
   void finish_move(std::size_t index);
   void place_pieces(std::size_t index);
   FieldSet field_set(ValueId value, std::span<const Field> fields);
-  void need(ValueId value);     // finishes the move that makes it, if any
+  void need(ValueId value);  // finishes the move that makes it, if any
   void compute(std::size_t index);
   void attend(const Step& step, const RankStep& mine);
   void attend_grad(const Step& step, const RankStep& mine);

@@ -1,8 +1,8 @@
 #include "parallel/strategy.h"
 
-#include <fmt/format.h>
-
 #include <cmath>
+
+#include <fmt/format.h>
 
 #include "core/base/error.h"
 
@@ -10,11 +10,12 @@ namespace dattn {
 namespace {
 
 void check_shape(const AttentionShape& shape) {
-  require(shape.batch >= 0 && shape.seq_q >= 0 && shape.seq_kv >= 0, "attention shape: batch {}, seq_q {} and seq_kv {} must not be negative",
-          shape.batch, shape.seq_q, shape.seq_kv);
-  require(shape.heads >= 1 && shape.kv_heads >= 1, "attention shape: heads {} and kv_heads {} must be at least 1", shape.heads, shape.kv_heads);
-  require(shape.heads % shape.kv_heads == 0, "query heads {} are no multiple of KV heads {}; use a multiple, for example {}", shape.heads,
-          shape.kv_heads, (shape.heads / shape.kv_heads + 1) * shape.kv_heads);
+  require(shape.batch >= 0 && shape.seq_q >= 0 && shape.seq_kv >= 0,
+          "attention shape: batch {}, seq_q {} and seq_kv {} must not be negative", shape.batch, shape.seq_q, shape.seq_kv);
+  require(shape.heads >= 1 && shape.kv_heads >= 1, "attention shape: heads {} and kv_heads {} must be at least 1", shape.heads,
+          shape.kv_heads);
+  require(shape.heads % shape.kv_heads == 0, "query heads {} are no multiple of KV heads {}; use a multiple, for example {}",
+          shape.heads, shape.kv_heads, (shape.heads / shape.kv_heads + 1) * shape.kv_heads);
   for (const std::int64_t dim : {shape.dim_qk, shape.dim_v}) {
     require(dim >= 1 && dim <= 256, "attention head dim {} is outside 1..256", dim);
   }

@@ -18,8 +18,8 @@ struct Strategy {
   ValueId (*write)(PlanBuilder& plan) = nullptr;        // returns the result value
 };
 
-const std::vector<Strategy>& strategies();            // made by the build from the files of parallel/strategies
-std::string choose_strategy(const MeshShape& mesh);   // what "auto" stands for
+const std::vector<Strategy>& strategies();           // made by the build from the files of parallel/strategies
+std::string choose_strategy(const MeshShape& mesh);  // what "auto" stands for
 
 // Checks the shape, compiles the mask and lets the named strategy (or auto) write its plan. Throws Error(kBadInput).
 Plan make_plan(const MeshShape& mesh, const AttentionShape& shape, const AttentionOptions& options);

@@ -13,12 +13,8 @@ Tensor TensorBoundary::leave(Tensor x, std::int64_t) {
   return x;
 }
 
-void TensorVocabularyReduction::sum(const TensorView& data) {
-  tensor_.all_reduce_sum(data, {.verb = "vocabulary_sum"});
-}
+void TensorVocabularyReduction::sum(const TensorView& data) { tensor_.all_reduce_sum(data, {.verb = "vocabulary_sum"}); }
 
-void TensorVocabularyReduction::maximum(const TensorView& data) {
-  tensor_.all_reduce_max(data, {.verb = "vocabulary_max"});
-}
+void TensorVocabularyReduction::maximum(const TensorView& data) { tensor_.all_reduce_max(data, {.verb = "vocabulary_max"}); }
 
 }  // namespace dattn

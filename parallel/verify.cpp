@@ -1,10 +1,10 @@
 #include "parallel/verify.h"
 
-#include <fmt/format.h>
-
 #include <algorithm>
 #include <map>
 #include <memory>
+
+#include <fmt/format.h>
 
 #include "core/base/error.h"
 #include "parallel/rank_plan.h"
@@ -50,7 +50,8 @@ class Verifier {
   template <class... Args>
   void report(int rank, std::size_t step, fmt::format_string<Args...> format, Args&&... args) {
     if (verdict_.problems.size() >= kMaxProblems) return;
-    const std::string place = step < plan_.steps.size() ? fmt::format("step {} {}", step, name_of(plan_.steps[step].verb)) : "at the end";
+    const std::string place =
+        step < plan_.steps.size() ? fmt::format("step {} {}", step, name_of(plan_.steps[step].verb)) : "at the end";
     verdict_.problems.push_back(fmt::format("rank {}, {}: {}", rank, place, fmt::format(format, std::forward<Args>(args)...)));
   }
 
@@ -58,7 +59,9 @@ class Verifier {
   const Block& block(ValueId value, int rank) const {
     return rank_plans_[static_cast<std::size_t>(rank)].blocks[static_cast<std::size_t>(value)];
   }
-  Contributions& folded(ValueId value, int rank) { return folded_[static_cast<std::size_t>(value)][static_cast<std::size_t>(rank)]; }
+  Contributions& folded(ValueId value, int rank) {
+    return folded_[static_cast<std::size_t>(value)][static_cast<std::size_t>(rank)];
+  }
 
   // Every value is written once, before it is read, and not read after its memory was given to another.
   void check_order() {
@@ -66,8 +69,10 @@ class Verifier {
     for (const ValueId value : plan_.inputs) written[static_cast<std::size_t>(value)] = true;
     const auto read = [&](ValueId value, std::size_t step) {
       if (value == kNoValue) return;
-      if (!written[static_cast<std::size_t>(value)]) report(0, step, "{} is read before it is written", plan_.value_name(value));
-      if (given_away[static_cast<std::size_t>(value)]) report(0, step, "{} is read after its memory was given away", plan_.value_name(value));
+      if (!written[static_cast<std::size_t>(value)])
+        report(0, step, "{} is read before it is written", plan_.value_name(value));
+      if (given_away[static_cast<std::size_t>(value)])
+        report(0, step, "{} is read after its memory was given away", plan_.value_name(value));
     };
     for (std::size_t i = 0; i < plan_.steps.size(); ++i) {
       const Step& step = plan_.steps[i];
@@ -138,12 +143,14 @@ class Verifier {
       for (const Interval& part : rows) {
         if (part.begin > reached) break;
         if (part.begin < reached && !sums) {
-          report(rank, index, "head {} rows [{}, {}) of {} arrive twice", head, part.begin, std::min(part.end, reached), plan_.value_name(step.out[0]));
+          report(rank, index, "head {} rows [{}, {}) of {} arrive twice", head, part.begin, std::min(part.end, reached),
+                 plan_.value_name(step.out[0]));
         }
         reached = std::max(reached, part.end);
       }
       if (reached < to.rows.count()) {
-        report(rank, index, "head {} row {} (position {}) of {} never arrives", head, reached, to.rows.at(reached), plan_.value_name(step.out[0]));
+        report(rank, index, "head {} row {} (position {}) of {} never arrives", head, reached, to.rows.at(reached),
+               plan_.value_name(step.out[0]));
         return;
       }
     }
@@ -167,8 +174,9 @@ class Verifier {
       Contributions& now = folded(step.out[output], rank);
       now.insert(now.end(), earlier.begin(), earlier.end());
       if (!(block(step.in[input], rank).rows == block(step.out[output], rank).rows)) {
-        report(rank, index, "{} holds positions {} and {} holds {}", plan_.value_name(step.in[input]), block(step.in[input], rank).rows.text(),
-               plan_.value_name(step.out[output]), block(step.out[output], rank).rows.text());
+        report(rank, index, "{} holds positions {} and {} holds {}", plan_.value_name(step.in[input]),
+               block(step.in[input], rank).rows.text(), plan_.value_name(step.out[output]),
+               block(step.out[output], rank).rows.text());
       }
     };
     if (step.verb == Verb::kFinish) return inherit(0, 0);
@@ -196,8 +204,8 @@ class Verifier {
     const std::int64_t group = problem_.shape.heads / problem_.shape.kv_heads;
     const std::int64_t first = q.heads.q.begin / group, last = (q.heads.q.end - 1) / group;
     if (first < kv.heads.kv.begin || last >= kv.heads.kv.end) {
-      report(rank, index, "query heads [{}, {}) need KV heads [{}, {}], but it holds [{}, {})", q.heads.q.begin, q.heads.q.end, first,
-             last, kv.heads.kv.begin, kv.heads.kv.end);
+      report(rank, index, "query heads [{}, {}) need KV heads [{}, {}], but it holds [{}, {})", q.heads.q.begin, q.heads.q.end,
+             first, last, kv.heads.kv.begin, kv.heads.kv.end);
     }
   }
 
@@ -207,7 +215,8 @@ class Verifier {
     const ValueId like = is_key_side(what(output)) ? plan_.inputs[1] : plan_.inputs[0];
     const Block& wanted = block(like, rank);
     if (!(held.rows == wanted.rows) || !(held.heads.q == wanted.heads.q) || !(held.heads.kv == wanted.heads.kv)) {
-      report(rank, plan_.steps.size(), "{} holds positions {} but its owner holds {}", plan_.value_name(output), held.rows.text(), wanted.rows.text());
+      report(rank, plan_.steps.size(), "{} holds positions {} but its owner holds {}", plan_.value_name(output),
+             held.rows.text(), wanted.rows.text());
       return;
     }
     const Contributions& all = folded(output, rank);
@@ -216,14 +225,16 @@ class Verifier {
     const Interval heads = key_side ? Interval{held.heads.q.begin, held.heads.q.end} : held.heads.q;
     const Positions other = Positions::range(0, key_side ? problem_.shape.seq_q : problem_.shape.seq_kv);
     const std::int64_t expected = visible(held.rows, other, key_side);
-    for (std::int64_t head = heads.begin; head < heads.end && group > 0; ++head) check_head(output, rank, head, all, held, expected, key_side);
+    for (std::int64_t head = heads.begin; head < heads.end && group > 0; ++head)
+      check_head(output, rank, head, all, held, expected, key_side);
   }
 
   std::int64_t visible(const Positions& own, const Positions& other, bool key_side) const {
     return area(key_side ? make_tiles(problem_.mask, other, own) : make_tiles(problem_.mask, own, other));
   }
 
-  void check_head(ValueId output, int rank, std::int64_t head, const Contributions& all, const Block& held, std::int64_t expected, bool key_side) {
+  void check_head(ValueId output, int rank, std::int64_t head, const Contributions& all, const Block& held,
+                  std::int64_t expected, bool key_side) {
     std::int64_t found = 0;
     std::vector<Interval> unit_runs;
     std::vector<const Positions*> parts;
@@ -243,8 +254,8 @@ class Verifier {
       }
     }
     if (found != expected) {
-      report(rank, plan_.steps.size(), "{} head {} positions {} has seen {} of {} visible pairs", plan_.value_name(output), head,
-             held.rows.text(), found, expected);
+      report(rank, plan_.steps.size(), "{} head {} positions {} has seen {} of {} visible pairs", plan_.value_name(output),
+             head, held.rows.text(), found, expected);
     }
   }
 

@@ -1,8 +1,8 @@
 #include "core/attention/mask.h"
 
-#include <fmt/format.h>
-
 #include <algorithm>
+
+#include <fmt/format.h>
 
 #include "core/base/error.h"
 

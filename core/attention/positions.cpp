@@ -1,14 +1,14 @@
 #include "core/attention/positions.h"
 
-#include <fmt/format.h>
-
 #include <algorithm>
+
+#include <fmt/format.h>
 
 #include "core/base/error.h"
 
 namespace dattn {
 
-Positions::Positions(std::vector<Run> runs) {
+Positions::Positions(const std::vector<Run>& runs) {
   for (const Run& run : runs) {
     if (run.count == 0) continue;
     ensure(run.count > 0 && run.step > 0, "a run of positions has count {} and step {}", run.count, run.step);

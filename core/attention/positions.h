@@ -23,7 +23,7 @@ struct Run {
 class Positions {
  public:
   Positions() = default;
-  explicit Positions(std::vector<Run> runs);            // empty runs are dropped
+  explicit Positions(const std::vector<Run>& runs);  // empty runs are dropped
   static Positions range(std::int64_t begin, std::int64_t end);
 
   std::int64_t count() const { return count_; }

@@ -9,19 +9,11 @@
 namespace dattn {
 namespace {
 
-std::int64_t floor_div(std::int64_t a, std::int64_t b) {
-  return a / b - (a % b != 0 && (a < 0) != (b < 0) ? 1 : 0);
-}
-std::int64_t ceil_div(std::int64_t a, std::int64_t b) {
-  return -floor_div(-a, b);
-}
+std::int64_t floor_div(std::int64_t a, std::int64_t b) { return a / b - (a % b != 0 && (a < 0) != (b < 0) ? 1 : 0); }
+std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return -floor_div(-a, b); }
 
-bool bounded(std::int64_t bound) {
-  return bound > -kUnbounded && bound < kUnbounded;
-}
-std::int64_t shift_bound(std::int64_t bound, std::int64_t by) {
-  return bounded(bound) ? bound + by : bound;
-}
+bool bounded(std::int64_t bound) { return bound > -kUnbounded && bound < kUnbounded; }
+std::int64_t shift_bound(std::int64_t bound, std::int64_t by) { return bounded(bound) ? bound + by : bound; }
 
 // Sum over q in [q.begin, q.end) of max(0, min(k_end, q + hi + 1) - k_begin): pairs below an upper bound only.
 std::int64_t area_below(Interval q, Interval k, std::int64_t hi) {

@@ -38,14 +38,27 @@ constexpr std::int64_t size_of(DType type) {
 
 constexpr DType accumulate_type(DType storage) { return storage == DType::kF64 ? DType::kF64 : DType::kF32; }
 
-template <class T> constexpr DType dtype_of();
-template <> constexpr DType dtype_of<float>() { return DType::kF32; }
-template <> constexpr DType dtype_of<BFloat16>() { return DType::kBF16; }
-template <> constexpr DType dtype_of<double>() { return DType::kF64; }
-template <> constexpr DType dtype_of<std::int32_t>() { return DType::kI32; }
+template <class T>
+constexpr DType dtype_of();
+template <>
+constexpr DType dtype_of<float>() {
+  return DType::kF32;
+}
+template <>
+constexpr DType dtype_of<BFloat16>() {
+  return DType::kBF16;
+}
+template <>
+constexpr DType dtype_of<double>() {
+  return DType::kF64;
+}
+template <>
+constexpr DType dtype_of<std::int32_t>() {
+  return DType::kI32;
+}
 
-std::string_view name_of(DType type);      // "fp32", "bf16", "fp64", "int32"
-DType dtype_from(std::string_view name);   // throws Error(kBadInput) with the list of names
+std::string_view name_of(DType type);     // "fp32", "bf16", "fp64", "int32"
+DType dtype_from(std::string_view name);  // throws Error(kBadInput) with the list of names
 
 // Calls f with a value-initialised object of the C++ type that `type` stands for (floating types only).
 template <class F>

@@ -2,21 +2,21 @@
 // through the thread's context ("rank 3/8"), who says it. Libraries throw; only the command and the C boundary catch.
 #pragma once
 
-#include <fmt/format.h>
-
 #include <stdexcept>
 #include <string>
 #include <utility>
+
+#include <fmt/format.h>
 
 namespace dattn {
 
 // What went wrong, as the process exit code that stands for it.
 enum class ErrorCode {
-  kInternal = 1,   // a defect of this library
-  kBadInput = 2,   // the caller's config, file, shape or option; nothing was changed
-  kPeer = 3,       // another rank failed, vanished or did not answer within the deadline
-  kDiverged = 4,   // training produced a value that is not finite
-  kSystem = 5,     // the operating system refused: disk full, no permission, out of memory
+  kInternal = 1,  // a defect of this library
+  kBadInput = 2,  // the caller's config, file, shape or option; nothing was changed
+  kPeer = 3,      // another rank failed, vanished or did not answer within the deadline
+  kDiverged = 4,  // training produced a value that is not finite
+  kSystem = 5,    // the operating system refused: disk full, no permission, out of memory
 };
 
 class Error : public std::runtime_error {

@@ -2,10 +2,10 @@
 // DATTN_LOG=quiet|info|debug picks the level (default info).
 #pragma once
 
-#include <fmt/format.h>
-
 #include <string>
 #include <utility>
+
+#include <fmt/format.h>
 
 namespace dattn {
 

@@ -28,9 +28,8 @@ constexpr float uniform01(std::uint32_t word) { return static_cast<float>(word >
 
 // Uniform in [0, 1), one number per (key, stream, index): what initial weights, data order and sampling use.
 constexpr float philox_uniform(std::uint64_t key, std::uint64_t stream, std::uint64_t index) {
-  const PhiloxBlock block =
-      philox4x32(key, {static_cast<std::uint32_t>(index >> 2), static_cast<std::uint32_t>(index >> 34),
-                       static_cast<std::uint32_t>(stream), static_cast<std::uint32_t>(stream >> 32)});
+  const PhiloxBlock block = philox4x32(key, {static_cast<std::uint32_t>(index >> 2), static_cast<std::uint32_t>(index >> 34),
+                                             static_cast<std::uint32_t>(stream), static_cast<std::uint32_t>(stream >> 32)});
   return uniform01(block[index & 3]);
 }
 

@@ -1,9 +1,10 @@
 #include "core/base/threads.h"
 
-#include <omp.h>
 #include <sched.h>
 
 #include <algorithm>
+
+#include <omp.h>
 
 namespace dattn {
 

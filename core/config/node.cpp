@@ -153,9 +153,7 @@ ConfigNode parse_config(std::string_view text, const std::string& source, bool a
   return root;
 }
 
-ConfigNode load_config_file(const std::string& path) {
-  return parse_config(read_file(path, "config", kMaxConfigBytes), path);
-}
+ConfigNode load_config_file(const std::string& path) { return parse_config(read_file(path, "config", kMaxConfigBytes), path); }
 
 void apply_override(ConfigNode& root, const std::string& assignment) {
   const std::size_t equals = assignment.find('=');

@@ -70,9 +70,7 @@ std::string nearest(std::string_view word, const std::vector<std::string>& known
   return best;
 }
 
-void fail_at(const Place& place, const std::string& message) {
-  fail(ErrorCode::kBadInput, "{}: {}", place.text(), message);
-}
+void fail_at(const Place& place, const std::string& message) { fail(ErrorCode::kBadInput, "{}: {}", place.text(), message); }
 
 Place ConfigCheck::place(std::string_view key) const {
   const ConfigNode* found = node_.find(key);
@@ -105,9 +103,7 @@ void read_value(const ConfigNode& node, const std::string& path, bool& value) {
   value = yes;
 }
 
-void read_value(const ConfigNode& node, const std::string& path, int& value) {
-  value = read_integer<int>(node, path);
-}
+void read_value(const ConfigNode& node, const std::string& path, int& value) { value = read_integer<int>(node, path); }
 
 void read_value(const ConfigNode& node, const std::string& path, std::int64_t& value) {
   value = read_integer<std::int64_t>(node, path);

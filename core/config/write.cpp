@@ -77,18 +77,10 @@ void block_yaml(const ConfigNode& map, std::size_t indent, std::string& out) {
 
 }  // namespace
 
-ConfigNode to_node(bool value) {
-  return scalar(value ? "true" : "false", false);
-}
-ConfigNode to_node(int value) {
-  return scalar(std::to_string(value), false);
-}
-ConfigNode to_node(std::int64_t value) {
-  return scalar(std::to_string(value), false);
-}
-ConfigNode to_node(const std::string& value) {
-  return scalar(value, true);
-}
+ConfigNode to_node(bool value) { return scalar(value ? "true" : "false", false); }
+ConfigNode to_node(int value) { return scalar(std::to_string(value), false); }
+ConfigNode to_node(std::int64_t value) { return scalar(std::to_string(value), false); }
+ConfigNode to_node(const std::string& value) { return scalar(value, true); }
 
 ConfigNode to_node(double value) {
   char text[32];

@@ -52,9 +52,7 @@ double squared_norm(const Parameter& parameter) {
   return sum;
 }
 
-double clip_factor(double norm, double max_norm) {
-  return max_norm > 0.0 && norm > max_norm ? max_norm / norm : 1.0;
-}
+double clip_factor(double norm, double max_norm) { return max_norm > 0.0 && norm > max_norm ? max_norm / norm : 1.0; }
 
 void validate(const Schedule& schedule) {
   require(schedule.kind == "cosine" || schedule.kind == "linear" || schedule.kind == "constant",

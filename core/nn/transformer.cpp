@@ -133,9 +133,7 @@ Recompute recompute_from(std::string_view name) {
   return name == "block" ? Recompute::kBlock : Recompute::kNone;
 }
 
-std::string_view name_of(Recompute recompute) {
-  return recompute == Recompute::kBlock ? "block" : "none";
-}
+std::string_view name_of(Recompute recompute) { return recompute == Recompute::kBlock ? "block" : "none"; }
 
 PartRanges ranges_of(const ModelConfig& resolved, const ModelPart& part) {
   PartRanges ranges;
@@ -315,15 +313,9 @@ Transformer::Transformer(const ModelConfig& config, const TransformerOptions& op
 Transformer::~Transformer() = default;
 Transformer::Transformer(Transformer&&) noexcept = default;
 
-const ModelConfig& Transformer::config() const {
-  return impl_->config;
-}
-const PartRanges& Transformer::ranges() const {
-  return impl_->ranges;
-}
-std::span<Parameter* const> Transformer::parameters() const {
-  return impl_->parameters;
-}
+const ModelConfig& Transformer::config() const { return impl_->config; }
+const PartRanges& Transformer::ranges() const { return impl_->ranges; }
+std::span<Parameter* const> Transformer::parameters() const { return impl_->parameters; }
 
 Parameter& Transformer::parameter(std::string_view name) const {
   for (Parameter* parameter : impl_->parameters) {
@@ -337,9 +329,7 @@ void Transformer::zero_gradients() {
   for (Parameter* parameter : impl_->parameters) fill_zero(parameter->gradient);
 }
 
-double Transformer::forward_backward(const TokenBatch& batch) {
-  return impl_->forward_backward(batch);
-}
+double Transformer::forward_backward(const TokenBatch& batch) { return impl_->forward_backward(batch); }
 
 double Transformer::loss(const TokenBatch& batch) {
   ensure(batch.targets.size() == batch.tokens.size(), "{} targets for {} tokens", batch.targets.size(), batch.tokens.size());

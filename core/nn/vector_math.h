@@ -27,15 +27,9 @@ void parallel_blocks(std::int64_t count, std::int64_t block, const Body& body) {
   parallel_for((count + block - 1) / block, [&](std::int64_t i) { body(i * block, std::min(count, (i + 1) * block)); });
 }
 
-DATTN_INLINE float load(const float& x) {
-  return x;
-}
-DATTN_INLINE float load(const BFloat16& x) {
-  return std::bit_cast<float>(static_cast<std::uint32_t>(x.bits) << 16);
-}
-DATTN_INLINE void store(float& place, float x) {
-  place = x;
-}
+DATTN_INLINE float load(const float& x) { return x; }
+DATTN_INLINE float load(const BFloat16& x) { return std::bit_cast<float>(static_cast<std::uint32_t>(x.bits) << 16); }
+DATTN_INLINE void store(float& place, float x) { place = x; }
 DATTN_INLINE void store(BFloat16& place, float x) {
   const auto word = std::bit_cast<std::uint32_t>(x);
   const std::uint32_t rounded = (word + 0x7fffu + ((word >> 16) & 1u)) >> 16;
@@ -60,12 +54,8 @@ DATTN_INLINE float fast_exp(float x) {
   return x < -87.3f ? 0.0f : p * scale;
 }
 
-DATTN_INLINE float fast_sigmoid(float x) {
-  return 1.0f / (1.0f + fast_exp(-x));
-}
-DATTN_INLINE float fast_tanh(float x) {
-  return 1.0f - 2.0f / (1.0f + fast_exp(2.0f * x));
-}
+DATTN_INLINE float fast_sigmoid(float x) { return 1.0f / (1.0f + fast_exp(-x)); }
+DATTN_INLINE float fast_tanh(float x) { return 1.0f - 2.0f / (1.0f + fast_exp(2.0f * x)); }
 
 // Relative error below 3e-7; 0 for 0. Not the library's, whose error number forbids vectors.
 DATTN_INLINE float fast_sqrt(float x) {

@@ -182,9 +182,7 @@ Tensor::Tensor(DType dtype, const Shape& shape) : Tensor(uninitialized(dtype, sh
   std::memset(view_.data, 0, static_cast<std::size_t>(view_.bytes()));
 }
 
-Tensor Tensor::clone() const {
-  return to_dtype(view_, view_.dtype);
-}
+Tensor Tensor::clone() const { return to_dtype(view_, view_.dtype); }
 
 void fill_zero(const TensorView& view) {
   if (view.contiguous()) {
@@ -206,12 +204,8 @@ void fill_zero(const TensorView& view) {
   }
 }
 
-void copy(const TensorView& from, const TensorView& to) {
-  transfer<false>(from, to);
-}
-void add(const TensorView& from, const TensorView& to) {
-  transfer<true>(from, to);
-}
+void copy(const TensorView& from, const TensorView& to) { transfer<false>(from, to); }
+void add(const TensorView& from, const TensorView& to) { transfer<true>(from, to); }
 
 Tensor to_dtype(const TensorView& view, DType dtype) {
   Tensor result = Tensor::uninitialized(dtype, view.shape);
@@ -219,14 +213,8 @@ Tensor to_dtype(const TensorView& view, DType dtype) {
   return result;
 }
 
-std::int64_t tensor_bytes_now() {
-  return g_bytes_now.load();
-}
-std::int64_t tensor_bytes_peak() {
-  return g_bytes_peak.load();
-}
-void reset_tensor_bytes_peak() {
-  g_bytes_peak = g_bytes_now.load();
-}
+std::int64_t tensor_bytes_now() { return g_bytes_now.load(); }
+std::int64_t tensor_bytes_peak() { return g_bytes_peak.load(); }
+void reset_tensor_bytes_peak() { g_bytes_peak = g_bytes_now.load(); }
 
 }  // namespace dattn

@@ -1,15 +1,16 @@
 // dattn attention CONFIG --in x.safetensors --out y.safetensors: one sharded attention, forward and, where the file has
 // dout, backward. What a user compares with their own framework.
-#include <fmt/format.h>
+#include "parallel/attention.h"
 
 #include <chrono>
 #include <memory>
+
+#include <fmt/format.h>
 
 #include "core/base/error.h"
 #include "core/tensor/safetensors.h"
 #include "launch/commands/commands.h"
 #include "launch/commands/gather.h"
-#include "parallel/attention.h"
 #include "parallel/strategy.h"
 
 namespace dattn {
@@ -22,7 +23,8 @@ struct Inputs {
 };
 
 TensorView read_tensor(const SafetensorsFile& file, std::string_view name, const char* axes) {
-  require(file.has(name), "{}: no tensor '{}'; it must hold q [B,S,H,D], k [B,Skv,Hkv,D], v [B,Skv,Hkv,Dv] and may hold dout [B,S,H,Dv]",
+  require(file.has(name),
+          "{}: no tensor '{}'; it must hold q [B,S,H,D], k [B,Skv,Hkv,D], v [B,Skv,Hkv,Dv] and may hold dout [B,S,H,Dv]",
           file.path(), name);
   const TensorView view = file.view(name);
   require(view.axes() == 4, "{}: tensor '{}' has shape {}; expected 4 axes {}", file.path(), name, view.shape.text(), axes);
@@ -38,8 +40,8 @@ Inputs read_inputs(const SafetensorsFile& file, DType dtype) {
   in.shape = {in.q.size(0), in.q.size(1), in.k.size(1), in.q.size(2), in.k.size(2), in.q.size(3), in.v.size(3), dtype};
   const AttentionShape& s = in.shape;
   const auto check = [&](const char* name, const TensorView& tensor, const Shape& expected) {
-    require(tensor.shape == expected, "{}: tensor '{}' has shape {}, but by q {}, k {} and v {} it must be {}", file.path(), name,
-            tensor.shape.text(), in.q.shape.text(), in.k.shape.text(), in.v.shape.text(), expected.text());
+    require(tensor.shape == expected, "{}: tensor '{}' has shape {}, but by q {}, k {} and v {} it must be {}", file.path(),
+            name, tensor.shape.text(), in.q.shape.text(), in.k.shape.text(), in.v.shape.text(), expected.text());
   };
   check("k", in.k, {s.batch, s.seq_kv, s.kv_heads, s.dim_qk});
   check("v", in.v, {s.batch, s.seq_kv, s.kv_heads, s.dim_v});
@@ -51,7 +53,8 @@ Inputs read_inputs(const SafetensorsFile& file, DType dtype) {
   return in;
 }
 
-void run_attention(const RunConfig& config, Communicator& world, const std::string& in_path, const std::string& out_path, bool json) {
+void run_attention(const RunConfig& config, Communicator& world, const std::string& in_path, const std::string& out_path,
+                   bool json) {
   const auto start = std::chrono::steady_clock::now();
   const SafetensorsFile file(in_path);
   const Inputs in = read_inputs(file, config.dtype);
@@ -64,7 +67,8 @@ void run_attention(const RunConfig& config, Communicator& world, const std::stri
 
   const Positions &q_rows = attention.q_positions(), &kv_rows = attention.kv_positions();
   const HeadRange heads = attention.heads();
-  const Tensor q = take_shard(in.q, {batch, q_rows, heads.q}, config.dtype), k = take_shard(in.k, {batch, kv_rows, heads.kv}, config.dtype);
+  const Tensor q = take_shard(in.q, {batch, q_rows, heads.q}, config.dtype),
+               k = take_shard(in.k, {batch, kv_rows, heads.kv}, config.dtype);
   const Tensor v = take_shard(in.v, {batch, kv_rows, heads.kv}, config.dtype);
   const AttentionResult result = attention.forward(q, k, v);
 
@@ -83,7 +87,12 @@ void run_attention(const RunConfig& config, Communicator& world, const std::stri
   gatherer.write(out_path);
   if (world.rank() != 0) return;
   const Plan forward = make_plan(mesh.shape(), shape, options);
-  Json done{{"event", "done"}, {"strategy", forward.strategy}, {"layout", name_of(config.layout)}, {"mask", forward.problem->mask_text}, {"dtype", name_of(config.dtype)}, {"accumulator", name_of(sums)}};
+  Json done{{"event", "done"},
+            {"strategy", forward.strategy},
+            {"layout", name_of(config.layout)},
+            {"mask", forward.problem->mask_text},
+            {"dtype", name_of(config.dtype)},
+            {"accumulator", name_of(sums)}};
   for (const Axis axis : kAxes) done["mesh"][std::string(name_of(axis))] = mesh.shape().size(axis);
   done.update(plan_costs(forward, backward(forward)));
   done["wall_s"] = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();

@@ -1,9 +1,9 @@
 // dattn bench attention | comm: how fast attention runs on the present ranks, and what the axes of a mesh carry.
-#include <fmt/format.h>
-
 #include <algorithm>
 #include <chrono>
 #include <memory>
+
+#include <fmt/format.h>
 
 #include "core/base/error.h"
 #include "core/base/philox.h"
@@ -34,7 +34,9 @@ Percentiles time_calls(Communicator& world, int repeat, const Body& body) {
     times.push_back(std::chrono::duration<double, std::milli>(Clock::now() - start).count());
   }
   std::sort(times.begin(), times.end());
-  const auto at = [&](double share) { return times[static_cast<std::size_t>(share * static_cast<double>(times.size() - 1) + 0.5)]; };
+  const auto at = [&](double share) {
+    return times[static_cast<std::size_t>(share * static_cast<double>(times.size() - 1) + 0.5)];
+  };
   return {at(0.2), at(0.5), at(0.8)};
 }
 
@@ -57,7 +59,8 @@ RunConfig config_of(const AttentionBench& bench) {
 
 Tensor random_tensor(DType dtype, const Shape& shape, std::uint64_t stream) {
   Tensor tensor = Tensor::uninitialized(DType::kF32, shape);
-  for (std::int64_t i = 0; i < shape.elements(); ++i) tensor.ptr<float>()[i] = philox_normal(1, stream, static_cast<std::uint64_t>(i));
+  for (std::int64_t i = 0; i < shape.elements(); ++i)
+    tensor.ptr<float>()[i] = philox_normal(1, stream, static_cast<std::uint64_t>(i));
   return to_dtype(tensor, dtype);
 }
 
@@ -76,7 +79,8 @@ void bench_attention(const AttentionBench& bench, const RunConfig& config, Commu
   reset_tensor_bytes_peak();
   AttentionResult result;
   const Percentiles forward = time_calls(world, bench.repeat, [&] { result = attention.forward(q, k, v); });
-  const double pairs = static_cast<double>(area(compile(options.mask, shape.seq_q, shape.seq_kv))) * static_cast<double>(shape.batch * shape.heads);
+  const double pairs = static_cast<double>(area(compile(options.mask, shape.seq_q, shape.seq_kv))) *
+                       static_cast<double>(shape.batch * shape.heads);
   const auto d = static_cast<double>(shape.dim_qk), dv = static_cast<double>(shape.dim_v);
   Json done{{"event", "done"},
             {"forward_gflops", pairs * 2 * (d + dv) / forward.p50 * 1e-6},
@@ -105,7 +109,8 @@ void bench_comm(bool json, int repeat, Communicator& world) {
       const RecvPart receive{before, in.data(), bytes};
       world.exchange({&send, 1}, {&receive, 1}, {"bench"});
     });
-    sizes.push_back({{"bytes", bytes}, {"milliseconds", time.json()}, {"gbyte_per_s", static_cast<double>(bytes) / time.p50 * 1e-6}});
+    sizes.push_back(
+        {{"bytes", bytes}, {"milliseconds", time.json()}, {"gbyte_per_s", static_cast<double>(bytes) / time.p50 * 1e-6}});
   }
   if (world.rank() != 0) return;
   const Json done{{"event", "done"}, {"ranks", world.size()}, {"ring_exchange", sizes}};
@@ -139,10 +144,12 @@ Command add_bench(CLI::App& app) {
   return [attention, bench, comm_options, comm_repeat] {
     if (attention->parsed()) {
       const auto load = [&] { return config_of(*bench); };
-      return run_with_config(bench->common, load, [&](const RunConfig& config, Communicator& world) { bench_attention(*bench, config, world); });
+      return run_with_config(bench->common, load,
+                             [&](const RunConfig& config, Communicator& world) { bench_attention(*bench, config, world); });
     }
     const auto load = [] { return RunConfig{}; };
-    return run_with_config(*comm_options, load, [&](const RunConfig&, Communicator& world) { bench_comm(comm_options->json, *comm_repeat, world); });
+    return run_with_config(*comm_options, load,
+                           [&](const RunConfig&, Communicator& world) { bench_comm(comm_options->json, *comm_repeat, world); });
   };
 }
 

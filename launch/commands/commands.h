@@ -2,13 +2,12 @@
 // are read. Rank 0 alone writes stdout; progress and logs go to stderr. With --json stdout holds JSON lines.
 #pragma once
 
-#include <CLI/CLI.hpp>
-
-#include <nlohmann/json.hpp>
-
 #include <functional>
 #include <string>
 #include <vector>
+
+#include <CLI/CLI.hpp>
+#include <nlohmann/json.hpp>
 
 #include "launch/bootstrap.h"
 #include "launch/run_config.h"

@@ -12,9 +12,11 @@ namespace dattn {
 
 void CommonOptions::declare(CLI::App& command, bool with_config) {
   command.add_flag("--json", json, "JSON lines on stdout, each with an `event`");
-  if (with_config) command.add_option("--set", set, "key=value: changes a key of the config; may be repeated")->allow_extra_args(false);
+  if (with_config)
+    command.add_option("--set", set, "key=value: changes a key of the config; may be repeated")->allow_extra_args(false);
   command.add_option("--ranks", ranks, "run this many ranks as threads of one process")->check(CLI::PositiveNumber);
-  command.add_option("--threads", threads, "threads per rank (default: cores / ranks on this machine)")->check(CLI::PositiveNumber);
+  command.add_option("--threads", threads, "threads per rank (default: cores / ranks on this machine)")
+      ->check(CLI::PositiveNumber);
 }
 
 void print_line(const std::string& line) {
@@ -37,8 +39,14 @@ AttentionOptions attention_options(const RunConfig& config, std::int64_t seq_q, 
 }
 
 AttentionShape shape_of(const ShapeConfig& shape, DType dtype) {
-  return {shape.batch, shape.seq, shape.seq_kv.value_or(shape.seq), shape.heads, shape.kv_heads.value_or(shape.heads), shape.dim,
-          shape.dim_v.value_or(shape.dim), dtype};
+  return {shape.batch,
+          shape.seq,
+          shape.seq_kv.value_or(shape.seq),
+          shape.heads,
+          shape.kv_heads.value_or(shape.heads),
+          shape.dim,
+          shape.dim_v.value_or(shape.dim),
+          dtype};
 }
 
 int run_with_config(const CommonOptions& common, const std::function<RunConfig()>& load,

@@ -1,9 +1,10 @@
 // dattn doctor: what was found on this machine, why a back end is off, and a short self-test on the present ranks.
 #include <dlfcn.h>
-#include <fmt/format.h>
 
 #include <cmath>
 #include <memory>
+
+#include <fmt/format.h>
 
 #include "core/base/error.h"
 #include "core/base/philox.h"
@@ -36,7 +37,8 @@ std::string cpu_features() {
 // Whether a shared library can be loaded, and what was looked for.
 Json probe_library(const char* soname, const char* needed_for) {
   void* handle = dlopen(soname, RTLD_LAZY | RTLD_LOCAL);
-  if (handle == nullptr) return {{"found", false}, {"detail", fmt::format("{} cannot be loaded; needed for {}", soname, needed_for)}};
+  if (handle == nullptr)
+    return {{"found", false}, {"detail", fmt::format("{} cannot be loaded; needed for {}", soname, needed_for)}};
   dlclose(handle);
   return {{"found", true}, {"detail", fmt::format("{} can be loaded, but this version computes on the CPU only", soname)}};
 }
@@ -62,23 +64,29 @@ Json report() {
 
 Tensor random_tensor(const Shape& shape, std::uint64_t stream) {
   Tensor tensor = Tensor::uninitialized(DType::kF32, shape);
-  for (std::int64_t i = 0; i < shape.elements(); ++i) tensor.ptr<float>()[i] = philox_normal(1, stream, static_cast<std::uint64_t>(i));
+  for (std::int64_t i = 0; i < shape.elements(); ++i)
+    tensor.ptr<float>()[i] = philox_normal(1, stream, static_cast<std::uint64_t>(i));
   return tensor;
 }
 
 // The largest difference between a sharded causal attention over all present ranks and the reference kernel.
 double self_test(Communicator& world, const std::string& strategy, const MeshShape& shape) {
-  const AttentionShape problem{.batch = 1, .seq_q = 257, .seq_kv = 257, .heads = 4, .kv_heads = 2, .dim_qk = 32, .dim_v = 32, .dtype = DType::kF32};
+  const AttentionShape problem{
+      .batch = 1, .seq_q = 257, .seq_kv = 257, .heads = 4, .kv_heads = 2, .dim_qk = 32, .dim_v = 32, .dtype = DType::kF32};
   AttentionOptions options;
   options.strategy = strategy;
   const Mesh mesh(world, shape);
   ShardedAttention attention(mesh, problem, options);
-  const Tensor q = random_tensor({1, 257, 4, 32}, 1), k = random_tensor({1, 257, 2, 32}, 2), v = random_tensor({1, 257, 2, 32}, 3);
-  const Shard rows{{0, 1}, attention.q_positions(), attention.heads().q}, keys{{0, 1}, attention.kv_positions(), attention.heads().kv};
-  const AttentionResult result = attention.forward(take_shard(q, rows, DType::kF32), take_shard(k, keys, DType::kF32), take_shard(v, keys, DType::kF32));
+  const Tensor q = random_tensor({1, 257, 4, 32}, 1), k = random_tensor({1, 257, 2, 32}, 2),
+               v = random_tensor({1, 257, 2, 32}, 3);
+  const Shard rows{{0, 1}, attention.q_positions(), attention.heads().q},
+      keys{{0, 1}, attention.kv_positions(), attention.heads().kv};
+  const AttentionResult result =
+      attention.forward(take_shard(q, rows, DType::kF32), take_shard(k, keys, DType::kF32), take_shard(v, keys, DType::kF32));
 
   Tensor out(DType::kF32, q->shape), lse(DType::kF32, {1, 4, 257});
-  const std::vector<Tile> tiles = make_tiles(compile(options.mask, 257, 257), Positions::range(0, 257), Positions::range(0, 257));
+  const std::vector<Tile> tiles =
+      make_tiles(compile(options.mask, 257, 257), Positions::range(0, 257), Positions::range(0, 257));
   reference_kernel().attend({q, k, v, {0, 0, 2}, tiles, 1.0 / std::sqrt(32.0), out, lse, false});
   const Tensor expected = take_shard(out, rows, DType::kF32);
   double largest = 0;
@@ -99,7 +107,8 @@ Json self_tests(Communicator& world) {
     for (const Strategy& strategy : strategies()) {
       if (!strategy.accepts(mesh).ok) continue;
       const double error = self_test(world, std::string(strategy.name), mesh);
-      ensure(error < 1e-5, "self-test of strategy {} on {} ranks differs from the reference by {}", strategy.name, world.size(), error);
+      ensure(error < 1e-5, "self-test of strategy {} on {} ranks differs from the reference by {}", strategy.name, world.size(),
+             error);
       results[fmt::format("{} on {} {}", strategy.name, name_of(axis), world.size())] = error;
     }
   }

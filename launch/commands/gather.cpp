@@ -9,7 +9,8 @@ namespace {
 // Calls body(part of the whole, row of the shard) for every run of rows; strided runs are strided views.
 template <class Body>
 void for_each_run(const TensorView& whole, const Shard& shard, const Body& body) {
-  const TensorView mine = whole.slice(0, shard.batch.begin, shard.batch.count()).slice(2, shard.heads.begin, shard.heads.count());
+  const TensorView mine =
+      whole.slice(0, shard.batch.begin, shard.batch.count()).slice(2, shard.heads.begin, shard.heads.count());
   for (std::size_t i = 0; i < shard.rows.runs().size(); ++i) {
     const Run& run = shard.rows.runs()[i];
     TensorView part = mine.slice(1, run.begin, 1);
@@ -36,10 +37,12 @@ TensorView statistics_as_rows(const TensorView& statistics) {
 
 Shard Gatherer::shard_of(int rank, Side side) const {
   const MeshShape& mesh = mesh_.shape();
-  const HeadRange heads = heads_of(shape_.heads, shape_.kv_heads, mesh.size(Axis::kTensor), mesh.coordinate(rank, Axis::kTensor));
+  const HeadRange heads =
+      heads_of(shape_.heads, shape_.kv_heads, mesh.size(Axis::kTensor), mesh.coordinate(rank, Axis::kTensor));
   const std::int64_t length = side == Side::kQuery ? shape_.seq_q : shape_.seq_kv;
   return {split_evenly(shape_.batch, mesh.size(Axis::kData), mesh.coordinate(rank, Axis::kData)),
-          positions_of(layout_, length, mesh.sequence_parts(), mesh.sequence_index(rank)), side == Side::kQuery ? heads.q : heads.kv};
+          positions_of(layout_, length, mesh.sequence_parts(), mesh.sequence_index(rank)),
+          side == Side::kQuery ? heads.q : heads.kv};
 }
 
 void Gatherer::add(const std::string& name, const TensorView& own, const Shape& whole, Side side) {
@@ -61,7 +64,8 @@ void Gatherer::add(const std::string& name, const TensorView& own, const Shape& 
       const RecvPart part{rank, theirs->data, static_cast<std::size_t>(theirs->bytes())};
       world.exchange({}, {&part, 1}, label);
     }
-    for_each_run(all, shard, [&](const TensorView& part, std::int64_t row) { dattn::add(theirs->slice(1, row, part.size(1)), part); });
+    for_each_run(all, shard,
+                 [&](const TensorView& part, std::int64_t row) { dattn::add(theirs->slice(1, row, part.size(1)), part); });
   }
   // Adding to zero makes an lse of -inf come out right, too: each query head has one holder.
   if (name == "lse") all = to_dtype(all->reshape({whole[0], whole[1], whole[2]}).transpose(1, 2), own.dtype);

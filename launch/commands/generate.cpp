@@ -1,10 +1,11 @@
 // dattn generate RUN: continues a text with a trained model.
+#include "plugins/infer/generate.h"
+
 #include <cstdio>
 #include <memory>
 
 #include "core/base/error.h"
 #include "launch/commands/commands.h"
-#include "plugins/infer/generate.h"
 #include "plugins/train/checkpoint.h"
 #include "plugins/train/run_folder.h"
 
@@ -27,10 +28,14 @@ Command add_generate(CLI::App& app) {
   command->add_option("--prompt", options->prompt, "the text to continue");
   command->add_option("--max-tokens", generate_options.max_tokens, "how many tokens to write")->capture_default_str();
   command->add_flag("--greedy", generate_options.sampling.greedy, "always the likeliest token");
-  command->add_option("--temperature", generate_options.sampling.temperature, "softens (> 1) or sharpens (< 1) the choice")->capture_default_str();
-  command->add_option("--top-k", generate_options.sampling.top_k, "only the k likeliest tokens; 0 = all")->capture_default_str();
-  command->add_option("--top-p", generate_options.sampling.top_p, "only the likeliest tokens of this total probability")->capture_default_str();
-  command->add_option("--seed", generate_options.sampling.seed, "the same seed writes the same text on every mesh")->capture_default_str();
+  command->add_option("--temperature", generate_options.sampling.temperature, "softens (> 1) or sharpens (< 1) the choice")
+      ->capture_default_str();
+  command->add_option("--top-k", generate_options.sampling.top_k, "only the k likeliest tokens; 0 = all")
+      ->capture_default_str();
+  command->add_option("--top-p", generate_options.sampling.top_p, "only the likeliest tokens of this total probability")
+      ->capture_default_str();
+  command->add_option("--seed", generate_options.sampling.seed, "the same seed writes the same text on every mesh")
+      ->capture_default_str();
   options->common.declare(*command, true);
   return [options] {
     const auto load = [&] {
@@ -45,7 +50,8 @@ Command add_generate(CLI::App& app) {
         std::fflush(stdout);
       };
       stream(options->prompt);
-      const GenerateResult result = generate(world, config.mesh.shape(), options->run, options->prompt, options->generate, stream);
+      const GenerateResult result =
+          generate(world, config.mesh.shape(), options->run, options->prompt, options->generate, stream);
       stream("\n");
       if (!first || streams) return;
       print_json({{"event", "done"},

@@ -1,8 +1,8 @@
 // dattn plan CONFIG: what an attention call of this config does on every rank, without running it.
-#include <fmt/format.h>
-
 #include <cstdio>
 #include <memory>
+
+#include <fmt/format.h>
 
 #include "core/base/error.h"
 #include "launch/commands/commands.h"
@@ -18,14 +18,16 @@ AttentionShape planned_shape(const RunConfig& config) {
   if (config.shape) return shape_of(*config.shape, config.dtype);
   const ModelConfig model = resolve(config.model);
   const std::int64_t batch = split_evenly(config.train.batch, config.mesh.data, 0).count();
-  return {batch, config.train.seq_len, config.train.seq_len, model.heads, model.kv_heads, model.head_dim, model.head_dim, config.dtype};
+  return {batch,          config.train.seq_len, config.train.seq_len, model.heads,
+          model.kv_heads, model.head_dim,       model.head_dim,       config.dtype};
 }
 
 std::string rank_table(const Plan& plan, int rank) {
   const RankPlan mine = make_rank_plan(plan, rank);
-  std::string lines = fmt::format("rank {}: queries {}, heads [{}, {}), {:.3f} GFLOP, receives {} bytes and {} of statistics, peak {} bytes\n", rank,
-                                  mine.blocks[0].rows.text(), mine.blocks[0].heads.q.begin, mine.blocks[0].heads.q.end, mine.cost.flops * 1e-9,
-                                  mine.cost.bytes_received, mine.cost.stats_bytes, mine.cost.peak_memory);
+  std::string lines =
+      fmt::format("rank {}: queries {}, heads [{}, {}), {:.3f} GFLOP, receives {} bytes and {} of statistics, peak {} bytes\n",
+                  rank, mine.blocks[0].rows.text(), mine.blocks[0].heads.q.begin, mine.blocks[0].heads.q.end,
+                  mine.cost.flops * 1e-9, mine.cost.bytes_received, mine.cost.stats_bytes, mine.cost.peak_memory);
   for (std::size_t i = 0; i < plan.steps.size(); ++i) {
     const Step& step = plan.steps[i];
     const RankStep& part = mine.steps[i];
@@ -76,8 +78,8 @@ Json prove(const Plan& forward, const Plan& gradient) {
 
 void print_text(const Plan& forward, const Plan& gradient, const Json& costs) {
   const Problem& problem = *forward.problem;
-  fmt::print("strategy {}, mesh {}, layout {}, mask {}\n\nforward\n{}\nbackward\n{}\n", forward.strategy, problem.mesh.text(), name_of(problem.layout),
-             problem.mask_text, forward.text(), gradient.text());
+  fmt::print("strategy {}, mesh {}, layout {}, mask {}\n\nforward\n{}\nbackward\n{}\n", forward.strategy, problem.mesh.text(),
+             name_of(problem.layout), problem.mask_text, forward.text(), gradient.text());
   for (int rank = 0; rank < problem.mesh.ranks(); ++rank) fmt::print("{}", rank_table(forward, rank));
   fmt::print("\n");
   for (const auto& [key, value] : costs.items()) fmt::print("{:<18} {}\n", key, value.dump());
@@ -93,8 +95,11 @@ Command add_plan(CLI::App& app) {
     bool verify = false;
   };
   const auto options = std::make_shared<Options>();
-  command->add_option("config", options->config, "YAML file with mesh, layout, strategy, attention and shape (or model and train)")->required();
-  command->add_flag("--verify", options->verify, "prove that every visible pair is attended exactly once, and all that follows");
+  command
+      ->add_option("config", options->config, "YAML file with mesh, layout, strategy, attention and shape (or model and train)")
+      ->required();
+  command->add_flag("--verify", options->verify,
+                    "prove that every visible pair is attended exactly once, and all that follows");
   options->common.declare(*command, true);
   return [options] {
     const RunConfig config = load_run_config(options->config, options->common);
@@ -110,7 +115,10 @@ Command add_plan(CLI::App& app) {
       print_text(forward, gradient, costs);
       return 0;
     }
-    Json done{{"event", "done"}, {"strategy", forward.strategy}, {"layout", name_of(config.layout)}, {"mask", forward.problem->mask_text}};
+    Json done{{"event", "done"},
+              {"strategy", forward.strategy},
+              {"layout", name_of(config.layout)},
+              {"mask", forward.problem->mask_text}};
     for (const Axis axis : kAxes) done["mesh"][std::string(name_of(axis))] = forward.problem->mesh.size(axis);
     done.update(costs);
     done["steps"] = {{"forward", steps_json(forward)}, {"backward", steps_json(gradient)}};

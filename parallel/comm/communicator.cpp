@@ -86,9 +86,7 @@ void check_counts(const Communicator& comm, const TensorView& all, std::span<con
   ensure(all.contiguous(), "{}: the tensor must be contiguous", label.verb);
 }
 
-std::size_t as_size(std::int64_t bytes) {
-  return static_cast<std::size_t>(bytes);
-}
+std::size_t as_size(std::int64_t bytes) { return static_cast<std::size_t>(bytes); }
 
 // Receives what every rank sends of segment `mine`, joins it in rank order into `out` (which may be the segment).
 template <class Join>
@@ -180,12 +178,8 @@ void broadcast_scattered(Communicator& comm, std::span<std::byte> data, int root
 
 }  // namespace
 
-void Communicator::all_reduce_sum(const TensorView& data, const OpLabel& label) {
-  all_reduce<SumOf>(*this, data, label);
-}
-void Communicator::all_reduce_max(const TensorView& data, const OpLabel& label) {
-  all_reduce<MaxOf>(*this, data, label);
-}
+void Communicator::all_reduce_sum(const TensorView& data, const OpLabel& label) { all_reduce<SumOf>(*this, data, label); }
+void Communicator::all_reduce_max(const TensorView& data, const OpLabel& label) { all_reduce<MaxOf>(*this, data, label); }
 
 void Communicator::broadcast(std::span<std::byte> data, int root, const OpLabel& label) {
   ensure(root >= 0 && root < size(), "{}: root {} of {} ranks", label.verb, root, size());

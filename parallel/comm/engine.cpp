@@ -25,9 +25,7 @@ namespace {
 
 using std::chrono::duration;
 
-Seconds now_s() {
-  return duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
-}
+Seconds now_s() { return duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
 // Linux lets a nap last 50 us longer than asked for unless a thread says that it minds: several times a short message.
 void sleep_s(Seconds time) {
   [[maybe_unused]] thread_local const int precise = prctl(PR_SET_TIMERSLACK, 1000UL);

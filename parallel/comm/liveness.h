@@ -29,9 +29,7 @@ namespace dattn {
 using Seconds = double;
 
 // How often ranks ask for signs of life, given the deadline.
-inline Seconds life_interval(Seconds timeout) {
-  return std::min(1.0, timeout / 8);
-}
+inline Seconds life_interval(Seconds timeout) { return std::min(1.0, timeout / 8); }
 
 class WaitTable {
  public:

@@ -218,9 +218,7 @@ void leave(int clean) {
   if (s.initialised_here) MPI_Finalize();  // frees the communicator too; MPI_Comm_free would be one more collective call
 }
 
-void kill_job(int exit_code) {
-  MPI_Abort(MPI_COMM_WORLD, exit_code);
-}
+void kill_job(int exit_code) { MPI_Abort(MPI_COMM_WORLD, exit_code); }
 
 }  // namespace
 

@@ -40,9 +40,7 @@ struct Place {
   std::int32_t port = 0;
 };
 
-std::string system_text() {
-  return std::strerror(errno);
-}
+std::string system_text() { return std::strerror(errno); }
 
 class Deadline {
  public:

@@ -24,9 +24,7 @@
 namespace dattn {
 namespace {
 
-Seconds now_s() {
-  return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
-}
+Seconds now_s() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
 
 struct Message {
   std::vector<std::byte> data;
@@ -301,8 +299,6 @@ void run_thread_ranks(int ranks, const CommOptions& options, const std::function
   }
 }
 
-std::unique_ptr<Communicator> self_communicator() {
-  return std::make_unique<SelfCommunicator>();
-}
+std::unique_ptr<Communicator> self_communicator() { return std::make_unique<SelfCommunicator>(); }
 
 }  // namespace dattn

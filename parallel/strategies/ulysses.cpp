@@ -13,9 +13,7 @@ Strategy ulysses_strategy() {
             if (mesh.size(Axis::kRing) == 1) return {};
             return {false, "strategy ulysses does not use the ring axis; use hybrid, or move its ranks to mesh.ulysses"};
           },
-          [](PlanBuilder& plan) {
-            return inside_ulysses(plan, [&](ValueId q, ValueId kv) { return plan.attend(q, kv); });
-          }};
+          [](PlanBuilder& plan) { return inside_ulysses(plan, [&](ValueId q, ValueId kv) { return plan.attend(q, kv); }); }};
 }
 
 }  // namespace dattn

@@ -9,9 +9,7 @@ BatchShare::BatchShare(const Mesh& mesh, Layout layout, std::int64_t seq_len)
       seq_len_(seq_len),
       positions_(positions_of(layout, seq_len, mesh.shape().sequence_parts(), mesh.sequence_index()).list()) {}
 
-Interval BatchShare::rows(std::int64_t batch) const {
-  return split_evenly(batch, data_parts_, data_index_);
-}
+Interval BatchShare::rows(std::int64_t batch) const { return split_evenly(batch, data_parts_, data_index_); }
 
 TokenBatch BatchShare::tokens(Interval rows, const Window& window) {
   tokens_.clear();

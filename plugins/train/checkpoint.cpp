@@ -26,16 +26,10 @@ constexpr std::string_view kFormat = "dattn-checkpoint";
 constexpr int kVersion = 1;
 constexpr std::size_t kMaxManifestBytes = std::size_t{1} << 28;
 
-std::string hex(std::uint64_t value) {
-  return fmt::format("{:016x}", value);
-}
+std::string hex(std::uint64_t value) { return fmt::format("{:016x}", value); }
 
-std::uint64_t checksum_of(std::span<const std::byte> bytes) {
-  return XXH64(bytes.data(), bytes.size(), 0);
-}
-std::uint64_t checksum_of(std::string_view text) {
-  return checksum_of(std::as_bytes(std::span(text)));
-}
+std::uint64_t checksum_of(std::span<const std::byte> bytes) { return XXH64(bytes.data(), bytes.size(), 0); }
+std::uint64_t checksum_of(std::string_view text) { return checksum_of(std::as_bytes(std::span(text))); }
 
 // Runs file system work whose failure is the system's, not the caller's.
 template <class F>
@@ -109,9 +103,7 @@ CheckpointManifest manifest_from(const std::string& text, const std::string& pat
   }
 }
 
-std::string folder_name(std::int64_t step) {
-  return fmt::format("step-{:08d}", step);
-}
+std::string folder_name(std::int64_t step) { return fmt::format("step-{:08d}", step); }
 
 // The step of "step-00000300"; nothing for other names.
 std::optional<std::int64_t> step_of(const std::string& name) {
@@ -144,9 +136,7 @@ std::vector<fs::path> interrupted(const std::string& folder) {
 
 }  // namespace
 
-std::string ShardRecord::to_json() const {
-  return to_json_value(*this).dump();
-}
+std::string ShardRecord::to_json() const { return to_json_value(*this).dump(); }
 
 ShardRecord ShardRecord::from_json(std::string_view text) {
   try {
@@ -262,9 +252,7 @@ std::vector<std::string> CheckpointReader::names() const {
   return all;
 }
 
-Shape CheckpointReader::shape(std::string_view name) const {
-  return parts_of(name)[0].part.global;
-}
+Shape CheckpointReader::shape(std::string_view name) const { return parts_of(name)[0].part.global; }
 
 DType CheckpointReader::dtype(std::string_view name) const {
   const Located& first = parts_of(name)[0];

@@ -112,9 +112,7 @@ void load_moments(Communicator& world, const CheckpointReader& reader, AdamW& op
   optimizer.set_steps_done(reader.manifest().step);
 }
 
-std::string model_to_json(const ModelConfig& config) {
-  return to_json(to_node(config));
-}
+std::string model_to_json(const ModelConfig& config) { return to_json(to_node(config)); }
 
 ModelConfig model_from_json(const std::string& json, const std::string& source) {
   return read_config<ModelConfig>(parse_config(json, source));

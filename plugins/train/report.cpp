@@ -87,9 +87,7 @@ void Report::held_out(std::int64_t step, double bits_per_char) {
   plot_.held_out.emplace_back(static_cast<double>(step), bits_per_char);
 }
 
-void Report::write_sample(const std::string& text) {
-  write_text_file(folder_.sample(), text);
-}
+void Report::write_sample(const std::string& text) { write_text_file(folder_.sample(), text); }
 
 void Report::done(const TrainResult& result) {
   plot_.bigram = result.bigram_bits_per_char;

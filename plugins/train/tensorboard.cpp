@@ -27,9 +27,7 @@ constexpr std::array<std::uint32_t, 256> make_crc_table() {
 }
 
 // A checksum of data that holds checksums is weak; TFRecord therefore stores a rotated, shifted one.
-std::uint32_t masked(std::uint32_t crc) {
-  return std::rotr(crc, 15) + 0xa282ead8u;
-}
+std::uint32_t masked(std::uint32_t crc) { return std::rotr(crc, 15) + 0xa282ead8u; }
 
 template <class T>
 void put_little_endian(std::string& out, T value) {
@@ -41,9 +39,7 @@ void put_varint(std::string& out, std::uint64_t value) {
   for (; value >= 0x80; value >>= 7) out += static_cast<char>((value & 0x7f) | 0x80);
   out += static_cast<char>(value);
 }
-void put_key(std::string& out, int field, int wire) {
-  put_varint(out, static_cast<std::uint64_t>(field << 3 | wire));
-}
+void put_key(std::string& out, int field, int wire) { put_varint(out, static_cast<std::uint64_t>(field << 3 | wire)); }
 void put_bytes(std::string& out, int field, std::string_view bytes) {
   put_key(out, field, 2);
   put_varint(out, bytes.size());

@@ -27,9 +27,7 @@ namespace {
 
 using Clock = std::chrono::steady_clock;
 
-double seconds_since(Clock::time_point start) {
-  return std::chrono::duration<double>(Clock::now() - start).count();
-}
+double seconds_since(Clock::time_point start) { return std::chrono::duration<double>(Clock::now() - start).count(); }
 
 // The whole world again, with its bytes counted.
 std::unique_ptr<Communicator> counted_job(Communicator& world, const std::shared_ptr<ByteCounter>& counter) {
@@ -292,20 +290,33 @@ void Trainer::save(std::int64_t steps_done) {
   });
 }
 
-// The first held-out line, unless the config has a prompt.
-std::string first_held_out_line(const TextData& data) {
-  std::string line;
-  for (const std::uint8_t symbol : data.held_out().first(std::min<std::size_t>(data.held_out().size(), 4096))) {
-    const char c = data.alphabet().decode(static_cast<std::int32_t>(symbol));
-    if (c == '\n' && line.size() >= 20) break;
-    line += c == '\n' ? ' ' : c;
+// The first whole line of some length in the held-out text.
+std::string held_out_line(const TextData& data) {
+  std::vector<std::int32_t> symbols;
+  for (const std::uint8_t symbol : data.held_out().first(std::min<std::size_t>(data.held_out().size(), 4096)))
+    symbols.push_back(symbol);
+  std::string text = data.alphabet().decode(symbols);
+  if (const auto end_of_line = text.find('\n'); end_of_line < text.size() / 2) text.erase(0, end_of_line + 1);
+  text.erase(0, std::min(text.size() - 1, text.find_first_not_of(" \r\n")));
+  return text.substr(0, std::clamp<std::size_t>(text.find('\n', 20), 1, 80));
+}
+
+// The config's prompt, or a held-out line where there is none or the text has not all of its symbols (any text may be
+// trained on with a config made for another one).
+std::string sample_prompt(const TextData& data, const std::string& wanted) {
+  const std::string known = held_out_line(data);
+  if (wanted.empty()) return known;
+  try {
+    (void)data.alphabet().encode(wanted);
+    return wanted;
+  } catch (const Error&) {
+    return known;
   }
-  return line.substr(0, 80);
 }
 
 void Trainer::write_sample() {
   if (job_.train.sample_length <= 0) return;
-  const std::string prompt = job_.train.sample_prompt.empty() ? first_held_out_line(*data_) : job_.train.sample_prompt;
+  const std::string prompt = sample_prompt(*data_, job_.train.sample_prompt);
   GenerateOptions options;
   options.max_tokens = job_.train.sample_length;
   options.sampling.temperature = 0.8;

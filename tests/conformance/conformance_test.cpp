@@ -1,9 +1,9 @@
 // Runs the sweep on ranks as threads. DATTN_SWEEP=full takes every combination instead of a pairwise choice.
-#include <gtest/gtest.h>
-
 #include <cstdlib>
 #include <mutex>
 #include <string_view>
+
+#include <gtest/gtest.h>
 
 #include "parallel/comm/thread.h"
 #include "parallel/strategy.h"
@@ -48,8 +48,9 @@ TEST_P(Conformance, EqualsTheReference) {
   RecordProperty("cases", static_cast<int>(cases.size()));
 }
 
-INSTANTIATE_TEST_SUITE_P(Sweep, Conformance, testing::ValuesIn(groups()),
-                         [](const auto& group) { return group.param.strategy + "_" + std::to_string(group.param.ranks) + "_ranks"; });
+INSTANTIATE_TEST_SUITE_P(Sweep, Conformance, testing::ValuesIn(groups()), [](const auto& group) {
+  return group.param.strategy + "_" + std::to_string(group.param.ranks) + "_ranks";
+});
 
 }  // namespace
 }  // namespace dattn::conformance

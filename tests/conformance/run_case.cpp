@@ -1,7 +1,7 @@
 // One case: the sharded call, forward and backward, against the reference kernel on the whole tensors.
-#include <fmt/format.h>
-
 #include <cmath>
+
+#include <fmt/format.h>
 
 #include "core/attention/state.h"
 #include "core/base/philox.h"
@@ -16,7 +16,8 @@ namespace {
 
 Tensor random_tensor(DType dtype, const Shape& shape, std::uint64_t stream) {
   Tensor values(DType::kF32, shape);
-  for (std::int64_t i = 0; i < shape.elements(); ++i) values.ptr<float>()[i] = philox_normal(7, stream, static_cast<std::uint64_t>(i));
+  for (std::int64_t i = 0; i < shape.elements(); ++i)
+    values.ptr<float>()[i] = philox_normal(7, stream, static_cast<std::uint64_t>(i));
   return to_dtype(values, dtype);
 }
 
@@ -71,7 +72,8 @@ Expected reference(const Case& one, const AttentionOptions& options, int tensor_
   const TensorView q = e.q->slice(2, e.heads.q.begin, e.heads.q.count());
   const TensorView dout = e.dout->slice(2, e.heads.q.begin, e.heads.q.count());
   // In fp64, from the same rounded inputs, whatever the storage type.
-  const Tensor q64 = to_dtype(q, DType::kF64), k64 = to_dtype(e.k, DType::kF64), v64 = to_dtype(e.v, DType::kF64), dout64 = to_dtype(dout, DType::kF64);
+  const Tensor q64 = to_dtype(q, DType::kF64), k64 = to_dtype(e.k, DType::kF64), v64 = to_dtype(e.v, DType::kF64),
+               dout64 = to_dtype(dout, DType::kF64);
   const std::vector<Region> mask = compile(options.mask, s.seq_q, s.seq_kv);
   const std::vector<Tile> tiles = make_tiles(mask, Positions::range(0, s.seq_q), Positions::range(0, s.seq_kv));
   const double scale = 1.0 / std::sqrt(static_cast<double>(s.dim_qk));
@@ -92,7 +94,8 @@ std::string check_bytes(const Plan& plan, int rank, const ByteCounter& counter, 
   const RankCost cost = make_rank_plan(plan, rank).cost;
   const std::int64_t counted = counter.total().received;
   if (counted == cost.bytes_received + cost.stats_bytes) return {};
-  return fmt::format("{}: the plan says {} bytes and {} of statistics, the transport counted {}\n", which, cost.bytes_received, cost.stats_bytes, counted);
+  return fmt::format("{}: the plan says {} bytes and {} of statistics, the transport counted {}\n", which, cost.bytes_received,
+                     cost.stats_bytes, counted);
 }
 
 std::string check_plan(const Plan& plan, const char* which) {
@@ -130,7 +133,8 @@ std::string run_case(const Case& one, Communicator& world) {
   const AttentionGradients gradients = attention.backward(q, k, v, result, dout);
   problems += check_bytes(gradient, world.rank(), *counter, "backward");
 
-  const auto compare = [&](const char* name, const TensorView& got, const TensorView& whole, const Positions& rows, Interval part) {
+  const auto compare = [&](const char* name, const TensorView& got, const TensorView& whole, const Positions& rows,
+                           Interval part) {
     const double error = relative_error(got, shard_of(whole, rows, part));
     if (!(error <= tolerance(one.shape.dtype))) problems += fmt::format("{}: relative error {:.3e}\n", name, error);
   };

@@ -1,9 +1,9 @@
 #include "tests/conformance/sweep.h"
 
-#include <fmt/format.h>
-
 #include <algorithm>
 #include <set>
+
+#include <fmt/format.h>
 
 #include "parallel/strategy.h"
 
@@ -21,12 +21,14 @@ struct Dims {
   std::int64_t dim_qk, dim_v;
 };
 
-const std::vector<std::string> kMasks{"full", "causal", "window", "window_right", "documents", "documents_window", "regions", "blind_rows"};
+const std::vector<std::string> kMasks{"full",      "causal",           "window",  "window_right",
+                                      "documents", "documents_window", "regions", "blind_rows"};
 const std::vector<Layout> kLayouts{Layout::kContiguous, Layout::kZigzag, Layout::kStriped};
 // 9 query heads on 4 ranks, one head on 8 ranks, MQA, GQA groups that ranks cut through.
 const std::vector<Heads> kHeads{{4, 4}, {9, 3}, {1, 1}, {6, 1}, {8, 2}, {3, 3}};
 // Fewer positions than ranks, one, primes, cross-attention of unequal lengths both ways.
-const std::vector<Lengths> kLengths{{1, 61, 61}, {2, 96, 96}, {1, 1, 1}, {3, 5, 5}, {1, 127, 127}, {1, 31, 75}, {2, 75, 31}, {1, 128, 128}};
+const std::vector<Lengths> kLengths{{1, 61, 61},   {2, 96, 96}, {1, 1, 1},   {3, 5, 5},
+                                    {1, 127, 127}, {1, 31, 75}, {2, 75, 31}, {1, 128, 128}};
 const std::vector<Dims> kDims{{DType::kF32, 16, 16}, {DType::kF32, 24, 8}, {DType::kBF16, 32, 32}, {DType::kF64, 8, 12}};
 
 std::vector<MeshShape> meshes(int ranks) {
@@ -87,7 +89,8 @@ std::vector<Choice> pairwise_choice(const std::array<std::size_t, 6>& sizes) {
         std::size_t gain = 0;
         for (std::size_t other = 0; other < sizes.size(); ++other) {
           if (!fixed[other]) continue;
-          gain += open.count(other < dimension ? Pair{other, choice[other], dimension, value} : Pair{dimension, value, other, choice[other]});
+          gain += open.count(other < dimension ? Pair{other, choice[other], dimension, value}
+                                               : Pair{dimension, value, other, choice[other]});
         }
         if (k == 0 || gain > best_gain) best = value, best_gain = gain;
       }
@@ -105,8 +108,9 @@ std::vector<Choice> pairwise_choice(const std::array<std::size_t, 6>& sizes) {
 }  // namespace
 
 std::string Case::text() const {
-  return fmt::format("{} on {}, layout {}, mask {}, batch {}, seq {} x {}, heads {}/{}, dims {}/{}, {}", strategy, mesh.text(), name_of(layout),
-                     mask, shape.batch, shape.seq_q, shape.seq_kv, shape.heads, shape.kv_heads, shape.dim_qk, shape.dim_v, name_of(shape.dtype));
+  return fmt::format("{} on {}, layout {}, mask {}, batch {}, seq {} x {}, heads {}/{}, dims {}/{}, {}", strategy, mesh.text(),
+                     name_of(layout), mask, shape.batch, shape.seq_q, shape.seq_kv, shape.heads, shape.kv_heads, shape.dim_qk,
+                     shape.dim_v, name_of(shape.dtype));
 }
 
 Mask mask_named(const std::string& name, std::int64_t seq_q, std::int64_t seq_kv) {
@@ -115,7 +119,8 @@ Mask mask_named(const std::string& name, std::int64_t seq_q, std::int64_t seq_kv
   if (name == "causal") return Mask::causal();
   if (name == "window") return Mask::window(7, 0);
   if (name == "window_right") return Mask::window(5, 9);
-  const std::vector<std::int64_t> bounds{0, shorter / 7, shorter / 3, shorter / 3, shorter - shorter / 5};  // an empty document, a blind tail
+  const std::vector<std::int64_t> bounds{0, shorter / 7, shorter / 3, shorter / 3,
+                                         shorter - shorter / 5};  // an empty document, a blind tail
   if (name == "documents") return Mask::documents(bounds, Mask::causal());
   if (name == "documents_window") return Mask::documents(bounds, Mask::window(4, 2));
   const std::int64_t q_half = seq_q / 2, k_third = seq_kv / 3;
@@ -125,7 +130,8 @@ Mask mask_named(const std::string& name, std::int64_t seq_q, std::int64_t seq_kv
                              {{0, q_half}, {k_third, seq_kv}, -2, kUnbounded},
                              {{q_half, q_half}, {0, 0}, -kUnbounded, kUnbounded}});
   }
-  return Mask::of_regions({{{q_half, seq_q}, {0, k_third}, -kUnbounded, kUnbounded}});  // blind_rows: the first half sees nothing
+  return Mask::of_regions(
+      {{{q_half, seq_q}, {0, k_third}, -kUnbounded, kUnbounded}});  // blind_rows: the first half sees nothing
 }
 
 std::vector<Case> sweep(const std::string& strategy, int ranks, bool full) {
@@ -136,14 +142,19 @@ std::vector<Case> sweep(const std::string& strategy, int ranks, bool full) {
     }
   }
   if (accepted.empty()) return {};
-  const std::array<std::size_t, 6> sizes{accepted.size(), kLayouts.size(), kMasks.size(), kHeads.size(), kLengths.size(), kDims.size()};
+  const std::array<std::size_t, 6> sizes{accepted.size(), kLayouts.size(), kMasks.size(),
+                                         kHeads.size(),   kLengths.size(), kDims.size()};
   std::vector<Case> cases;
   for (const Choice& choice : full ? every_choice(sizes) : pairwise_choice(sizes)) {
     const Heads& heads = kHeads[choice[3]];
     const Lengths& lengths = kLengths[choice[4]];
     const Dims& dims = kDims[choice[5]];
-    cases.push_back({strategy, accepted[choice[0]], kLayouts[choice[1]], kMasks[choice[2]],
-                     {lengths.batch, lengths.seq_q, lengths.seq_kv, heads.heads, heads.kv_heads, dims.dim_qk, dims.dim_v, dims.dtype}});
+    cases.push_back(
+        {strategy,
+         accepted[choice[0]],
+         kLayouts[choice[1]],
+         kMasks[choice[2]],
+         {lengths.batch, lengths.seq_q, lengths.seq_kv, heads.heads, heads.kv_heads, dims.dim_qk, dims.dim_v, dims.dtype}});
   }
   return cases;
 }

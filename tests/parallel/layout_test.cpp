@@ -1,8 +1,8 @@
 #include "parallel/layout.h"
 
-#include <gtest/gtest.h>
-
 #include <algorithm>
+
+#include <gtest/gtest.h>
 
 #include "core/base/error.h"
 #include "parallel/mesh.h"

@@ -72,10 +72,12 @@ TEST(Plan, BytesFollowTheFormula) {
   for (const Vector& v : {Vector{1, 131072, 32, 8, 128, 8, 8, 293601280}, Vector{1, 131072, 32, 8, 128, 64, 1, 528482304},
                           Vector{1, 131072, 32, 8, 128, 64, 8, 95420416}, Vector{2, 65536, 16, 4, 64, 4, 2, 117440512}}) {
     const MeshShape mesh = mesh_of(v.ranks / v.ulysses, v.ulysses);
-    const Plan plan = make_plan(mesh, {v.batch, v.seq, v.seq, v.heads, v.kv_heads, v.dim, v.dim, DType::kBF16}, options_of("auto"));
+    const Plan plan =
+        make_plan(mesh, {v.batch, v.seq, v.seq, v.heads, v.kv_heads, v.dim, v.dim, DType::kBF16}, options_of("auto"));
     const std::int64_t ring = v.ranks / v.ulysses;
     const std::int64_t unit = v.batch * v.seq * v.dim / v.ranks * 2;
-    EXPECT_EQ(unit * (2 * v.heads + 2 * v.kv_heads) * (v.ulysses - 1) / v.ulysses + unit * 2 * v.kv_heads * (ring - 1), v.bytes);
+    EXPECT_EQ(unit * (2 * v.heads + 2 * v.kv_heads) * (v.ulysses - 1) / v.ulysses + unit * 2 * v.kv_heads * (ring - 1),
+              v.bytes);
     for (const int rank : {0, v.ranks - 1}) EXPECT_EQ(make_rank_plan(plan, rank).cost.bytes_received, v.bytes) << plan.strategy;
   }
 }
@@ -83,14 +85,16 @@ TEST(Plan, BytesFollowTheFormula) {
 // Backward: kv again, its gradient in fp32; ring (P - 1) hops of each.
 TEST(Plan, BackwardBytesFollowTheFormula) {
   const std::int64_t batch = 2, seq = 4096, kv_heads = 4, dim = 64;
-  const Plan plan = backward(make_plan(mesh_of(4, 1), {batch, seq, seq, 8, kv_heads, dim, dim, DType::kBF16}, options_of("ring")));
+  const Plan plan =
+      backward(make_plan(mesh_of(4, 1), {batch, seq, seq, 8, kv_heads, dim, dim, DType::kBF16}, options_of("ring")));
   EXPECT_EQ(make_rank_plan(plan, 1).cost.bytes_received, 3 * batch * (seq / 4) * kv_heads * 2 * dim * (2 + 4));
   EXPECT_EQ(make_rank_plan(plan, 1).cost.stats_bytes, 0);
 }
 
 TEST(Plan, AllgatherMovesWhatTheRingMoves) {
   const AttentionShape shape{1, 1024, 1024, 8, 2, 64, 64, DType::kF32};
-  const Plan ring = make_plan(mesh_of(4, 1), shape, options_of("ring")), gather = make_plan(mesh_of(4, 1), shape, options_of("allgather"));
+  const Plan ring = make_plan(mesh_of(4, 1), shape, options_of("ring")),
+             gather = make_plan(mesh_of(4, 1), shape, options_of("allgather"));
   EXPECT_EQ(make_rank_plan(ring, 2).cost.bytes_received, make_rank_plan(gather, 2).cost.bytes_received);
   EXPECT_EQ(make_rank_plan(backward(ring), 2).cost.bytes_received, make_rank_plan(backward(gather), 2).cost.bytes_received);
   EXPECT_LT(make_rank_plan(ring, 2).cost.peak_memory, make_rank_plan(gather, 2).cost.peak_memory);
@@ -127,7 +131,8 @@ TEST(Plan, RefusesWithTheNearestChoice) {
   EXPECT_NE(message(mesh_of(2, 2), shape, "ring").find("use hybrid"), std::string::npos);
   EXPECT_NE(message(mesh_of(2, 2), shape, "ulysses").find("use hybrid"), std::string::npos);
   EXPECT_NE(message(mesh_of(2, 1), shape, "rings").find("allgather, hybrid, ring, ulysses, auto"), std::string::npos);
-  EXPECT_NE(message(mesh_of(2, 1), {.seq_q = 8, .seq_kv = 8, .heads = 8, .kv_heads = 3}, "ring").find("query heads 8 are no multiple of KV heads 3"),
+  EXPECT_NE(message(mesh_of(2, 1), {.seq_q = 8, .seq_kv = 8, .heads = 8, .kv_heads = 3}, "ring")
+                .find("query heads 8 are no multiple of KV heads 3"),
             std::string::npos);
   EXPECT_NE(message(mesh_of(2, 1), {.seq_q = 8, .seq_kv = 8, .dim_qk = 300}, "ring").find("300"), std::string::npos);
 }

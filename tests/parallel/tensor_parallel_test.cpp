@@ -145,7 +145,8 @@ INSTANTIATE_TEST_SUITE_P(RanksAndRows, Boundaries,
                          testing::Values(std::pair{1, 4}, std::pair{2, 8}, std::pair{2, 7}, std::pair{3, 7}, std::pair{4, 3},
                                          std::pair{4, 1}),
                          [](const auto& example) {
-                           return "ranks" + std::to_string(example.param.first) + "_rows" + std::to_string(example.param.second);
+                           return "ranks" + std::to_string(example.param.first) + "_rows" +
+                                  std::to_string(example.param.second);
                          });
 
 // A gather of N rows brings each rank the rows that it does not hold; the scatter's verb is counted apart.

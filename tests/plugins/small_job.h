@@ -71,9 +71,7 @@ inline TrainJob small_job(const TemporaryFolder& folder, const std::string& run 
   return job;
 }
 
-inline MeshShape mesh_of(int data, int ring, int ulysses, int tensor) {
-  return MeshShape{{data, ring, ulysses, tensor}};
-}
+inline MeshShape mesh_of(int data, int ring, int ulysses, int tensor) { return MeshShape{{data, ring, ulysses, tensor}}; }
 
 // Trains on threads, one for each rank of the job's mesh; the first rank's result.
 inline TrainResult train_on_threads(const TrainJob& job) {

@@ -5,12 +5,8 @@
 
 namespace dattn::cpu::DATTN_ISA {
 
-DATTN_INLINE std::int64_t smaller(std::int64_t a, std::int64_t b) {
-  return a < b ? a : b;
-}
-DATTN_INLINE std::int64_t larger(std::int64_t a, std::int64_t b) {
-  return a > b ? a : b;
-}
+DATTN_INLINE std::int64_t smaller(std::int64_t a, std::int64_t b) { return a < b ? a : b; }
+DATTN_INLINE std::int64_t larger(std::int64_t a, std::int64_t b) { return a > b ? a : b; }
 
 // Keys that one row of a band sees, half-open; empty (begin >= end) for rows outside.
 struct KeyRange {
@@ -42,12 +38,8 @@ DATTN_INLINE bool covers(KeyRange range, std::int64_t begin, std::int64_t end) {
 }
 
 // Keys [begin, end) of a band whose rows are those of strips that overlap it, in strips.
-DATTN_INLINE std::int64_t first_strip(const Band& band) {
-  return band.row_begin / kStrip;
-}
-DATTN_INLINE std::int64_t end_strip(const Band& band) {
-  return (band.row_end + kStrip - 1) / kStrip;
-}
+DATTN_INLINE std::int64_t first_strip(const Band& band) { return band.row_begin / kStrip; }
+DATTN_INLINE std::int64_t end_strip(const Band& band) { return (band.row_end + kStrip - 1) / kStrip; }
 
 // Scores of invisible pairs become `hidden`. Row 0 of the block is query row `first`, its first key is `key`.
 DATTN_INLINE void hide(Block<kVectors>& acc, const Band& band, std::int64_t first, std::int64_t key, float hidden) {

@@ -10,12 +10,8 @@ namespace dattn::cpu::DATTN_ISA {
 
 constexpr std::int64_t kDecodeBlock = 64;  // keys between two updates of the maximum; a multiple of kLanes
 
-DATTN_INLINE std::int64_t decode_floats(std::int64_t dim_qk) {
-  return kDecodeRows * (padded(dim_qk) + kDecodeBlock);
-}
-static std::int64_t decode_scratch(std::int64_t dim_qk, std::int64_t) {
-  return decode_floats(dim_qk) * 4;
-}
+DATTN_INLINE std::int64_t decode_floats(std::int64_t dim_qk) { return kDecodeRows * (padded(dim_qk) + kDecodeBlock); }
+static std::int64_t decode_scratch(std::int64_t dim_qk, std::int64_t) { return decode_floats(dim_qk) * 4; }
 
 // Scores of kLanes keys (fewer at the end: the rest is 0) for one query row.
 template <class Storage>

@@ -13,16 +13,10 @@ void attend(const Path& path, const AttendArgs& args);
 void attend_decode(const Path& path, const AttendArgs& args);  // for at most kDecodeRows query rows
 void attend_grad(const Path& path, const AttendGradArgs& args);
 
-inline std::int64_t ceil_div(std::int64_t a, std::int64_t b) {
-  return (a + b - 1) / b;
-}
-inline std::int64_t padded_to(std::int64_t value, std::int64_t step) {
-  return ceil_div(value, step) * step;
-}
+inline std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
+inline std::int64_t padded_to(std::int64_t value, std::int64_t step) { return ceil_div(value, step) * step; }
 
-inline const Ops& ops_for(const Path& path, DType storage) {
-  return storage == DType::kBF16 ? *path.bf16 : *path.fp32;
-}
+inline const Ops& ops_for(const Path& path, DType storage) { return storage == DType::kBF16 ? *path.bf16 : *path.fp32; }
 
 // Rows [begin, begin + count) of head h of batch row b of a view [B, S, H, D].
 Rows rows_of(const TensorView& view, std::int64_t b, std::int64_t begin, std::int64_t count, std::int64_t h);

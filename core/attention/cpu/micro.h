@@ -9,12 +9,8 @@ namespace dattn::cpu::DATTN_ISA {
 
 constexpr int kBlock = static_cast<int>(kStrip);
 
-DATTN_INLINE std::int64_t round_up(std::int64_t value, std::int64_t step) {
-  return (value + step - 1) / step * step;
-}
-DATTN_INLINE std::int64_t padded(std::int64_t dim) {
-  return round_up(dim, kLanes);
-}
+DATTN_INLINE std::int64_t round_up(std::int64_t value, std::int64_t step) { return (value + step - 1) / step * step; }
+DATTN_INLINE std::int64_t padded(std::int64_t dim) { return round_up(dim, kLanes); }
 template <class Unit>
 DATTN_INLINE std::int64_t units(std::int64_t elements) {
   return (elements + UnitOf<Unit>::kElements - 1) / UnitOf<Unit>::kElements;

@@ -7,9 +7,7 @@ namespace dattn::cpu {
 namespace {
 constexpr Ops kFp32 = portable::ops_of<float, float>();
 constexpr Ops kBf16 = portable::ops_of<portable::Half, float>();
-bool runs_here() {
-  return true;
-}
+bool runs_here() { return true; }
 }  // namespace
 
 extern const Path kPortablePath = {"portable", runs_here, &kFp32, &kBf16};

@@ -32,16 +32,12 @@ const Path& best_path() {
 }  // namespace
 
 #if defined(__x86_64__)
-bool cpu_has_avx2() {
-  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-}
+bool cpu_has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
 bool cpu_has_avx512() {
   return cpu_has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 }
-bool cpu_has_avx512bf16() {
-  return cpu_has_avx512() && __builtin_cpu_supports("avx512bf16");
-}
+bool cpu_has_avx512bf16() { return cpu_has_avx512() && __builtin_cpu_supports("avx512bf16"); }
 #endif
 
 const Path& choose_path() {

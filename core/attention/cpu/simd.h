@@ -41,24 +41,12 @@ struct Pair {
   std::uint32_t bits;
 };
 
-DATTN_INLINE Floats splat(float value) {
-  return value - Floats{};
-}
-DATTN_INLINE Ints splat_int(std::int32_t value) {
-  return value - Ints{};
-}
-DATTN_INLINE Floats load(const void* from) {
-  return *static_cast<const FloatsAnywhere*>(from);
-}
-DATTN_INLINE void store(void* to, Floats value) {
-  *static_cast<FloatsAnywhere*>(to) = value;
-}
-DATTN_INLINE Floats widen(Halves half) {
-  return (Floats)(__builtin_convertvector(half, Words) << 16);
-}
-DATTN_INLINE Floats load_half(const void* from) {
-  return widen(*static_cast<const HalvesAnywhere*>(from));
-}
+DATTN_INLINE Floats splat(float value) { return value - Floats{}; }
+DATTN_INLINE Ints splat_int(std::int32_t value) { return value - Ints{}; }
+DATTN_INLINE Floats load(const void* from) { return *static_cast<const FloatsAnywhere*>(from); }
+DATTN_INLINE void store(void* to, Floats value) { *static_cast<FloatsAnywhere*>(to) = value; }
+DATTN_INLINE Floats widen(Halves half) { return (Floats)(__builtin_convertvector(half, Words) << 16); }
+DATTN_INLINE Floats load_half(const void* from) { return widen(*static_cast<const HalvesAnywhere*>(from)); }
 
 // The first `bytes` bytes (fewer than a vector), the rest 0.
 DATTN_INLINE Floats load_part(const void* from, std::int64_t bytes) {
@@ -165,12 +153,8 @@ struct UnitOf<Pair> {
   static constexpr int kElements = 2;
 };
 
-DATTN_INLINE Floats broadcast(const float* from) {
-  return splat(*from);
-}
-DATTN_INLINE Floats broadcast(const Pair* from) {
-  return (Floats)splat_int(static_cast<std::int32_t>(from->bits));
-}
+DATTN_INLINE Floats broadcast(const float* from) { return splat(*from); }
+DATTN_INLINE Floats broadcast(const Pair* from) { return (Floats)splat_int(static_cast<std::int32_t>(from->bits)); }
 
 template <class Unit>
 DATTN_INLINE Floats multiply_add(Floats a, Floats b, Floats c) {
@@ -182,9 +166,7 @@ DATTN_INLINE Floats multiply_add(Floats a, Floats b, Floats c) {
 
 #if defined(__AVX512BF16__)
 // 32 floats, first `low`, as 16 pairs of neighbours.
-DATTN_INLINE Floats to_pairs(Floats low, Floats high) {
-  return (Floats)_mm512_cvtne2ps_pbh(high, low);
-}
+DATTN_INLINE Floats to_pairs(Floats low, Floats high) { return (Floats)_mm512_cvtne2ps_pbh(high, low); }
 
 // Lane i: the pair (even[i], odd[i]).
 DATTN_INLINE Floats interleave_pairs(Floats even, Floats odd) {

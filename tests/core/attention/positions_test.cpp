@@ -37,9 +37,7 @@ TEST(Positions, EmptyRunsAreDroppedAndBadOnesRefused) {
   EXPECT_THROW(Positions::range(0, 3).at(-1), Error);
 }
 
-TEST(Positions, ARunOfOneRowHasStepOne) {
-  EXPECT_EQ(Positions({{5, 1, 9}}).runs().front().step, 1);
-}
+TEST(Positions, ARunOfOneRowHasStepOne) { EXPECT_EQ(Positions({{5, 1, 9}}).runs().front().step, 1); }
 
 RC_GTEST_PROP(Positions, ListAtAndRowsAgree, ()) {
   const Positions positions = some_positions();

@@ -14,13 +14,9 @@ namespace {
 using Pair = std::pair<std::int64_t, std::int64_t>;
 constexpr std::int64_t kSide = 14;  // brute force looks at positions [0, kSide)
 
-std::int64_t some_bound() {
-  return pick(0, 4) > 0 ? pick(-kSide - 2, kSide + 3) : *rc::gen::element(-kUnbounded, kUnbounded);
-}
+std::int64_t some_bound() { return pick(0, 4) > 0 ? pick(-kSide - 2, kSide + 3) : *rc::gen::element(-kUnbounded, kUnbounded); }
 
-Region some_region() {
-  return {pick_interval(kSide), pick_interval(kSide), some_bound(), some_bound()};
-}
+Region some_region() { return {pick_interval(kSide), pick_interval(kSide), some_bound(), some_bound()}; }
 
 std::set<Pair> pairs_of(const Region& region) {
   std::set<Pair> pairs;
@@ -32,9 +28,7 @@ std::set<Pair> pairs_of(const Region& region) {
   return pairs;
 }
 
-std::set<Pair> pairs_of(const std::optional<Region>& region) {
-  return region ? pairs_of(*region) : std::set<Pair>{};
-}
+std::set<Pair> pairs_of(const std::optional<Region>& region) { return region ? pairs_of(*region) : std::set<Pair>{}; }
 
 // Every row and column holds a pair, and a bound that is kept cuts something off.
 void assert_trimmed(const Region& region) {
@@ -103,9 +97,7 @@ TEST(Region, BoundsBeyondInfinityMeanNoBoundAndClosedOnesNothing) {
   EXPECT_FALSE(restrict_to({{0, 3}, {0, 3}, kUnbounded, kUnbounded}, {0, 3}, {0, 3}));
 }
 
-TEST(Region, Text) {
-  EXPECT_EQ(to_text({{0, 4}, {2, 8}, -kUnbounded, 0}), "{q: [0, 4], k: [2, 8], lo: null, hi: 0}");
-}
+TEST(Region, Text) { EXPECT_EQ(to_text({{0, 4}, {2, 8}, -kUnbounded, 0}), "{q: [0, 4], k: [2, 8], lo: null, hi: 0}"); }
 
 // ---- tiles ----
 

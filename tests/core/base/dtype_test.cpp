@@ -13,12 +13,8 @@
 namespace dattn {
 namespace {
 
-float from_bits(std::uint32_t bits) {
-  return std::bit_cast<float>(bits);
-}
-std::uint16_t bf16_bits(float value) {
-  return BFloat16(value).bits;
-}
+float from_bits(std::uint32_t bits) { return std::bit_cast<float>(bits); }
+std::uint16_t bf16_bits(float value) { return BFloat16(value).bits; }
 
 TEST(BFloat16, RoundsHalfToEven) {
   EXPECT_EQ(bf16_bits(1.0f), 0x3f80);

@@ -11,9 +11,7 @@ namespace {
 
 using testing::HasSubstr;
 
-AttentionConfig read(const std::string& text) {
-  return parse_config_as<AttentionConfig>(text, "a.yaml");
-}
+AttentionConfig read(const std::string& text) { return parse_config_as<AttentionConfig>(text, "a.yaml"); }
 
 std::string refusal(const std::string& text) {
   try {

@@ -44,9 +44,7 @@ void describe(V& v, Inner& c) {
   v("within", c.within, "the same again");
 }
 
-void check(const Inner& c, const ConfigCheck& at) {
-  at.require("steps", c.steps >= 1, "must be at least {}", 1);
-}
+void check(const Inner& c, const ConfigCheck& at) { at.require("steps", c.steps >= 1, "must be at least {}", 1); }
 
 template <class V>
 void describe(V& v, Outer& c) {
@@ -120,9 +118,7 @@ struct Refusal {
 
 class Refused : public testing::TestWithParam<Refusal> {};
 
-TEST_P(Refused, NamesThePlace) {
-  EXPECT_THAT(refusal(GetParam().text), HasSubstr(GetParam().message));
-}
+TEST_P(Refused, NamesThePlace) { EXPECT_THAT(refusal(GetParam().text), HasSubstr(GetParam().message)); }
 
 INSTANTIATE_TEST_SUITE_P(
     Config, Refused,

@@ -80,9 +80,7 @@ struct Damage {
 
 class Damaged : public testing::TestWithParam<Damage> {};
 
-TEST_P(Damaged, IsRefusedByName) {
-  EXPECT_THAT(refusal(GetParam().file), HasSubstr(GetParam().message));
-}
+TEST_P(Damaged, IsRefusedByName) { EXPECT_THAT(refusal(GetParam().file), HasSubstr(GetParam().message)); }
 
 INSTANTIATE_TEST_SUITE_P(
     Safetensors, Damaged,

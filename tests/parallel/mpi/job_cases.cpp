@@ -23,12 +23,8 @@ namespace {
 
 using Clock = std::chrono::steady_clock;
 
-void pause_s(double time) {
-  std::this_thread::sleep_for(std::chrono::duration<double>(time));
-}
-double seconds_since(Clock::time_point begin) {
-  return std::chrono::duration<double>(Clock::now() - begin).count();
-}
+void pause_s(double time) { std::this_thread::sleep_for(std::chrono::duration<double>(time)); }
+double seconds_since(Clock::time_point begin) { return std::chrono::duration<double>(Clock::now() - begin).count(); }
 
 void all_reduce_for_ever(Communicator& world) {
   Tensor data(DType::kF32, Shape{100000});
@@ -62,9 +58,7 @@ void stopped(Communicator& world) {
 void vanished(Communicator& world) {
   fail_in_the_middle(world, [] { fail(ErrorCode::kSystem, "checkpoint.tmp: no space left on device"); });
 }
-void bad_input_everywhere(Communicator&) {
-  fail(ErrorCode::kBadInput, "configs/x.yaml:3:1: unknown key 'stratgy'");
-}
+void bad_input_everywhere(Communicator&) { fail(ErrorCode::kBadInput, "configs/x.yaml:3:1: unknown key 'stratgy'"); }
 
 void deadlock(Communicator& world) {
   int value = 0;
@@ -148,6 +142,4 @@ int run(int argc, char** argv) {
 }  // namespace
 }  // namespace dattn::test
 
-int main(int argc, char** argv) {
-  return dattn::test::run(argc, argv);
-}
+int main(int argc, char** argv) { return dattn::test::run(argc, argv); }

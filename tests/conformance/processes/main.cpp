@@ -1,0 +1,33 @@
+// The sweep on ranks as processes: run under mpirun. DATTN_SWEEP=full takes every combination. Prints every failure and,
+// on rank 0, the number of cases.
+#include <cstdlib>
+#include <string_view>
+
+#include <fmt/format.h>
+
+#include "core/base/error.h"
+#include "launch/bootstrap.h"
+#include "parallel/strategy.h"
+#include "tests/conformance/sweep.h"
+
+int main() {
+  using namespace dattn;
+  const char* sweep_size = std::getenv("DATTN_SWEEP");
+  const bool full = sweep_size != nullptr && std::string_view(sweep_size) == "full";
+  return run_job({}, [&](Communicator& world) {
+    std::size_t cases = 0, failures = 0;
+    for (const Strategy& strategy : strategies()) {
+      for (const conformance::Case& one : conformance::sweep(std::string(strategy.name), world.size(), full)) {
+        ++cases;
+        const std::string problems = conformance::run_case(one, world);
+        for (const std::string& said : world.gather_strings(problems, {"conformance"})) {
+          if (said.empty()) continue;
+          ++failures;
+          if (world.rank() == 0) fmt::print("{}", said);
+        }
+      }
+    }
+    if (world.rank() == 0) fmt::print("{} cases on {} processes, {} failures\n", cases, world.size(), failures);
+    ensure(failures == 0, "{} failures in the conformance sweep", failures);
+  });
+}
