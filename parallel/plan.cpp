@@ -24,7 +24,7 @@ Positions merge_rows(const std::vector<Positions>& parts) {
       joined.push_back(run);
     }
   }
-  return Positions(std::move(joined));
+  return Positions(joined);
 }
 
 HeadRange split_heads(const HeadRange& heads, std::int64_t group, int parts, int index) {

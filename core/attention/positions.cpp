@@ -34,7 +34,7 @@ Positions Positions::rows(std::int64_t begin, std::int64_t count) const {
     const std::int64_t end = std::min(begin + count, rows_[i] + runs_[i].count);
     if (first < end) part.push_back({runs_[i].at(first - rows_[i]), end - first, runs_[i].step});
   }
-  return Positions(std::move(part));
+  return Positions(part);
 }
 
 std::vector<std::int64_t> Positions::list() const {

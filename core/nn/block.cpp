@@ -10,7 +10,7 @@ namespace {
 
 Dropout at_site(const Pass& pass, int layer, int half) {
   Dropout dropout = pass.dropout;
-  dropout.site = static_cast<std::uint64_t>(1 + 2 * layer + half);  // 0 is the embedding
+  dropout.site = 1 + 2 * static_cast<std::uint64_t>(layer) + static_cast<std::uint64_t>(half);  // 0 is the embedding
   return dropout;
 }
 

@@ -1,6 +1,7 @@
 // dattn bench attention | comm: how fast attention runs on the present ranks, and what the axes of a mesh carry.
 #include <algorithm>
 #include <chrono>
+#include <cmath>
 #include <memory>
 
 #include <fmt/format.h>
@@ -35,7 +36,7 @@ Percentiles time_calls(Communicator& world, int repeat, const Body& body) {
   }
   std::sort(times.begin(), times.end());
   const auto at = [&](double share) {
-    return times[static_cast<std::size_t>(share * static_cast<double>(times.size() - 1) + 0.5)];
+    return times[static_cast<std::size_t>(std::lround(share * static_cast<double>(times.size() - 1)))];
   };
   return {at(0.2), at(0.5), at(0.8)};
 }

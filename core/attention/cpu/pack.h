@@ -2,6 +2,8 @@
 // with zeros, so that the inner loops have no tails and no strides. Costs 1 to 3 % of a pass at 1k rows and more.
 #pragma once
 
+#include <utility>  // integer_sequence: a type, no code that another instruction set could share
+
 #include "core/attention/cpu/micro.h"
 
 namespace dattn::cpu::DATTN_ISA {
@@ -20,18 +22,22 @@ DATTN_INLINE Floats load_units(const Storage* row, std::int64_t u, std::int64_t 
   }
 }
 
+// Lane i takes lane i of `a` or, where i has bit kHalf, lane i - kHalf of `b`; kHalf lanes further up with kUpper.
+template <int kHalf, bool kUpper, int... kLane>
+DATTN_INLINE Floats interleave(Floats a, Floats b, std::integer_sequence<int, kLane...>) {
+  return __builtin_shufflevector(a, b, (kLane + ((kLane & kHalf) != 0 ? kLanes - kHalf : 0) + (kUpper ? kHalf : 0))...);
+}
+
 // One of the log2(kLanes) steps of a square transpose: exchanges off-diagonal blocks of kHalf x kHalf.
 template <int kHalf>
 DATTN_INLINE void exchange(Floats (&v)[kLanes]) {
-  // Lane i takes from v[i] or, where i has bit kHalf, from v[i + kHalf]; lanes of the second operand count from kLanes.
-  const Ints lanes = lane_numbers(), second = (lanes & kHalf) != 0;
-  const Ints lower = lanes + (second & (kLanes - kHalf)), upper = lower + kHalf;
+  constexpr std::make_integer_sequence<int, kLanes> kEveryLane;
 #pragma GCC unroll 16
   for (int i = 0; i < kLanes; ++i) {
     if ((i & kHalf) != 0) continue;
     const Floats a = v[i], b = v[i + kHalf];
-    v[i] = __builtin_shuffle(a, b, lower);
-    v[i + kHalf] = __builtin_shuffle(a, b, upper);
+    v[i] = interleave<kHalf, false>(a, b, kEveryLane);
+    v[i + kHalf] = interleave<kHalf, true>(a, b, kEveryLane);
   }
 }
 

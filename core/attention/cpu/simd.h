@@ -25,13 +25,13 @@ constexpr int kLanes = 4, kVectors = 2;
 constexpr int kPanel = kLanes * kVectors;
 constexpr float kMinusInfinity = -__builtin_inff();
 
-typedef float Floats __attribute__((vector_size(kLanes * 4)));
-typedef std::int32_t Ints __attribute__((vector_size(kLanes * 4)));
-typedef std::uint32_t Words __attribute__((vector_size(kLanes * 4)));
-typedef std::uint16_t Halves __attribute__((vector_size(kLanes * 2)));
-typedef float FloatsAnywhere __attribute__((vector_size(kLanes * 4), aligned(2), may_alias));
-typedef std::uint16_t HalvesAnywhere __attribute__((vector_size(kLanes * 2), aligned(2), may_alias));
-typedef std::uint16_t HalfAlias __attribute__((may_alias));
+using Floats __attribute__((vector_size(kLanes * 4))) = float;
+using Ints __attribute__((vector_size(kLanes * 4))) = std::int32_t;
+using Words __attribute__((vector_size(kLanes * 4))) = std::uint32_t;
+using Halves __attribute__((vector_size(kLanes * 2))) = std::uint16_t;
+using FloatsAnywhere __attribute__((vector_size(kLanes * 4), aligned(2), may_alias)) = float;
+using HalvesAnywhere __attribute__((vector_size(kLanes * 2), aligned(2), may_alias)) = std::uint16_t;
+using HalfAlias __attribute__((may_alias)) = std::uint16_t;
 
 // Storage and unit types. A Pair is two bf16, the lower half first along the summed axis.
 struct Half {
