@@ -85,10 +85,17 @@ Prepared prepare(const TensorView& a, const TensorView& b, const TensorView& c, 
     sum.append_sum(1.0f);
     attributes.set_post_ops(sum);
   }
-  const dnnl::matmul::desc operation =
-      options.bias != nullptr ? dnnl::matmul::desc(da, db, dbias, dc) : dnnl::matmul::desc(da, db, dc);
-  return {dnnl::matmul(dnnl::matmul::primitive_desc(operation, attributes, own.engine)), memory(da, own.engine, nullptr),
-          memory(db, own.engine, nullptr), memory(dc, own.engine, nullptr), memory(dbias, own.engine, nullptr)};
+  const bool biased = options.bias != nullptr;
+  using Description = dnnl::matmul::primitive_desc;
+#if DNNL_VERSION_MAJOR >= 3  // Ubuntu 24.04; Debian 12 has version 2, which describes the operation apart
+  const Description description =
+      biased ? Description(own.engine, da, db, dbias, dc, attributes) : Description(own.engine, da, db, dc, attributes);
+#else
+  using Operation = dnnl::matmul::desc;
+  const Description description(biased ? Operation(da, db, dbias, dc) : Operation(da, db, dc), attributes, own.engine);
+#endif
+  return {dnnl::matmul(description), memory(da, own.engine, nullptr), memory(db, own.engine, nullptr),
+          memory(dc, own.engine, nullptr), memory(dbias, own.engine, nullptr)};
 }
 
 void by_primitive(const TensorView& a, const TensorView& b, const TensorView& c, const MatmulOptions& options) {
