@@ -41,7 +41,7 @@ Positions CachedAttention::own_positions(std::int64_t length) const {
   for (std::int64_t begin = mesh_.coordinate(Axis::kRing) * kBlock; begin < length; begin += ring * kBlock) {
     runs.push_back({begin, std::min(kBlock, length - begin), 1});
   }
-  return Positions(std::move(runs));
+  return Positions(runs);
 }
 
 void CachedAttention::grow(Layer& layer, std::int64_t rows) const {

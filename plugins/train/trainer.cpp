@@ -304,7 +304,7 @@ std::string held_out_line(const TextData& data) {
 // The config's prompt, or a held-out line where there is none or the text has not all of its symbols (any text may be
 // trained on with a config made for another one).
 std::string sample_prompt(const TextData& data, const std::string& wanted) {
-  const std::string known = held_out_line(data);
+  std::string known = held_out_line(data);
   if (wanted.empty()) return known;
   try {
     (void)data.alphabet().encode(wanted);
