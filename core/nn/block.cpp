@@ -43,7 +43,7 @@ Tensor leave_half_backward(const Pass& pass, const Dropout& dropout, const Tenso
   return to_compute(pass.boundary.leave_backward(std::move(dy), pass.batch * pass.seq), pass.compute);
 }
 
-Tensor attention_forward(const Block& block, int layer, const Pass& pass, Activations& keep) {
+Tensor attention_forward(const TransformerBlock& block, int layer, const Pass& pass, Activations& keep) {
   keep.h0 = enter_half(block.attention_norm, pass, keep.x0, keep.stats0);
   keep.q = linear_forward(block.q, keep.h0, pass.compute);  // [N, H D]
   keep.k = linear_forward(block.k, keep.h0, pass.compute);  // [N, K D]
@@ -58,7 +58,7 @@ Tensor attention_forward(const Block& block, int layer, const Pass& pass, Activa
   return pass.boundary.leave(std::move(y), pass.batch * pass.seq);     // [R, M]
 }
 
-void attention_backward(const Block& block, int layer, const Pass& pass, Activations& keep, const TensorView& dx) {
+void attention_backward(const TransformerBlock& block, int layer, const Pass& pass, Activations& keep, const TensorView& dx) {
   const Tensor dy = leave_half_backward(pass, at_site(pass, layer, 0), dx, block.out_bias);  // [N, M]
   linear_backward_weights(block.out, as_rows(keep.o), dy);
   Tensor dout = Tensor::uninitialized(DType::kF32, as_rows(keep.o).shape);  // [N, H D]
@@ -86,7 +86,7 @@ void attention_backward(const Block& block, int layer, const Pass& pass, Activat
   enter_half_backward(block.attention_norm, pass, std::move(dh), keep.x0, keep.stats0, dx);
 }
 
-Tensor mlp_forward(const Block& block, const Pass& pass, Activations& keep) {
+Tensor mlp_forward(const TransformerBlock& block, const Pass& pass, Activations& keep) {
   keep.h1 = enter_half(block.mlp_norm, pass, keep.x1, keep.stats1);
   keep.up = linear_forward(block.up, keep.h1, pass.compute);  // [N, F]
   if (block.gated()) keep.gate = linear_forward(block.gate, keep.h1, pass.compute);
@@ -95,7 +95,7 @@ Tensor mlp_forward(const Block& block, const Pass& pass, Activations& keep) {
   return pass.boundary.leave(std::move(y), pass.batch * pass.seq);                              // [R, M]
 }
 
-void mlp_backward(const Block& block, int layer, const Pass& pass, Activations& keep, const TensorView& dx) {
+void mlp_backward(const TransformerBlock& block, int layer, const Pass& pass, Activations& keep, const TensorView& dx) {
   const Tensor dy = leave_half_backward(pass, at_site(pass, layer, 1), dx, block.down_bias);  // [N, M]
   Tensor da = Tensor::uninitialized(DType::kF32, keep.up->shape);                             // [N, F]
   linear_backward_input(block.down, dy, da, false);
@@ -121,7 +121,7 @@ void mlp_backward(const Block& block, int layer, const Pass& pass, Activations& 
 
 }  // namespace
 
-Tensor block_forward(const Block& block, int layer, const Pass& pass, Tensor x, Activations& keep) {
+Tensor block_forward(const TransformerBlock& block, int layer, const Pass& pass, Tensor x, Activations& keep) {
   keep.x0 = std::move(x);
   Tensor y = attention_forward(block, layer, pass, keep);
   keep.x1 = residual_forward(at_site(pass, layer, 0), pass.rows, keep.x0, std::move(y), block.out_bias);
@@ -129,7 +129,7 @@ Tensor block_forward(const Block& block, int layer, const Pass& pass, Tensor x, 
   return residual_forward(at_site(pass, layer, 1), pass.rows, keep.x1, std::move(y), block.down_bias);
 }
 
-void block_backward(const Block& block, int layer, const Pass& pass, Activations& keep, const TensorView& dx) {
+void block_backward(const TransformerBlock& block, int layer, const Pass& pass, Activations& keep, const TensorView& dx) {
   mlp_backward(block, layer, pass, keep, dx);
   keep.x1 = {};
   attention_backward(block, layer, pass, keep, dx);

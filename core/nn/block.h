@@ -11,7 +11,7 @@
 
 namespace dattn {
 
-struct Block {
+struct TransformerBlock {
   Norm attention_norm;
   Linear q, k, v;  // [H D, M], [K D, M], [K D, M]
   Linear out;      // [M, H D]; its bias is out_bias, added in the residual stream
@@ -53,10 +53,10 @@ struct Pass {
 };
 
 // x [R, M] -> [R, M]. Activations are left in `keep`; Attention holds what it saved for this layer.
-Tensor block_forward(const Block& block, int layer, const Pass& pass, Tensor x, Activations& keep);
+Tensor block_forward(const TransformerBlock& block, int layer, const Pass& pass, Tensor x, Activations& keep);
 
 // dx [R, M]: gradient of the block's output on entry, of its input on return. Empties `keep` as it goes; adds to the
 // parameters' gradients.
-void block_backward(const Block& block, int layer, const Pass& pass, Activations& keep, const TensorView& dx);
+void block_backward(const TransformerBlock& block, int layer, const Pass& pass, Activations& keep, const TensorView& dx);
 
 }  // namespace dattn

@@ -111,9 +111,9 @@ class Builder {
   bool rows_cut_;
 };
 
-Block build_block(Builder& builder, const ModelConfig& config, const PartRanges& ranges, std::int64_t layer) {
+TransformerBlock build_block(Builder& builder, const ModelConfig& config, const PartRanges& ranges, std::int64_t layer) {
   const std::string name = "blocks." + std::to_string(layer) + ".";
-  Block block;
+  TransformerBlock block;
   block.attention_norm = builder.norm(name + "attention.norm");
   block.q = builder.column_cut(name + "attention.q", config.head_dim, config.heads, ranges.heads);
   builder.key_value(name + "attention.k", block.k);
@@ -157,7 +157,7 @@ struct Transformer::Impl {
   std::vector<Parameter*> parameters;
   Parameter* token_table = nullptr;     // [V, M]
   Parameter* position_table = nullptr;  // [max_seq, M]; learned positions only
-  std::vector<Block> blocks;
+  std::vector<TransformerBlock> blocks;
   Norm norm;
   Linear output;  // [V, M]; the token table when tied
 

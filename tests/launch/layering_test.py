@@ -43,6 +43,11 @@ def rank_identifiers(text):
             yield number, match.group()
 
 
+def type_definitions(text):
+    """Names of the classes, structs and enums defined at file scope, specialisations left out."""
+    return re.findall(r"^(?:struct|class|enum class) (\w+)(?: final)?(?: :[^:{;][^{;]*)? \{", text, flags=re.M)
+
+
 class Layering(unittest.TestCase):
     def test_includes_point_from_launch_to_core(self):
         bad = [f"{path.relative_to(ROOT)}:{number}: {line}" for folder in ORDER for path in files_of(folder, CODE)
@@ -54,6 +59,19 @@ class Layering(unittest.TestCase):
         bad = [f"{path.relative_to(ROOT)}:{number}: {word}" for path in files_of("core", CODE)
                if "core/config/" not in path.as_posix() for number, word in rank_identifiers(path.read_text())]
         self.assertFalse(bad, "core is one device and knows no ranks:\n" + "\n".join(bad))
+
+    def test_a_type_is_defined_once(self):
+        # Two types of one name in one namespace break the one-definition rule without a word from the linker. The text of
+        # the CPU kernels lives in namespaces of its own.
+        places = {}
+        for folder in ORDER:
+            for path in files_of(folder, {".h"}):
+                if "core/attention/cpu/" in path.as_posix():
+                    continue
+                for name in type_definitions(path.read_text()):
+                    places.setdefault(name, []).append(str(path.relative_to(ROOT)))
+        twice = [f"{name}: {', '.join(files)}" for name, files in places.items() if len(files) > 1]
+        self.assertFalse(twice, "types of one name in several headers:\n" + "\n".join(twice))
 
     def test_files_can_be_read_in_one_sitting(self):
         long = []
@@ -75,6 +93,8 @@ class Layering(unittest.TestCase):
         self.assertFalse(list(upward_includes("launch", '#include "plugins/train/loop.h"\n#include "core/base/log.h"\n')))
         words = [word for _, word in rank_identifiers('int rank; f(num_ranks); g(rank_); "rank 3/8" // rank\nfranking();')]
         self.assertEqual(words, ["rank", "num_ranks", "rank_"])
+        self.assertEqual(type_definitions("struct A {\nclass B final : public A {\nstruct C<int> {\nstruct D;\nenum class E : int {\n"),
+                         ["A", "B", "E"])
 
 
 if __name__ == "__main__":
