@@ -7,7 +7,6 @@
 #include <fmt/format.h>
 
 #include "core/base/error.h"
-#include "core/base/philox.h"
 #include "core/base/threads.h"
 #include "launch/commands/commands.h"
 #include "parallel/attention.h"
@@ -56,13 +55,6 @@ RunConfig config_of(const AttentionBench& bench) {
   for (const std::string& axis : bench.mesh) set.push_back("mesh." + axis);
   set.insert(set.end(), bench.common.set.begin(), bench.common.set.end());
   return parse_config_as<RunConfig>("{}", "dattn bench", set);
-}
-
-Tensor random_tensor(DType dtype, const Shape& shape, std::uint64_t stream) {
-  Tensor tensor = Tensor::uninitialized(DType::kF32, shape);
-  for (std::int64_t i = 0; i < shape.elements(); ++i)
-    tensor.ptr<float>()[i] = philox_normal(1, stream, static_cast<std::uint64_t>(i));
-  return to_dtype(tensor, dtype);
 }
 
 void bench_attention(const AttentionBench& bench, const RunConfig& config, Communicator& world) {

@@ -54,6 +54,9 @@ Command add_mesh_ranks(CLI::App& app);  // hidden: how many ranks a command's me
 // The config that a run folder's checkpoint was made with; --set changes it.
 RunConfig run_folder_config(const std::string& path, const CommonOptions& common);
 
+// Standard normal numbers, another set for each stream: what `bench` and `doctor` compute on.
+Tensor random_tensor(DType dtype, const Shape& shape, std::uint64_t stream);
+
 // Costs of a plan over all ranks, as `plan` and `attention` report them.
 Json plan_costs(const Plan& forward, const Plan& gradient);
 

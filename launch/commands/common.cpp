@@ -4,7 +4,7 @@
 #include <exception>
 #include <filesystem>
 
-#include "core/base/error.h"
+#include "core/base/philox.h"
 #include "launch/commands/commands.h"
 #include "parallel/rank_plan.h"
 
@@ -63,6 +63,13 @@ int run_with_config(const CommonOptions& common, const std::function<RunConfig()
     if (failure) std::rethrow_exception(failure);
     body(config, world);
   });
+}
+
+Tensor random_tensor(DType dtype, const Shape& shape, std::uint64_t stream) {
+  Tensor tensor = Tensor::uninitialized(DType::kF32, shape);
+  for (std::int64_t i = 0; i < shape.elements(); ++i)
+    tensor.ptr<float>()[i] = philox_normal(1, stream, static_cast<std::uint64_t>(i));
+  return to_dtype(tensor, dtype);
 }
 
 Json plan_costs(const Plan& forward, const Plan& gradient) {

@@ -7,7 +7,6 @@
 #include <fmt/format.h>
 
 #include "core/base/error.h"
-#include "core/base/philox.h"
 #include "core/base/threads.h"
 #include "launch/commands/commands.h"
 #include "launch/commands/gather.h"
@@ -62,13 +61,6 @@ Json report() {
           {"strategies", names}};
 }
 
-Tensor random_tensor(const Shape& shape, std::uint64_t stream) {
-  Tensor tensor = Tensor::uninitialized(DType::kF32, shape);
-  for (std::int64_t i = 0; i < shape.elements(); ++i)
-    tensor.ptr<float>()[i] = philox_normal(1, stream, static_cast<std::uint64_t>(i));
-  return tensor;
-}
-
 // The largest difference between a sharded causal attention over all present ranks and the reference kernel.
 double self_test(Communicator& world, const std::string& strategy, const MeshShape& shape) {
   const AttentionShape problem{
@@ -77,8 +69,8 @@ double self_test(Communicator& world, const std::string& strategy, const MeshSha
   options.strategy = strategy;
   const Mesh mesh(world, shape);
   ShardedAttention attention(mesh, problem, options);
-  const Tensor q = random_tensor({1, 257, 4, 32}, 1), k = random_tensor({1, 257, 2, 32}, 2),
-               v = random_tensor({1, 257, 2, 32}, 3);
+  const Tensor q = random_tensor(DType::kF32, {1, 257, 4, 32}, 1), k = random_tensor(DType::kF32, {1, 257, 2, 32}, 2),
+               v = random_tensor(DType::kF32, {1, 257, 2, 32}, 3);
   const Shard rows{{0, 1}, attention.q_positions(), attention.heads().q},
       keys{{0, 1}, attention.kv_positions(), attention.heads().kv};
   const AttentionResult result =
