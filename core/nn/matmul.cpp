@@ -120,6 +120,25 @@ void by_primitive(const TensorView& a, const TensorView& b, const TensorView& c,
   own.stream.wait();
 }
 
+// oneDNN multiplies bf16 on processors with AVX-512 only.
+bool multiplies_bf16() {
+  static const bool able = [] {
+    const auto has = static_cast<unsigned>(dnnl::get_effective_cpu_isa()),
+               needs = static_cast<unsigned>(dnnl::cpu_isa::avx512_core);
+    return (has & needs) == needs;
+  }();
+  return able;
+}
+
+// The same product through fp32 copies: products of bf16 are exact there, and the result is rounded once.
+void by_widening(const TensorView& a, const TensorView& b, const TensorView& c, const MatmulOptions& options) {
+  const Tensor wide_a = to_dtype(a, DType::kF32), wide_b = to_dtype(b, DType::kF32);
+  if (c.dtype == DType::kF32) return matmul(wide_a, wide_b, c, options);
+  Tensor wide_c = Tensor::uninitialized(DType::kF32, c.shape);
+  matmul(wide_a, wide_b, wide_c, options);
+  copy(wide_c, c);
+}
+
 // c = bias in every row, or 0.
 void fill_rows(const TensorView& c, const float* bias) {
   for (std::int64_t i = 0; i < c.size(0); ++i) {
@@ -151,6 +170,7 @@ void matmul(const TensorView& a, const TensorView& b, const TensorView& c, const
     by_sgemm(a, b, c, options.accumulate || options.bias != nullptr ? 1.0f : 0.0f);
     return;
   }
+  if (!all_f32 && !multiplies_bf16()) return by_widening(a, b, c, options);
   by_primitive(plain(a), plain(b), plain(c), options);
 }
 
