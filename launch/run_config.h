@@ -35,16 +35,25 @@ struct ConfigNames<Determinism> {
   static constexpr std::array<std::pair<std::string_view, Determinism>, 1> kAll{{{"repeatable", Determinism::kRepeatable}}};
 };
 
+// `ring: n`, or `ring: {inner: a, outer: b}`: a ring of b rings of a ranks.
+struct RingConfig {
+  int inner = 1;
+  int outer = 1;
+};
+
 struct MeshConfig {
   int data = 1;
   int tensor = 1;
   int ulysses = 1;
-  int ring = 1;
+  int rows = 1;
+  RingConfig ring;
 
   MeshShape shape() const {
     MeshShape mesh;
     mesh.set(Axis::kData, data);
-    mesh.set(Axis::kRing, ring);
+    mesh.set(Axis::kRingOuter, ring.outer);
+    mesh.set(Axis::kRing, ring.inner);
+    mesh.set(Axis::kRows, rows);
     mesh.set(Axis::kUlysses, ulysses);
     mesh.set(Axis::kTensor, tensor);
     return mesh;
@@ -82,11 +91,28 @@ struct RunConfig {
 };
 
 template <class V>
+void describe(V& v, RingConfig& c) {
+  v("inner", c.inner, "ranks of each inner ring: neighbours, inside a node");
+  v("outer", c.outer, "inner rings: between nodes");
+}
+
+inline void read_value(const ConfigNode& node, const std::string& path, RingConfig& value) {
+  if (node.kind == ConfigNode::Kind::kMap) return read_value<RingConfig>(node, path, value);
+  value.outer = 1;
+  read_value(node, path, value.inner);
+}
+
+inline ConfigNode to_node(const RingConfig& value) {
+  return value.outer == 1 ? to_node(value.inner) : to_node<RingConfig>(value);
+}
+
+template <class V>
 void describe(V& v, MeshConfig& c) {
   v("data", c.data, "ranks that share out the batch");
   v("tensor", c.tensor, "ranks that share out heads, hidden units and vocabulary");
   v("ulysses", c.ulysses, "ranks that share out the sequence and, inside attention, the heads");
-  v("ring", c.ring, "ranks that share out the sequence and pass keys and values around");
+  v("rows", c.rows, "ranks that share out the sequence and gather queries (strategies grid, tree, allgather)");
+  v("ring", c.ring, "ranks that share out the sequence and pass keys and values around; a number, or {inner, outer}");
 }
 
 template <class V>
@@ -125,7 +151,8 @@ inline void check(const MeshConfig& c, const ConfigCheck& at) {
   at.require("data", c.data >= 1, "must be at least 1");
   at.require("tensor", c.tensor >= 1, "must be at least 1");
   at.require("ulysses", c.ulysses >= 1, "must be at least 1");
-  at.require("ring", c.ring >= 1, "must be at least 1");
+  at.require("rows", c.rows >= 1, "must be at least 1");
+  at.require("ring", c.ring.inner >= 1 && c.ring.outer >= 1, "must be at least 1");
 }
 
 inline void check(const ShapeConfig& c, const ConfigCheck& at) {

@@ -3,7 +3,7 @@
 // - The moves of q and kv are replayed (nothing moved or gathered is kept from the forward pass), and dout with its
 //   statistics follows q.
 // - Every attend becomes an attend_grad. The final lse makes their pieces additive, so any order will do: attends to
-//   rotated values come first, in forward order, a rank's own block last.
+//   rotated and fetched values come first, in forward order, a rank's own block last.
 // - Gradients of rotated values travel on with the rotation, collecting each rank's piece, and then go home in one hop:
 //   kv and dkv need P-1 hops each, and the last one overlaps with the own block.
 // - Gradients of gathered or re-sharded values go back through the adjoint move, which sums.
@@ -84,10 +84,11 @@ class BackwardBuilder {
     for (const Step& step : forward_.steps) {
       if (step.verb == Verb::kAttend) attends.push_back(&step);
     }
-    const auto own = [this](const Step* step) {
-      return value(step->in[0]).placing.kind != Placing::Kind::kRotated &&
-             value(step->in[1]).placing.kind != Placing::Kind::kRotated;
+    const auto travelled = [this](ValueId id) {
+      const Placing::Kind kind = value(id).placing.kind;
+      return kind == Placing::Kind::kRotated || kind == Placing::Kind::kFetched;
     };
+    const auto own = [&](const Step* step) { return !travelled(step->in[0]) && !travelled(step->in[1]); };
     std::stable_partition(attends.begin(), attends.end(), [&](const Step* step) { return !own(step); });
     return attends;
   }
@@ -96,6 +97,7 @@ class BackwardBuilder {
     switch (step.verb) {
       case Verb::kRotate: return builder_.rotate(from, step.axis, step.shift);
       case Verb::kGather: return builder_.gather(from, step.axis);
+      case Verb::kFetch: return builder_.fetch(from, replay(value(step.out[0]).placing.wanted).replayed, step.axis, step.shift);
       case Verb::kSeqToHead: return builder_.seq_to_head(from, step.axis);
       default: fail(ErrorCode::kInternal, "{} of an operand has no backward", name_of(step.verb));
     }
@@ -155,7 +157,7 @@ class BackwardBuilder {
       }
       return;
     }
-    const Verb adjoint = step->verb == Verb::kGather ? Verb::kReduceScatter : Verb::kHeadToSeq;
+    const Verb adjoint = step->verb == Verb::kSeqToHead ? Verb::kHeadToSeq : Verb::kReduceScatter;
     const ValueId from = step->in[0];
     contribute(from, builder_.move(adjoint, node.gradient, step->axis, 0, {Placing::Kind::kLike, nodes_.at(from).replayed}),
                false, true);

@@ -11,7 +11,9 @@ namespace dattn {
 std::string_view name_of(Axis axis) {
   switch (axis) {
     case Axis::kData: return "data";
+    case Axis::kRingOuter: return "ring_outer";
     case Axis::kRing: return "ring";
+    case Axis::kRows: return "rows";
     case Axis::kUlysses: return "ulysses";
     case Axis::kTensor: return "tensor";
   }
@@ -29,8 +31,16 @@ int MeshShape::coordinate(int rank, Axis axis) const {
   return rank % size(axis);
 }
 
+int MeshShape::sequence_parts() const {
+  int product = 1;
+  for (const Axis axis : kSequenceAxes) product *= size(axis);
+  return product;
+}
+
 int MeshShape::sequence_index(int rank) const {
-  return coordinate(rank, Axis::kRing) * size(Axis::kUlysses) + coordinate(rank, Axis::kUlysses);
+  int index = 0;
+  for (const Axis axis : kSequenceAxes) index = index * size(axis) + coordinate(rank, axis);
+  return index;
 }
 
 int MeshShape::neighbour(int rank, Axis axis, int target) const {
@@ -54,8 +64,10 @@ std::vector<int> MeshShape::group(int rank, std::span<const Axis> axes) const {
 
 std::string MeshShape::text() const {
   std::string all;
-  for (const Axis axis : kAxes) all += fmt::format("{}{} {}", all.empty() ? "" : " x ", name_of(axis), size(axis));
-  return all;
+  for (const Axis axis : kAxes) {
+    if (size(axis) > 1) all += fmt::format("{}{} {}", all.empty() ? "" : " x ", name_of(axis), size(axis));
+  }
+  return all.empty() ? "1" : all;
 }
 
 Mesh::Mesh(Communicator& world, const MeshShape& shape) : world_(world), shape_(shape) {
@@ -67,8 +79,10 @@ Mesh::Mesh(Communicator& world, const MeshShape& shape) : world_(world), shape_(
   for (const Axis axis : kAxes) {
     axes_[static_cast<std::size_t>(axis)] = world.split(shape.group(rank(), std::array{axis}), name_of(axis));
   }
-  sequence_ = world.split(shape.group(rank(), std::array{Axis::kRing, Axis::kUlysses}), "sequence");
-  replicas_ = world.split(shape.group(rank(), std::array{Axis::kData, Axis::kRing, Axis::kUlysses}), "replicas");
+  sequence_ = world.split(shape.group(rank(), kSequenceAxes), "sequence");
+  std::vector<Axis> equal_parameters{Axis::kData};
+  equal_parameters.insert(equal_parameters.end(), kSequenceAxes.begin(), kSequenceAxes.end());
+  replicas_ = world.split(shape.group(rank(), equal_parameters), "replicas");
 }
 
 }  // namespace dattn

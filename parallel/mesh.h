@@ -1,7 +1,7 @@
-// Mesh: the ranks of a job with named axes. Axes, slowest first: data, ring, ulysses, tensor. The index along the
-// sequence (ring, ulysses) equals Megatron's context-parallel rank.
+// Mesh: the ranks of a job with named axes. Axes, slowest first: data, ring_outer, ring, rows, ulysses, tensor. The index
+// along the sequence (all but data and tensor) equals Megatron's context-parallel rank.
 //
-//   data: which batch rows      ring, ulysses: which positions      tensor: which heads, hidden units, vocabulary
+//   data: which batch rows      sequence axes: which positions      tensor: which heads, hidden units, vocabulary
 #pragma once
 
 #include <array>
@@ -15,24 +15,27 @@
 
 namespace dattn {
 
-enum class Axis { kData, kRing, kUlysses, kTensor };
-inline constexpr std::array<Axis, 4> kAxes{Axis::kData, Axis::kRing, Axis::kUlysses, Axis::kTensor};
+enum class Axis { kData, kRingOuter, kRing, kRows, kUlysses, kTensor };
+inline constexpr std::array<Axis, 6> kAxes{Axis::kData, Axis::kRingOuter, Axis::kRing,
+                                           Axis::kRows, Axis::kUlysses,   Axis::kTensor};
+inline constexpr std::array<Axis, 4> kSequenceAxes{Axis::kRingOuter, Axis::kRing, Axis::kRows, Axis::kUlysses};
 std::string_view name_of(Axis axis);
+constexpr int around(int coordinate, int parts) { return (coordinate % parts + parts) % parts; }  // on a cyclic axis
 
 // Sizes of the axes; what a config states. Pure values, for any number of ranks.
 struct MeshShape {
-  std::array<int, kAxes.size()> sizes{1, 1, 1, 1};
+  std::array<int, kAxes.size()> sizes{1, 1, 1, 1, 1, 1};
 
   int size(Axis axis) const { return sizes[static_cast<std::size_t>(axis)]; }
   void set(Axis axis, int size) { sizes[static_cast<std::size_t>(axis)] = size; }
   int ranks() const;
-  int sequence_parts() const { return size(Axis::kRing) * size(Axis::kUlysses); }
+  int sequence_parts() const;
 
   int coordinate(int rank, Axis axis) const;
-  int sequence_index(int rank) const;                                  // ring * ulysses parts: the context-parallel rank
+  int sequence_index(int rank) const;                                  // place along the sequence: the context-parallel rank
   int neighbour(int rank, Axis axis, int coordinate) const;            // the rank that differs from this one in that axis only
   std::vector<int> group(int rank, std::span<const Axis> axes) const;  // ranks that agree with it on all other axes, ascending
-  std::string text() const;                                            // "data 1 x ring 2 x ulysses 2 x tensor 1"
+  std::string text() const;                                            // "ring 2 x ulysses 2"; axes of one rank are left out
   bool operator==(const MeshShape&) const = default;
 };
 
@@ -49,8 +52,8 @@ class Mesh {
 
   Communicator& world() const { return world_; }
   Communicator& axis(Axis axis) const { return *axes_[static_cast<std::size_t>(axis)]; }
-  Communicator& sequence() const { return *sequence_; }  // ring and ulysses together
-  Communicator& replicas() const { return *replicas_; }  // data, ring and ulysses: the ranks that hold equal parameters
+  Communicator& sequence() const { return *sequence_; }  // the sequence axes together
+  Communicator& replicas() const { return *replicas_; }  // data and sequence: the ranks that hold equal parameters
 
  private:
   Communicator& world_;

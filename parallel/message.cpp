@@ -1,5 +1,7 @@
 #include "parallel/message.h"
 
+#include "core/attention/state.h"
+
 namespace dattn {
 namespace {
 
@@ -11,21 +13,35 @@ TensorView part_of(const FieldSet& set, std::size_t field, const Piece& piece) {
                                      : view.slice(1, piece.row, piece.rows).slice(2, head, heads);
 }
 
-// Calls visit(field, piece, view of its place in the message) in the message's order.
+// Calls visit(piece, its fields' places in the message) in the message's order.
 template <class Visit>
 void for_each_slot(std::span<const Field> fields, std::int64_t batch, std::span<const Piece> pieces, void* message,
                    const Visit& visit) {
   char* cursor = static_cast<char*>(message);
   for (const Piece& piece : pieces) {
-    for (std::size_t f = 0; f < fields.size(); ++f) {
-      const TensorView slot(cursor, fields[f].dtype, field_shape(fields[f], batch, piece.rows, piece.heads.count()));
-      visit(f, piece, slot);
-      cursor += slot.bytes();
+    std::vector<TensorView> slots;
+    for (const Field& field : fields) {
+      slots.emplace_back(cursor, field.dtype, field_shape(field, batch, piece.rows, piece.heads.count()));
+      cursor += slots.back().bytes();
     }
+    visit(piece, slots);
   }
 }
 
-void put(const TensorView& from, const TensorView& to, bool sum) { sum ? add(from, to) : copy(from, to); }
+// The fields of one piece, in order.
+void put(std::span<const TensorView> from, std::span<const TensorView> to, Arrival arrival) {
+  if (arrival == Arrival::kMerge) {
+    const Tensor out = to_dtype(from[1], to[1].dtype);
+    return merge_state(to[1], to[0], out, from[0]);
+  }
+  for (std::size_t f = 0; f < from.size(); ++f) arrival == Arrival::kSum ? add(from[f], to[f]) : copy(from[f], to[f]);
+}
+
+std::vector<TensorView> parts_of(const FieldSet& set, const Piece& piece) {
+  std::vector<TensorView> parts;
+  for (std::size_t f = 0; f < set.fields.size(); ++f) parts.push_back(part_of(set, f, piece));
+  return parts;
+}
 
 }  // namespace
 
@@ -44,28 +60,24 @@ std::vector<std::span<const Piece>> by_peer(const std::vector<Piece>& pieces) {
 
 std::int64_t message_bytes(std::span<const Field> fields, std::int64_t batch, std::span<const Piece> pieces) {
   std::int64_t bytes = 0;
-  for (const Piece& piece : pieces) {
-    for (const Field& field : fields)
-      bytes += field_shape(field, batch, piece.rows, piece.heads.count()).elements() * size_of(field.dtype);
-  }
+  for (const Piece& piece : pieces) bytes += piece_bytes(fields, batch, piece);
   return bytes;
 }
 
 void pack(const FieldSet& from, std::span<const Piece> pieces, void* message) {
-  for_each_slot(from.fields, from.batch, pieces, message,
-                [&](std::size_t f, const Piece& piece, const TensorView& slot) { copy(part_of(from, f, piece), slot); });
+  for_each_slot(from.fields, from.batch, pieces, message, [&](const Piece& piece, const std::vector<TensorView>& slots) {
+    put(parts_of(from, piece), slots, Arrival::kCopy);
+  });
 }
 
-void unpack(const void* message, std::span<const Piece> pieces, const FieldSet& to, bool sum) {
+void unpack(const void* message, std::span<const Piece> pieces, const FieldSet& to, Arrival arrival) {
   for_each_slot(to.fields, to.batch, pieces, const_cast<void*>(message),
-                [&](std::size_t f, const Piece& piece, const TensorView& slot) { put(slot, part_of(to, f, piece), sum); });
+                [&](const Piece& piece, const std::vector<TensorView>& slots) { put(slots, parts_of(to, piece), arrival); });
 }
 
 void move_within(const FieldSet& from, std::span<const Piece> sent, const FieldSet& to, std::span<const Piece> received,
-                 bool sum) {
-  for (std::size_t i = 0; i < received.size(); ++i) {
-    for (std::size_t f = 0; f < to.fields.size(); ++f) put(part_of(from, f, sent[i]), part_of(to, f, received[i]), sum);
-  }
+                 Arrival arrival) {
+  for (std::size_t i = 0; i < received.size(); ++i) put(parts_of(from, sent[i]), parts_of(to, received[i]), arrival);
 }
 
 }  // namespace dattn

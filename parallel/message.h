@@ -11,7 +11,10 @@
 
 namespace dattn {
 
-// The fields of one value on one side of a move, and the heads its block begins with.
+// What happens to the rows that a piece arrives at: overwritten, added to, or, as states (lse, out), merged into.
+enum class Arrival { kCopy, kSum, kMerge };
+
+// The fields of one value, as a message carries them, on one side of a move, and the heads its block begins with.
 struct FieldSet {
   std::span<const Field> fields;
   std::span<const TensorView> views;  // [B, rows, heads, width]; statistics [B, heads, rows]
@@ -24,9 +27,9 @@ std::vector<std::span<const Piece>> by_peer(const std::vector<Piece>& pieces);  
 
 std::int64_t message_bytes(std::span<const Field> fields, std::int64_t batch, std::span<const Piece> pieces);
 void pack(const FieldSet& from, std::span<const Piece> pieces, void* message);
-void unpack(const void* message, std::span<const Piece> pieces, const FieldSet& to, bool sum);
+void unpack(const void* message, std::span<const Piece> pieces, const FieldSet& to, Arrival arrival);
 // Pieces that stay on the rank: as many on both sides, in the same order.
 void move_within(const FieldSet& from, std::span<const Piece> sent, const FieldSet& to, std::span<const Piece> received,
-                 bool sum);
+                 Arrival arrival);
 
 }  // namespace dattn

@@ -10,10 +10,26 @@
 namespace dattn {
 namespace {
 
-// The rows of several ranks as one block: runs in ascending order, neighbours joined.
+// The range that runs of step n cover together, where there are n of them and each position occurs: begin + i, stepping n.
+std::optional<Interval> woven_range(const std::vector<Run>& runs) {
+  if (runs.empty()) return std::nullopt;
+  Interval range{runs[0].begin, runs[0].begin};
+  std::int64_t count = 0;
+  for (const Run& run : runs) {
+    if (run.step != static_cast<std::int64_t>(runs.size()) && run.count > 1) return std::nullopt;
+    range = {std::min(range.begin, run.begin), std::max(range.end, run.last() + 1)};
+    count += run.count;
+  }
+  // Positions of one list are distinct, so as many positions as the range holds fill it.
+  return runs.size() > 1 && count == range.count() ? std::optional(range) : std::nullopt;
+}
+
+// The rows of several ranks as one block: runs in ascending order, neighbours joined. Strided runs that fill a range
+// together become that range.
 Positions merge_rows(const std::vector<Positions>& parts) {
   std::vector<Run> runs;
   for (const Positions& part : parts) runs.insert(runs.end(), part.runs().begin(), part.runs().end());
+  if (const auto range = woven_range(runs)) return Positions::range(range->begin, range->end);
   std::sort(runs.begin(), runs.end(), [](const Run& a, const Run& b) { return a.begin < b.begin; });
   std::vector<Run> joined;
   for (const Run& run : runs) {
@@ -48,7 +64,9 @@ std::string_view name_of(Verb verb) {
     case Verb::kAdd: return "add";
     case Verb::kRotate: return "rotate";
     case Verb::kGather: return "gather";
+    case Verb::kFetch: return "fetch";
     case Verb::kReduceScatter: return "reduce_scatter";
+    case Verb::kCombine: return "combine";
     case Verb::kSeqToHead: return "seq_to_head";
     case Verb::kHeadToSeq: return "head_to_seq";
   }
@@ -83,38 +101,70 @@ std::vector<Field> fields_of(What what, const AttentionShape& shape) {
   return {};
 }
 
-Block Plan::block(ValueId value, int rank) const {
+std::vector<Field> message_fields(Verb verb, What what, const AttentionShape& shape) {
+  return fields_of(verb == Verb::kCombine ? What::kResult : what, shape);
+}
+
+bool Placing::comes_from(int peer, int own, int parts) const {
+  return peer != own && (shift == 0 || peer == around(own - shift, parts));
+}
+
+Positions Problem::shard_rows(bool key_side, int rank) const {
+  return positions_of(layout, key_side ? shape.seq_kv : shape.seq_q, mesh.sequence_parts(), mesh.sequence_index(rank));
+}
+
+const Placing& Plan::placing(ValueId value) const {
+  const Placing& placing = values[static_cast<std::size_t>(value)].placing;
+  return placing.kind == Placing::Kind::kLike ? this->placing(placing.base) : placing;
+}
+
+std::vector<Interval> Plan::wanted(const Placing& fetched, int rank) const {
+  const Positions queries = block(fetched.wanted, rank).rows;
+  std::vector<Interval> seen;
+  for (const BatchRegions& part : problem->mask) {
+    const std::vector<Interval> more = seen_keys(part.regions, queries);
+    seen.insert(seen.end(), more.begin(), more.end());
+  }
+  return join(std::move(seen));
+}
+
+HeadRange Plan::heads(ValueId value, int rank) const {
   const MeshShape& mesh = problem->mesh;
   const AttentionShape& shape = problem->shape;
+  const Placing& placing = values[static_cast<std::size_t>(value)].placing;
+  if (placing.kind == Placing::Kind::kShard)
+    return heads_of(shape.heads, shape.kv_heads, mesh.size(Axis::kTensor), mesh.coordinate(rank, Axis::kTensor));
+  const HeadRange all = heads(placing.base, rank);  // equal along every sequence axis until they are split
+  if (placing.kind != Placing::Kind::kHeadSplit) return all;
+  return split_heads(all, shape.heads / shape.kv_heads, mesh.size(placing.axis), mesh.coordinate(rank, placing.axis));
+}
+
+Block Plan::block(ValueId value, int rank) const {
+  const MeshShape& mesh = problem->mesh;
   const Value& v = values[static_cast<std::size_t>(value)];
   const Placing& placing = v.placing;
   const int coordinate = mesh.coordinate(rank, placing.axis), parts = mesh.size(placing.axis);
+  const auto base_on = [&](int other) { return block(placing.base, mesh.neighbour(rank, placing.axis, other)); };
   switch (placing.kind) {
-    case Placing::Kind::kShard: {
-      const std::int64_t length = is_key_side(v.what) ? shape.seq_kv : shape.seq_q;
-      return {positions_of(problem->layout, length, mesh.sequence_parts(), mesh.sequence_index(rank)),
-              heads_of(shape.heads, shape.kv_heads, mesh.size(Axis::kTensor), mesh.coordinate(rank, Axis::kTensor))};
-    }
-    case Placing::Kind::kRotated: {
-      const int from = ((coordinate - placing.shift) % parts + parts) % parts;
-      return block(placing.base, mesh.neighbour(rank, placing.axis, from));
-    }
+    case Placing::Kind::kShard: return {problem->shard_rows(is_key_side(v.what), rank), heads(value, rank)};
+    case Placing::Kind::kLike: return block(placing.base, rank);
+    case Placing::Kind::kRotated: return base_on(around(coordinate - placing.shift, parts));
     case Placing::Kind::kGathered:
     case Placing::Kind::kHeadSplit: {
-      Block all;
       std::vector<Positions> rows;
-      for (int i = 0; i < parts; ++i) {
-        Block part = block(placing.base, mesh.neighbour(rank, placing.axis, i));
-        rows.push_back(std::move(part.rows));
-        all.heads = part.heads;
-      }
-      all.rows = merge_rows(rows);
-      if (placing.kind == Placing::Kind::kHeadSplit) {
-        all.heads = split_heads(all.heads, shape.heads / shape.kv_heads, parts, coordinate);
-      }
-      return all;
+      for (int i = 0; i < parts; ++i) rows.push_back(base_on(i).rows);
+      return {merge_rows(rows), heads(value, rank)};
     }
-    case Placing::Kind::kLike: return block(placing.base, rank);
+    case Placing::Kind::kFetched: {
+      const std::vector<Interval> seen = wanted(placing, rank);
+      std::vector<Run> runs;
+      for (int i = 0; i < parts; ++i) {
+        if (!placing.comes_from(i, coordinate, parts)) continue;
+        const Positions part = base_on(i).rows.inside(seen);
+        runs.insert(runs.end(), part.runs().begin(), part.runs().end());
+      }
+      return {Positions(runs), heads(value, rank)};
+    }
   }
   return {};
 }
@@ -136,7 +186,7 @@ std::string Plan::text() const {
     for (const ValueId value : step.out) out.push_back(value_name(value));
     std::string verb(name_of(step.verb));
     if (is_move(step.verb))
-      verb += fmt::format("[{}{}]", name_of(step.axis), step.verb == Verb::kRotate ? fmt::format(" {:+}", step.shift) : "");
+      verb += fmt::format("[{}{}]", name_of(step.axis), step.shift != 0 ? fmt::format(" {:+}", step.shift) : "");
     lines += fmt::format("{:4}  {} = {}({})\n", i, fmt::join(out, ", "), verb, fmt::join(in, ", "));
   }
   return lines;
@@ -183,6 +233,21 @@ ValueId PlanBuilder::rotate(ValueId value, Axis axis, int shift) {
 ValueId PlanBuilder::gather(ValueId value, Axis axis) {
   if (size(axis) == 1) return value;
   return move(Verb::kGather, value, axis, 0, {Placing::Kind::kGathered, value, axis});
+}
+
+ValueId PlanBuilder::fetch(ValueId kv, ValueId q, Axis axis, int from) {
+  return move(Verb::kFetch, kv, axis, from, {Placing::Kind::kFetched, kv, axis, from, q});
+}
+
+ValueId PlanBuilder::combine(ValueId state, Axis axis, ValueId like) {
+  if (size(axis) == 1) return state;
+  return move(Verb::kCombine, state, axis, 0, {Placing::Kind::kLike, like});
+}
+
+ValueId PlanBuilder::add(ValueId a, ValueId b) {
+  const ValueId sum = add_value(plan_.values[static_cast<std::size_t>(a)].what, {Placing::Kind::kLike, a});
+  add_step(Verb::kAdd, {a, b}, {sum});
+  return sum;
 }
 
 ValueId PlanBuilder::seq_to_head(ValueId value, Axis axis) {

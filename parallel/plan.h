@@ -24,10 +24,12 @@ enum class Verb {
   kAttend,         // (q, kv [, state]) -> state
   kFinish,         // state -> result: out in storage type, lse
   kAttendGrad,     // (q, kv, grad_out, dq or none, dkv or none) -> (dq, dkv), added to those given
-  kAdd,            // (a, b) -> a + b, in a's memory
+  kAdd,            // (a, b) -> a + b, in a's memory; states are merged
   kRotate,         // to the rank `shift` further along the axis, cyclically
   kGather,         // every rank of the axis gets the rows of all
-  kReduceScatter,  // the adjoint of gather: every rank gets the sum of its own rows
+  kFetch,          // every rank of the axis gets the key rows that its queries see and other ranks hold
+  kReduceScatter,  // the adjoint of gather and fetch: every rank gets the sum of its own rows
+  kCombine,        // states of gathered rows: every rank gets its own rows, merged over the axis in rank order
   kSeqToHead,      // all-to-all: rows of all ranks of the axis, this rank's share of the heads
   kHeadToSeq       // the way back; heads held by several ranks are summed
 };
@@ -43,11 +45,15 @@ inline constexpr ValueId kNoValue = -1;
 
 // Where a value's rows and heads are, on any rank: relative to another value, so that nothing is stored per rank.
 struct Placing {
-  enum class Kind { kShard, kRotated, kGathered, kHeadSplit, kLike };
+  enum class Kind { kShard, kRotated, kGathered, kFetched, kHeadSplit, kLike };
   Kind kind = Kind::kShard;
   ValueId base = kNoValue;
   Axis axis = Axis::kRing;
-  int shift = 0;  // kRotated: this rank holds what the rank `shift` earlier on the axis holds of base
+  int shift = 0;              // kRotated: this rank holds what the rank `shift` earlier on the axis holds of base;
+                              // kFetched: only from that rank; 0 = from all
+  ValueId wanted = kNoValue;  // kFetched: the queries that see the rows
+
+  bool comes_from(int peer, int own, int parts) const;  // kFetched, by coordinates on the axis
 };
 
 struct Value {
@@ -67,10 +73,12 @@ struct Step {
 struct Problem {
   AttentionShape shape;  // batch: of one data coordinate
   double scale = 1.0;
-  std::vector<Region> mask;
+  CompiledMask mask;
   std::string mask_text;
   Layout layout = Layout::kZigzag;
   MeshShape mesh;
+
+  Positions shard_rows(bool key_side, int rank) const;  // what the layout gives to the rank
 };
 
 // The rows and heads a rank holds of a value.
@@ -89,6 +97,8 @@ struct Field {
   bool statistic = false;
 };
 std::vector<Field> fields_of(What what, const AttentionShape& shape);
+// The fields as a move carries them: states that are combined travel with out in the storage type.
+std::vector<Field> message_fields(Verb verb, What what, const AttentionShape& shape);
 
 struct Plan {
   std::string strategy;
@@ -99,8 +109,11 @@ struct Plan {
   std::vector<ValueId> outputs;  // forward: result; backward: dq, dkv
 
   Block block(ValueId value, int rank) const;
-  std::string value_name(ValueId value) const;  // "kv2"
-  std::string text() const;                     // one line a step
+  HeadRange heads(ValueId value, int rank) const;                        // of its block
+  const Placing& placing(ValueId value) const;                           // where it is placed like another value, that one's
+  std::vector<Interval> wanted(const Placing& fetched, int rank) const;  // the keys that the rank's queries see
+  std::string value_name(ValueId value) const;                           // "kv2"
+  std::string text() const;                                              // one line a step
 };
 
 Plan backward(const Plan& forward);
@@ -117,6 +130,9 @@ class PlanBuilder {
   ValueId attend(ValueId q, ValueId kv, ValueId state = kNoValue);
   ValueId rotate(ValueId value, Axis axis, int shift = 1);
   ValueId gather(ValueId value, Axis axis);
+  ValueId fetch(ValueId kv, ValueId q, Axis axis, int from = 0);  // from: the rank that many places earlier, or 0 for all
+  ValueId combine(ValueId state, Axis axis, ValueId like);        // to the rows of `like`
+  ValueId add(ValueId a, ValueId b);
   ValueId seq_to_head(ValueId value, Axis axis);
   ValueId finish(ValueId state);
   ValueId head_to_seq(ValueId result, Axis axis, ValueId like);  // to the rows and heads of `like`

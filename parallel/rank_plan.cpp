@@ -52,18 +52,39 @@ class RankPlanner {
   const Block& block(ValueId value) const { return result_.blocks[static_cast<std::size_t>(value)]; }
   What what(ValueId value) const { return plan_.values[static_cast<std::size_t>(value)].what; }
 
+  // The block of a value on another rank of the axis. Gathered rows are the same on all of them.
+  Block block_on(ValueId value, int rank, Axis axis) const {
+    const Placing& placing = plan_.placing(value);
+    const bool gathered = placing.kind == Placing::Kind::kGathered || placing.kind == Placing::Kind::kHeadSplit;
+    if (gathered && placing.axis == axis) return {block(value).rows, plan_.heads(value, rank)};
+    return plan_.block(value, rank);
+  }
+
+  // Of a fetched value on another rank of the axis, the part that comes from this rank's rows.
+  Block fetched_on(const Placing& placing, int rank) const {
+    const int parts = problem_.mesh.size(placing.axis);
+    const int peer = problem_.mesh.coordinate(rank, placing.axis), own = problem_.mesh.coordinate(result_.rank, placing.axis);
+    const Block& mine = block(placing.base);
+    if (!placing.comes_from(own, peer, parts)) return {{}, mine.heads};
+    return {mine.rows.inside(plan_.wanted(placing, rank)), mine.heads};
+  }
+
   void plan_move(const Step& step, RankStep& mine) {
     const MeshShape& mesh = problem_.mesh;
     const int parts = mesh.size(step.axis), own = mesh.coordinate(result_.rank, step.axis);
     const ValueId in = step.in[0], out = step.out[0];
+    const bool from_fetched = plan_.placing(in).kind == Placing::Kind::kFetched && step.verb == Verb::kReduceScatter;
     if (step.verb == Verb::kRotate) {
-      append_whole(block(in), what(in), (own + step.shift) % parts, mine.sends);
-      append_whole(block(out), what(in), (own - step.shift % parts + parts) % parts, mine.receives);
+      append_whole(block(in), what(in), around(own + step.shift, parts), mine.sends);
+      append_whole(block(out), what(in), around(own - step.shift, parts), mine.receives);
     } else {
       for (int peer = 0; peer < parts; ++peer) {
         const int rank = mesh.neighbour(result_.rank, step.axis, peer);
-        append(block(in), plan_.block(out, rank), what(in), peer, true, mine.sends);
-        append(plan_.block(in, rank), block(out), what(in), peer, false, mine.receives);
+        if (step.verb == Verb::kFetch && peer == own) continue;
+        const Block to = step.verb == Verb::kFetch ? fetched_on(plan_.placing(out), rank) : block_on(out, rank, step.axis);
+        const Block from = from_fetched ? fetched_on(plan_.placing(in), rank) : block_on(in, rank, step.axis);
+        append(block(in), to, what(in), peer, true, mine.sends);
+        append(from, block(out), what(in), peer, false, mine.receives);
       }
     }
     for (const Piece& piece : mine.receives) {
@@ -87,9 +108,8 @@ class RankPlanner {
   }
 
   void count_received(const Step& step, const Piece& piece) {
-    const std::int64_t cells = problem_.shape.batch * piece.rows * piece.heads.count();
-    for (const Field& field : fields_of(what(step.out[0]), problem_.shape)) {
-      const std::int64_t bytes = cells * field.width * size_of(field.dtype);
+    for (const Field& field : message_fields(step.verb, what(step.out[0]), problem_.shape)) {
+      const std::int64_t bytes = piece_bytes({&field, 1}, problem_.shape.batch, piece);
       (field.statistic ? result_.cost.stats_bytes : result_.cost.bytes_received) += bytes;
       result_.cost.received_by_verb[std::string(name_of(step.verb))] += bytes;
     }
@@ -99,10 +119,9 @@ class RankPlanner {
     const Block &q = block(step.in[0]), &kv = block(step.in[1]);
     const AttentionShape& shape = problem_.shape;
     mine.heads = {q.heads.q.begin, kv.heads.kv.begin, shape.heads / shape.kv_heads};
-    mine.head_count = q.heads.q.count();
-    if (mine.head_count == 0) return;
+    if (q.heads.q.count() == 0) return;
     mine.tiles = make_tiles(problem_.mask, q.rows, kv.rows);
-    const double pairs = static_cast<double>(area(mine.tiles)) * static_cast<double>(shape.batch * mine.head_count);
+    const double pairs = static_cast<double>(area(mine.tiles)) * static_cast<double>(q.heads.q.count());
     const auto d = static_cast<double>(shape.dim_qk), v = static_cast<double>(shape.dim_v);
     result_.cost.flops += pairs * (step.verb == Verb::kAttend ? 2 * (d + v) : 2 * (3 * d + 2 * v));
   }
@@ -132,6 +151,27 @@ class RankPlanner {
 }  // namespace
 
 RankPlan make_rank_plan(const Plan& plan, int rank) { return RankPlanner(plan, rank).make(); }
+
+std::vector<BatchTiles> make_tiles(const CompiledMask& mask, const Positions& queries, const Positions& keys) {
+  std::vector<BatchTiles> all;
+  for (const BatchRegions& part : mask) {
+    std::vector<Tile> tiles = make_tiles(part.regions, queries, keys);
+    if (!tiles.empty()) all.push_back({part.batch, std::move(tiles)});
+  }
+  return all;
+}
+
+std::int64_t area(std::span<const BatchTiles> tiles) {
+  std::int64_t sum = 0;
+  for (const BatchTiles& part : tiles) sum += area(part.tiles) * part.batch.count();
+  return sum;
+}
+
+std::int64_t piece_bytes(std::span<const Field> fields, std::int64_t batch, const Piece& piece) {
+  std::int64_t width = 0;
+  for (const Field& field : fields) width += field.width * size_of(field.dtype);
+  return batch * piece.rows * piece.heads.count() * width;
+}
 
 std::vector<SharedRows> shared_rows(const Positions& a, const Positions& b) {
   std::vector<SharedRows> shared;
@@ -166,9 +206,8 @@ bool consumes(const Step& step, std::size_t index) {
 
 std::int64_t bytes_of(const Plan& plan, ValueId value, const Block& block) {
   const What what = plan.values[static_cast<std::size_t>(value)].what;
-  std::int64_t width = 0;
-  for (const Field& field : fields_of(what, plan.problem->shape)) width += field.width * size_of(field.dtype);
-  return plan.problem->shape.batch * block.rows.count() * block.heads_for(what).count() * width;
+  const Piece whole{0, 0, block.rows.count(), block.heads_for(what)};
+  return piece_bytes(fields_of(what, plan.problem->shape), plan.problem->shape.batch, whole);
 }
 
 }  // namespace dattn

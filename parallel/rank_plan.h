@@ -3,6 +3,7 @@
 #pragma once
 
 #include <map>
+#include <span>
 #include <vector>
 
 #include "parallel/plan.h"
@@ -18,12 +19,18 @@ struct Piece {
   Interval heads;  // global numbers
 };
 
+// The tiles of a stretch of batch rows; there are some.
+struct BatchTiles {
+  Interval batch;
+  std::vector<Tile> tiles;
+};
+std::int64_t area(std::span<const BatchTiles> tiles);  // visible pairs of one head, over all batch rows
+
 struct RankStep {
-  std::vector<Piece> sends;     // moves: from the input's block, ascending peers
-  std::vector<Piece> receives;  // moves: into the output's block, ascending peers
-  std::vector<Tile> tiles;      // attends
-  HeadMap heads;                // attends
-  std::int64_t head_count = 0;  // attends: query heads
+  std::vector<Piece> sends;       // moves: from the input's block, ascending peers
+  std::vector<Piece> receives;    // moves: into the output's block, ascending peers
+  std::vector<BatchTiles> tiles;  // attends
+  HeadMap heads;                  // attends
 };
 
 // Payload a rank receives from other ranks, computation and memory of one plan.
@@ -43,6 +50,8 @@ struct RankPlan {
 };
 
 RankPlan make_rank_plan(const Plan& plan, int rank);
+std::vector<BatchTiles> make_tiles(const CompiledMask& mask, const Positions& queries, const Positions& keys);
+std::int64_t piece_bytes(std::span<const Field> fields, std::int64_t batch, const Piece& piece);
 
 // Rows that two blocks share: where they stand in each, in runs that are contiguous in both, ordered by the row in `a`.
 struct SharedRows {

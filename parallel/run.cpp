@@ -8,7 +8,18 @@
 namespace dattn {
 namespace {
 
-bool sums(Verb verb) { return verb == Verb::kReduceScatter || verb == Verb::kHeadToSeq; }
+Arrival arrival_of(Verb verb) {
+  if (verb == Verb::kCombine) return Arrival::kMerge;
+  return verb == Verb::kReduceScatter || verb == Verb::kHeadToSeq ? Arrival::kSum : Arrival::kCopy;
+}
+
+// Calls body(tiles, cut) for every stretch of batch rows that sees something; cut(view) is the stretch's part of a view.
+template <class Body>
+void for_each_stretch(const RankStep& mine, const Body& body) {
+  for (const BatchTiles& part : mine.tiles) {
+    body(part.tiles, [&part](const TensorView& view) { return view.slice(0, part.batch.begin, part.batch.count()); });
+  }
+}
 
 }  // namespace
 
@@ -121,8 +132,10 @@ void Runner::start_move(std::size_t index) {
   Transfer& transfer = transfers_[index];
   const bool rotates = step.verb == Verb::kRotate;
   const int own = mesh_.coordinate(step.axis);
-  const std::vector<Field> fields = fields_of(what(step.out[0]), plan_.problem->shape);
-  data(step.out[0]) = allocate(step.out[0], sums(step.verb));
+  const std::vector<Field> fields = message_fields(step.verb, what(step.out[0]), plan_.problem->shape);
+  const Arrival arrival = arrival_of(step.verb);
+  ValueData& out = data(step.out[0]) = allocate(step.out[0], arrival == Arrival::kSum);
+  if (arrival == Arrival::kMerge) clear_state(out.fields[1], out.fields[0]);
   const FieldSet from = field_set(step.in[0], fields);
   const auto message_of = [&](std::span<const Piece> pieces) -> TensorView {
     transfer.buffers.push_back(Tensor::uninitialized(DType::kBF16, {message_bytes(fields, from.batch, pieces) / 2}));
@@ -166,18 +179,18 @@ void Runner::finish_move(std::size_t index) {
 void Runner::place_pieces(std::size_t index) {
   const Step& step = plan_.steps[index];
   const RankStep& mine = mine_.steps[index];
-  const std::vector<Field> fields = fields_of(what(step.out[0]), plan_.problem->shape);
+  const std::vector<Field> fields = message_fields(step.verb, what(step.out[0]), plan_.problem->shape);
   const FieldSet from = field_set(step.in[0], fields), to = field_set(step.out[0], fields);
   const int own = mesh_.coordinate(step.axis);
   const auto sent = by_peer(mine.sends);
   auto received = transfers_[index].receives.begin();
   for (const auto pieces : by_peer(mine.receives)) {
     if (pieces[0].peer != own) {
-      unpack((received++)->data, pieces, to, sums(step.verb));
+      unpack((received++)->data, pieces, to, arrival_of(step.verb));
       continue;
     }
     const auto stays = std::find_if(sent.begin(), sent.end(), [&](const auto& group) { return group[0].peer == own; });
-    move_within(from, *stays, to, pieces, sums(step.verb));
+    move_within(from, *stays, to, pieces, arrival_of(step.verb));
   }
 }
 
@@ -205,14 +218,25 @@ void Runner::compute(std::size_t index) {
 }
 
 void Runner::attend(const Step& step, const RankStep& mine) {
-  const bool merge = step.in.size() > 2;
+  const bool whole = mine.tiles.size() == 1 && mine.tiles[0].batch.count() == plan_.problem->shape.batch;
+  bool merge = step.in.size() > 2;
   ValueData state = merge ? take(step.in[2]) : allocate(step.out[0], false);
-  if (!merge || !mine.tiles.empty()) {
-    const ValueData &q = data(step.in[0]), &kv = data(step.in[1]);
-    AttendArgs args{q.fields[0],          kv.fields[0],    kv.fields[1],    mine.heads, mine.tiles,
-                    plan_.problem->scale, state.fields[1], state.fields[0], merge};
-    if (!args.out.empty() || !args.lse.empty()) kernel_.attend(args);
+  if (!merge && !whole) {
+    clear_state(state.fields[1], state.fields[0]);
+    merge = true;
   }
+  const ValueData &q = data(step.in[0]), &kv = data(step.in[1]);
+  for_each_stretch(mine, [&](std::span<const Tile> tiles, const auto& cut) {
+    kernel_.attend({.q = cut(q.fields[0]),
+                    .k = cut(kv.fields[0]),
+                    .v = cut(kv.fields[1]),
+                    .heads = mine.heads,
+                    .tiles = tiles,
+                    .scale = plan_.problem->scale,
+                    .out = cut(state.fields[1]),
+                    .lse = cut(state.fields[0]),
+                    .merge = merge});
+  });
   data(step.out[0]) = std::move(state);
 }
 
@@ -221,11 +245,21 @@ void Runner::attend_grad(const Step& step, const RankStep& mine) {
     return step.in[input] != kNoValue ? take(step.in[input]) : allocate(step.out[output], true);
   };
   ValueData dq = accumulator(3, 0), dkv = accumulator(4, 1);
-  if (!mine.tiles.empty()) {
-    const ValueData &q = data(step.in[0]), &kv = data(step.in[1]), &dout = data(step.in[2]);
-    kernel_.attend_grad({q.fields[0], kv.fields[0], kv.fields[1], mine.heads, mine.tiles, plan_.problem->scale, dout.fields[2],
-                         dout.fields[0], dout.fields[1], dq.fields[0], dkv.fields[0], dkv.fields[1]});
-  }
+  const ValueData &q = data(step.in[0]), &kv = data(step.in[1]), &dout = data(step.in[2]);
+  for_each_stretch(mine, [&](std::span<const Tile> tiles, const auto& cut) {
+    kernel_.attend_grad({.q = cut(q.fields[0]),
+                         .k = cut(kv.fields[0]),
+                         .v = cut(kv.fields[1]),
+                         .heads = mine.heads,
+                         .tiles = tiles,
+                         .scale = plan_.problem->scale,
+                         .dout = cut(dout.fields[2]),
+                         .lse = cut(dout.fields[0]),
+                         .delta = cut(dout.fields[1]),
+                         .dq = cut(dq.fields[0]),
+                         .dk = cut(dkv.fields[0]),
+                         .dv = cut(dkv.fields[1])});
+  });
   data(step.out[0]) = std::move(dq);
   data(step.out[1]) = std::move(dkv);
 }
@@ -243,7 +277,11 @@ void Runner::finish_state(const Step& step) {
 void Runner::add_values(const Step& step) {
   ValueData sum = take(step.in[0]);
   const ValueData& other = data(step.in[1]);
-  for (std::size_t f = 0; f < sum.fields.size(); ++f) add(other.fields[f], sum.fields[f]);
+  if (what(step.in[0]) == What::kState) {
+    merge_state(sum.fields[1], sum.fields[0], other.fields[1], other.fields[0]);
+  } else {
+    for (std::size_t f = 0; f < sum.fields.size(); ++f) add(other.fields[f], sum.fields[f]);
+  }
   data(step.out[0]) = std::move(sum);
 }
 

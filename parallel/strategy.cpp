@@ -1,5 +1,6 @@
 #include "parallel/strategy.h"
 
+#include <algorithm>
 #include <cmath>
 
 #include <fmt/format.h>
@@ -21,7 +22,9 @@ void check_shape(const AttentionShape& shape) {
   }
 }
 
-const Strategy& find_strategy(const std::string& name) {
+}  // namespace
+
+const Strategy& find_strategy(std::string_view name) {
   std::string known;
   for (const Strategy& strategy : strategies()) {
     if (strategy.name == name) return strategy;
@@ -30,29 +33,48 @@ const Strategy& find_strategy(const std::string& name) {
   fail(ErrorCode::kBadInput, "unknown strategy '{}'; known: {}auto", name, known);
 }
 
-}  // namespace
-
-std::string choose_strategy(const MeshShape& mesh) {
-  if (mesh.size(Axis::kUlysses) == 1) return "ring";
-  return mesh.size(Axis::kRing) == 1 ? "ulysses" : "hybrid";
+Support uses(const Problem& problem, std::string_view strategy, std::initializer_list<Axis> axes) {
+  for (const Axis axis : kSequenceAxes) {
+    const bool used = std::find(axes.begin(), axes.end(), axis) != axes.end();
+    if (used || problem.mesh.size(axis) == 1) continue;
+    return {false, fmt::format("strategy {} has no use for the {} ranks of mesh.{}; use {}, or move them to mesh.{}", strategy,
+                               problem.mesh.size(axis), name_of(axis), choose_strategy(problem.mesh), name_of(*axes.begin()))};
+  }
+  return {};
 }
 
-Plan make_plan(const MeshShape& mesh, const AttentionShape& shape, const AttentionOptions& options) {
+std::string choose_strategy(const MeshShape& mesh) {
+  const bool ulysses = mesh.size(Axis::kUlysses) > 1, outer = mesh.size(Axis::kRingOuter) > 1;
+  if (mesh.size(Axis::kRows) > 1) return "grid";
+  if (!ulysses) return outer ? "double_ring" : "ring";
+  return outer || mesh.size(Axis::kRing) > 1 ? "hybrid" : "ulysses";
+}
+
+std::shared_ptr<const Problem> make_problem(const MeshShape& mesh, const AttentionShape& shape,
+                                            const AttentionOptions& options) {
   check_shape(shape);
-  const Strategy& strategy = find_strategy(options.strategy == "auto" ? choose_strategy(mesh) : options.strategy);
-  const Support support = strategy.accepts(mesh);
-  require(support.ok, "{} (mesh {})", support.why, mesh.text());
   auto problem = std::make_shared<Problem>();
   problem->shape = shape;
   problem->scale = options.softmax_scale.value_or(1.0 / std::sqrt(static_cast<double>(shape.dim_qk)));
   require(std::isfinite(problem->scale), "attention.softmax_scale {} is not finite", problem->scale);
-  problem->mask = compile(options.mask, shape.seq_q, shape.seq_kv);
+  problem->mask = compile_batch(options.mask, shape.batch, shape.seq_q, shape.seq_kv);
   problem->mask_text = options.mask.text();
   problem->layout = options.layout;
   problem->mesh = mesh;
+  return problem;
+}
+
+Plan write_plan(const Strategy& strategy, std::shared_ptr<const Problem> problem) {
+  const Support support = strategy.accepts(*problem);
+  require(support.ok, "{} (mesh {})", support.why, problem->mesh.text());
   PlanBuilder builder(std::string(strategy.name), std::move(problem));
   const ValueId result = strategy.write(builder);
   return std::move(builder).build(result);
+}
+
+Plan make_plan(const MeshShape& mesh, const AttentionShape& shape, const AttentionOptions& options) {
+  const Strategy& strategy = find_strategy(options.strategy == "auto" ? choose_strategy(mesh) : options.strategy);
+  return write_plan(strategy, make_problem(mesh, shape, options));
 }
 
 }  // namespace dattn

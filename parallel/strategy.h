@@ -2,6 +2,7 @@
 // by the build; the conformance suite sweeps all of them.
 #pragma once
 
+#include <initializer_list>
 #include <memory>
 #include <string>
 #include <string_view>
@@ -13,15 +14,24 @@ namespace dattn {
 
 struct Strategy {
   std::string_view name;
-  std::string_view summary;                             // one line for help texts
-  Support (*accepts)(const MeshShape& mesh) = nullptr;  // why not: names the nearest supported choice
-  ValueId (*write)(PlanBuilder& plan) = nullptr;        // returns the result value
+  std::string_view summary;                              // one line for help texts
+  Support (*accepts)(const Problem& problem) = nullptr;  // why not: names the nearest supported choice
+  ValueId (*write)(PlanBuilder& plan) = nullptr;         // returns the result value
 };
+
+// Refuses a mesh with ranks on a sequence axis that the strategy has no use for.
+Support uses(const Problem& problem, std::string_view strategy, std::initializer_list<Axis> axes);
 
 const std::vector<Strategy>& strategies();           // made by the build from the files of parallel/strategies
 std::string choose_strategy(const MeshShape& mesh);  // what "auto" stands for
 
 // Checks the shape, compiles the mask and lets the named strategy (or auto) write its plan. Throws Error(kBadInput).
 Plan make_plan(const MeshShape& mesh, const AttentionShape& shape, const AttentionOptions& options);
+
+// The pieces of that: what is computed, whether the strategy takes it, and its plan.
+std::shared_ptr<const Problem> make_problem(const MeshShape& mesh, const AttentionShape& shape,
+                                            const AttentionOptions& options);
+const Strategy& find_strategy(std::string_view name);  // throws Error(kBadInput) naming the known ones
+Plan write_plan(const Strategy& strategy, std::shared_ptr<const Problem> problem);
 
 }  // namespace dattn

@@ -16,6 +16,7 @@ constexpr std::size_t kMaxProblems = 20;
 
 // Something that has been folded into a state or a gradient: attention with these rows of the other side.
 struct Contribution {
+  std::shared_ptr<const Positions> own;   // the rows of the state or gradient that it was folded into
   std::shared_ptr<const Positions> rows;  // key rows for states and dq, query rows for dkv
   Interval q_heads;
 };
@@ -29,7 +30,7 @@ class Verifier {
   }
 
   Verdict run() {
-    verdict_.pairs = area(problem_.mask);
+    for (const BatchRegions& part : problem_.mask) verdict_.pairs += area(part.regions) * part.batch.count();
     check_order();
     for (std::size_t i = 0; i < plan_.steps.size() && verdict_.problems.size() < kMaxProblems; ++i) {
       const Step& step = plan_.steps[i];
@@ -132,7 +133,9 @@ class Verifier {
     const Block& to = block(step.out[0], rank);
     const Interval heads = to.heads_for(what(step.out[0]));
     const std::vector<Piece>& pieces = rank_plans_[static_cast<std::size_t>(rank)].steps[index].receives;
-    const bool sums = what(step.out[0]) == What::kGradQuery || what(step.out[0]) == What::kGradKeyValue;
+    const What kind = what(step.out[0]);
+    const bool sums = kind == What::kGradQuery || kind == What::kGradKeyValue || step.verb == Verb::kCombine;
+    const bool fetched = plan_.placing(step.in[0]).kind == Placing::Kind::kFetched;  // rows that nobody fetched get nothing
     for (std::int64_t head = heads.begin; head < heads.end; ++head) {
       std::vector<Interval> rows;
       for (const Piece& piece : pieces) {
@@ -148,7 +151,7 @@ class Verifier {
         }
         reached = std::max(reached, part.end);
       }
-      if (reached < to.rows.count()) {
+      if (reached < to.rows.count() && !fetched) {
         report(rank, index, "head {} row {} (position {}) of {} never arrives", head, reached, to.rows.at(reached),
                plan_.value_name(step.out[0]));
         return;
@@ -186,17 +189,17 @@ class Verifier {
     }
     const Block &q = block(step.in[0], rank), &kv = block(step.in[1], rank);
     check_heads(index, rank, q, kv);
-    const auto keys = std::make_shared<const Positions>(kv.rows);
+    const auto queries = std::make_shared<const Positions>(q.rows), keys = std::make_shared<const Positions>(kv.rows);
     if (step.verb == Verb::kAttend) {
       inherit(2, 0);
-      folded(step.out[0], rank).push_back({keys, q.heads.q});
+      folded(step.out[0], rank).push_back({queries, keys, q.heads.q});
       return;
     }
     if (!(block(step.in[2], rank).rows == q.rows)) report(rank, index, "q and dout hold different positions");
     inherit(3, 0);
     inherit(4, 1);
-    folded(step.out[0], rank).push_back({keys, q.heads.q});
-    folded(step.out[1], rank).push_back({std::make_shared<const Positions>(q.rows), q.heads.q});
+    folded(step.out[0], rank).push_back({queries, keys, q.heads.q});
+    folded(step.out[1], rank).push_back({keys, queries, q.heads.q});
   }
 
   void check_heads(std::size_t index, int rank, const Block& q, const Block& kv) {
@@ -230,25 +233,30 @@ class Verifier {
   }
 
   std::int64_t visible(const Positions& own, const Positions& other, bool key_side) const {
-    return area(key_side ? make_tiles(problem_.mask, other, own) : make_tiles(problem_.mask, own, other));
+    const auto& tiles = key_side ? make_tiles(problem_.mask, other, own) : make_tiles(problem_.mask, own, other);
+    return area(tiles);
   }
 
   void check_head(ValueId output, int rank, std::int64_t head, const Contributions& all, const Block& held,
                   std::int64_t expected, bool key_side) {
     std::int64_t found = 0;
-    std::vector<Interval> unit_runs;
-    std::vector<const Positions*> parts;
+    std::vector<std::pair<Positions, const Positions*>> parts;  // own rows that are held, and rows of the other side
     for (const Contribution& part : all) {
       if (head < part.q_heads.begin || head >= part.q_heads.end) continue;
-      found += visible(held.rows, *part.rows, key_side);
-      parts.push_back(part.rows.get());
+      std::vector<Run> own;
+      for (const SharedRows& rows : shared_rows(held.rows, *part.own)) {
+        const Positions some = held.rows.rows(rows.row_a, rows.count);
+        own.insert(own.end(), some.runs().begin(), some.runs().end());
+      }
+      parts.emplace_back(Positions(own), part.rows.get());
+      found += visible(parts.back().first, *part.rows, key_side);
     }
     for (std::size_t i = 0; i < parts.size(); ++i) {
       for (std::size_t j = 0; j < i; ++j) {
-        const auto twice = shared_rows(*parts[i], *parts[j]);
-        if (!twice.empty()) {
+        const auto twice = shared_rows(*parts[i].second, *parts[j].second);
+        if (!twice.empty() && !shared_rows(parts[i].first, parts[j].first).empty()) {
           report(rank, plan_.steps.size(), "{} head {} has folded in {} position {} twice", plan_.value_name(output), head,
-                 key_side ? "query" : "key", parts[i]->at(twice[0].row_a));
+                 key_side ? "query" : "key", parts[i].second->at(twice[0].row_a));
           return;
         }
       }

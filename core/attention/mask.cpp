@@ -136,4 +136,8 @@ std::vector<Region> compile(const Mask& mask, std::int64_t seq_q, std::int64_t s
   return all;
 }
 
+CompiledMask compile_batch(const Mask& mask, std::int64_t batch, std::int64_t seq_q, std::int64_t seq_kv) {
+  return {{{0, batch}, compile(mask, seq_q, seq_kv)}};
+}
+
 }  // namespace dattn

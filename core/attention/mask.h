@@ -37,4 +37,7 @@ std::string_view name_of(Mask::Kind kind);
 // a `within` that is no band, and user regions that overlap (naming both).
 std::vector<Region> compile(const Mask& mask, std::int64_t seq_q, std::int64_t seq_kv);
 
+// The same for every batch row, rows that share their regions together.
+CompiledMask compile_batch(const Mask& mask, std::int64_t batch, std::int64_t seq_q, std::int64_t seq_kv);
+
 }  // namespace dattn

@@ -8,6 +8,19 @@
 
 namespace dattn {
 
+std::vector<Interval> join(std::vector<Interval> ranges) {
+  std::sort(ranges.begin(), ranges.end(), [](const Interval& a, const Interval& b) { return a.begin < b.begin; });
+  std::vector<Interval> joined;
+  for (const Interval& range : ranges) {
+    if (range.count() <= 0) continue;
+    if (!joined.empty() && range.begin <= joined.back().end)
+      joined.back().end = std::max(joined.back().end, range.end);
+    else
+      joined.push_back(range);
+  }
+  return joined;
+}
+
 Positions::Positions(const std::vector<Run>& runs) {
   for (const Run& run : runs) {
     if (run.count == 0) continue;
@@ -35,6 +48,22 @@ Positions Positions::rows(std::int64_t begin, std::int64_t count) const {
     if (first < end) part.push_back({runs_[i].at(first - rows_[i]), end - first, runs_[i].step});
   }
   return Positions(part);
+}
+
+Positions Positions::inside(std::span<const Interval> ranges) const {
+  std::vector<Run> parts;
+  for (const Run& run : runs_) {
+    const auto row_of = [&run](std::int64_t position) {  // the first row at or past it
+      return std::clamp<std::int64_t>((position - run.begin + run.step - 1) / run.step, 0, run.count);
+    };
+    const auto first = std::upper_bound(ranges.begin(), ranges.end(), run.begin,
+                                        [](std::int64_t position, const Interval& range) { return position < range.end; });
+    for (auto range = first; range != ranges.end() && range->begin <= run.last(); ++range) {
+      const std::int64_t begin = range->begin <= run.begin ? 0 : row_of(range->begin), end = row_of(range->end);
+      if (begin < end) parts.push_back({run.at(begin), end - begin, run.step});
+    }
+  }
+  return Positions(parts);
 }
 
 std::vector<std::int64_t> Positions::list() const {

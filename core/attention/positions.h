@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <span>
 #include <string>
 #include <vector>
 
@@ -19,6 +20,17 @@ struct Run {
   bool operator==(const Run&) const = default;
 };
 
+// Half-open.
+struct Interval {
+  std::int64_t begin = 0;
+  std::int64_t end = 0;
+  std::int64_t count() const { return end - begin; }
+  bool operator==(const Interval&) const = default;
+};
+
+// The ascending disjoint ranges that hold the same positions; neighbours are joined.
+std::vector<Interval> join(std::vector<Interval> ranges);
+
 // Runs in row order, with the row each starts at. Positions of one list are distinct.
 class Positions {
  public:
@@ -31,6 +43,7 @@ class Positions {
   std::int64_t row_of_run(std::size_t run) const { return rows_[run]; }
   std::int64_t at(std::int64_t row) const;
   Positions rows(std::int64_t begin, std::int64_t count) const;  // the positions of a range of rows
+  Positions inside(std::span<const Interval> ranges) const;      // those in ascending disjoint ranges, in row order
   std::vector<std::int64_t> list() const;
   std::string text() const;  // "[0,8) [24,32)" or "3:1024:8" for strided runs
   bool operator==(const Positions& other) const { return runs_ == other.runs_; }
@@ -42,12 +55,6 @@ class Positions {
 };
 
 // Part `index` of `total` cut into `parts` pieces whose sizes differ by at most one, the larger ones first.
-struct Interval {
-  std::int64_t begin = 0;
-  std::int64_t end = 0;
-  std::int64_t count() const { return end - begin; }
-  bool operator==(const Interval&) const = default;
-};
 Interval split_evenly(std::int64_t total, std::int64_t parts, std::int64_t index);
 
 }  // namespace dattn

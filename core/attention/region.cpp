@@ -139,4 +139,35 @@ std::int64_t area(std::span<const Region> mask) {
   return sum;
 }
 
+namespace {
+
+// The keys that rows first, first + step, .., last see of a region that cuts none of these rows off.
+void append_seen(const Region& region, std::int64_t first, std::int64_t last, std::int64_t step, std::vector<Interval>& seen) {
+  const auto append = [&](std::int64_t from, std::int64_t to) {
+    const std::int64_t begin = bounded(region.lo) ? std::max(region.k.begin, from + region.lo) : region.k.begin;
+    const std::int64_t end = bounded(region.hi) ? std::min(region.k.end, to + region.hi + 1) : region.k.end;
+    if (begin < end) seen.push_back({begin, end});
+  };
+  const bool gaps = bounded(region.lo) && bounded(region.hi) && region.hi - region.lo + 1 < step;
+  if (!gaps) return append(first, last);
+  for (std::int64_t row = first; row <= last; row += step) append(row, row);
+}
+
+}  // namespace
+
+std::vector<Interval> seen_keys(std::span<const Region> mask, const Positions& queries) {
+  std::vector<Interval> seen;
+  for (const Run& run : queries.runs()) {
+    for (const Region& region : mask) {
+      if (region.q.begin > run.last() || region.q.end <= run.begin) continue;
+      const auto part = restrict_to(region, {run.begin, run.last() + 1}, region.k);
+      if (!part) continue;
+      const std::int64_t first = run.begin + ceil_div(part->q.begin - run.begin, run.step) * run.step;
+      const std::int64_t last = run.begin + floor_div(part->q.end - 1 - run.begin, run.step) * run.step;
+      if (first <= last) append_seen(*part, first, last, run.step, seen);
+    }
+  }
+  return join(std::move(seen));
+}
+
 }  // namespace dattn

@@ -59,4 +59,14 @@ std::vector<Tile> make_tiles(std::span<const Region> mask, const Positions& quer
 std::int64_t area(std::span<const Tile> tiles);
 std::int64_t area(std::span<const Region> mask);
 
+// The smallest ascending disjoint ranges of positions that hold every key which one of the queries sees.
+std::vector<Interval> seen_keys(std::span<const Region> mask, const Positions& queries);
+
+// The regions of a stretch of consecutive batch rows that share them.
+struct BatchRegions {
+  Interval batch;
+  std::vector<Region> regions;
+};
+using CompiledMask = std::vector<BatchRegions>;  // ascending, covering all batch rows
+
 }  // namespace dattn

@@ -61,14 +61,15 @@ Json report() {
           {"strategies", names}};
 }
 
+constexpr AttentionShape kSelfTest{
+    .batch = 1, .seq_q = 257, .seq_kv = 257, .heads = 4, .kv_heads = 2, .dim_qk = 32, .dim_v = 32, .dtype = DType::kF32};
+
 // The largest difference between a sharded causal attention over all present ranks and the reference kernel.
 double self_test(Communicator& world, const std::string& strategy, const MeshShape& shape) {
-  const AttentionShape problem{
-      .batch = 1, .seq_q = 257, .seq_kv = 257, .heads = 4, .kv_heads = 2, .dim_qk = 32, .dim_v = 32, .dtype = DType::kF32};
   AttentionOptions options;
   options.strategy = strategy;
   const Mesh mesh(world, shape);
-  ShardedAttention attention(mesh, problem, options);
+  ShardedAttention attention(mesh, kSelfTest, options);
   const Tensor q = random_tensor(DType::kF32, {1, 257, 4, 32}, 1), k = random_tensor(DType::kF32, {1, 257, 2, 32}, 2),
                v = random_tensor(DType::kF32, {1, 257, 2, 32}, 3);
   const Shard rows{{0, 1}, attention.q_positions(), attention.heads().q},
@@ -93,11 +94,11 @@ double self_test(Communicator& world, const std::string& strategy, const MeshSha
 
 Json self_tests(Communicator& world) {
   Json results;
-  for (const Axis axis : {Axis::kRing, Axis::kUlysses}) {
+  for (const Axis axis : kSequenceAxes) {
     MeshShape mesh;
     mesh.set(axis, world.size());
     for (const Strategy& strategy : strategies()) {
-      if (!strategy.accepts(mesh).ok) continue;
+      if (!strategy.accepts(*make_problem(mesh, kSelfTest, {})).ok) continue;
       const double error = self_test(world, std::string(strategy.name), mesh);
       ensure(error < 1e-5, "self-test of strategy {} on {} ranks differs from the reference by {}", strategy.name, world.size(),
              error);

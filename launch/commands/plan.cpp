@@ -22,6 +22,12 @@ AttentionShape planned_shape(const RunConfig& config) {
           model.kv_heads, model.head_dim,       model.head_dim,       config.dtype};
 }
 
+std::size_t tiles_of(const RankStep& step) {
+  std::size_t count = 0;
+  for (const BatchTiles& part : step.tiles) count += part.tiles.size();
+  return count;
+}
+
 std::string rank_table(const Plan& plan, int rank) {
   const RankPlan mine = make_rank_plan(plan, rank);
   std::string lines =
@@ -41,7 +47,7 @@ std::string rank_table(const Plan& plan, int rank) {
       }
       lines += fmt::format(" over {}, from{}\n", name_of(step.axis), from.empty() ? " none" : from);
     } else if (!part.tiles.empty() || step.verb == Verb::kAttend || step.verb == Verb::kAttendGrad) {
-      lines += fmt::format(" {} tiles, {} pairs\n", part.tiles.size(), area(part.tiles));
+      lines += fmt::format(" {} tiles, {} pairs\n", tiles_of(part), area(part.tiles));
     } else {
       lines += "\n";
     }

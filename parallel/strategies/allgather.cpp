@@ -1,5 +1,5 @@
-// All-gather: every rank of the ring axis gets all keys and values and attends once (inside ulysses, if there is one).
-// Fewer, larger messages than a ring and one large tile, for the price of holding the whole kv.
+// All-gather: every rank gets all keys and values of the ring and rows axes and attends once (inside ulysses, if there is
+// one). Fewer, larger messages than a ring and one large tile, for the price of holding the whole kv.
 //
 // Source: Dubey et al., "The Llama 3 Herd of Models", 2024, section 3.3.2 (all-gather context parallelism).
 #include "parallel/strategies/compose.h"
@@ -7,9 +7,12 @@
 namespace dattn {
 
 Strategy allgather_strategy() {
-  return {"allgather", "gathers kv over the ring axis", [](const MeshShape&) { return Support{}; },
+  return {"allgather", "gathers kv over the ring and rows axes", [](const Problem&) { return Support{}; },
           [](PlanBuilder& plan) {
-            return inside_ulysses(plan, [&](ValueId q, ValueId kv) { return plan.attend(q, plan.gather(kv, Axis::kRing)); });
+            return inside_ulysses(plan, [&](ValueId q, ValueId kv) {
+              for (const Axis axis : {Axis::kRows, Axis::kRing, Axis::kRingOuter}) kv = plan.gather(kv, axis);
+              return plan.attend(q, kv);
+            });
           }};
 }
 

@@ -6,11 +6,21 @@
 namespace dattn {
 
 // Attends to the kv of every rank of the axis in turn, passing kv around.
-inline ValueId attend_around(PlanBuilder& plan, ValueId q, ValueId kv, Axis axis) {
-  ValueId state = plan.attend(q, kv);
+inline ValueId attend_around(PlanBuilder& plan, ValueId q, ValueId kv, Axis axis, ValueId state = kNoValue) {
+  state = plan.attend(q, kv, state);
   for (int hop = 1; hop < plan.size(axis); ++hop) {
     kv = plan.rotate(kv, axis);
     state = plan.attend(q, kv, state);
+  }
+  return state;
+}
+
+// A ring of rings: kv goes round the inner ring while the block it started with is on its way to the next outer rank.
+inline ValueId attend_around_both(PlanBuilder& plan, ValueId q, ValueId kv) {
+  ValueId state = attend_around(plan, q, kv, Axis::kRing);
+  for (int hop = 1; hop < plan.size(Axis::kRingOuter); ++hop) {
+    kv = plan.rotate(kv, Axis::kRingOuter);
+    state = attend_around(plan, q, kv, Axis::kRing, state);
   }
   return state;
 }
@@ -21,6 +31,12 @@ ValueId inside_ulysses(PlanBuilder& plan, const Inner& inner) {
   const ValueId q = plan.seq_to_head(plan.q(), Axis::kUlysses);
   const ValueId kv = plan.seq_to_head(plan.kv(), Axis::kUlysses);
   return plan.head_to_seq(plan.finish(inner(q, kv)), Axis::kUlysses, plan.q());
+}
+
+// Runs inner(q) -> state with the queries of all ranks of the axis, then gives each rank its own rows of the merged states.
+template <class Inner>
+ValueId with_gathered_q(PlanBuilder& plan, ValueId q, Axis axis, const Inner& inner) {
+  return plan.combine(inner(plan.gather(q, axis)), axis, q);
 }
 
 }  // namespace dattn

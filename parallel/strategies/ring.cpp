@@ -8,11 +8,7 @@
 namespace dattn {
 
 Strategy ring_strategy() {
-  return {"ring", "passes kv around the ring axis",
-          [](const MeshShape& mesh) -> Support {
-            if (mesh.size(Axis::kUlysses) == 1) return {};
-            return {false, "strategy ring does not use the ulysses axis; use hybrid, or move its ranks to mesh.ring"};
-          },
+  return {"ring", "passes kv around the ring axis", [](const Problem& problem) { return uses(problem, "ring", {Axis::kRing}); },
           [](PlanBuilder& plan) { return plan.finish(attend_around(plan, plan.q(), plan.kv(), Axis::kRing)); }};
 }
 

@@ -9,10 +9,7 @@ namespace dattn {
 
 Strategy ulysses_strategy() {
   return {"ulysses", "turns sequence shards into head shards and back",
-          [](const MeshShape& mesh) -> Support {
-            if (mesh.size(Axis::kRing) == 1) return {};
-            return {false, "strategy ulysses does not use the ring axis; use hybrid, or move its ranks to mesh.ulysses"};
-          },
+          [](const Problem& problem) { return uses(problem, "ulysses", {Axis::kUlysses}); },
           [](PlanBuilder& plan) { return inside_ulysses(plan, [&](ValueId q, ValueId kv) { return plan.attend(q, kv); }); }};
 }
 

@@ -17,6 +17,8 @@ struct Group {
   int ranks;
 };
 
+void PrintTo(const Group& group, std::ostream* out) { *out << group.strategy << " on " << group.ranks << " ranks"; }
+
 std::vector<Group> groups() {
   std::vector<Group> all;
   for (const Strategy& strategy : strategies()) {

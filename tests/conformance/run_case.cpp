@@ -107,10 +107,7 @@ std::string check_plan(const Plan& plan, const char* which) {
 }  // namespace
 
 std::string run_case(const Case& one, Communicator& world) {
-  AttentionOptions options;
-  options.mask = mask_named(one.mask, one.shape.seq_q, one.shape.seq_kv);
-  options.layout = one.layout;
-  options.strategy = one.strategy;
+  const AttentionOptions options = options_of(one);
   const auto counter = std::make_shared<ByteCounter>();
   std::vector<int> everyone(static_cast<std::size_t>(world.size()));
   for (int i = 0; i < world.size(); ++i) everyone[static_cast<std::size_t>(i)] = i;

@@ -31,18 +31,22 @@ const std::vector<Lengths> kLengths{{1, 61, 61},   {2, 96, 96}, {1, 1, 1},   {3,
                                     {1, 127, 127}, {1, 31, 75}, {2, 75, 31}, {1, 128, 128}};
 const std::vector<Dims> kDims{{DType::kF32, 16, 16}, {DType::kF32, 24, 8}, {DType::kBF16, 32, 32}, {DType::kF64, 8, 12}};
 
+// Every way to share out the ranks over the axes, tensor on at most 2.
 std::vector<MeshShape> meshes(int ranks) {
-  std::vector<MeshShape> all;
-  for (int ring = 1; ring <= ranks; ++ring) {
-    for (int ulysses = 1; ring * ulysses <= ranks; ++ulysses) {
-      if (ranks % (ring * ulysses) != 0) continue;
-      MeshShape mesh;
-      mesh.set(Axis::kRing, ring);
-      mesh.set(Axis::kUlysses, ulysses);
-      mesh.set(Axis::kTensor, ranks / ring / ulysses);
-      all.push_back(mesh);
+  std::vector<MeshShape> all{MeshShape{}};
+  for (const Axis axis : {Axis::kRingOuter, Axis::kRing, Axis::kRows, Axis::kUlysses, Axis::kTensor}) {
+    std::vector<MeshShape> wider;
+    for (const MeshShape& mesh : all) {
+      const int left = ranks / mesh.ranks();
+      for (int size = 1; size <= (axis == Axis::kTensor ? std::min(2, left) : left); ++size) {
+        if (left % size != 0) continue;
+        wider.push_back(mesh);
+        wider.back().set(axis, size);
+      }
     }
+    all = std::move(wider);
   }
+  std::erase_if(all, [ranks](const MeshShape& mesh) { return mesh.ranks() != ranks; });
   return all;
 }
 
@@ -113,6 +117,14 @@ std::string Case::text() const {
                      shape.dim_v, name_of(shape.dtype));
 }
 
+AttentionOptions options_of(const Case& one) {
+  AttentionOptions options;
+  options.mask = mask_named(one.mask, one.shape.seq_q, one.shape.seq_kv);
+  options.layout = one.layout;
+  options.strategy = one.strategy;
+  return options;
+}
+
 Mask mask_named(const std::string& name, std::int64_t seq_q, std::int64_t seq_kv) {
   const std::int64_t shorter = std::min(seq_q, seq_kv);
   if (name == "full") return Mask::full();
@@ -135,11 +147,13 @@ Mask mask_named(const std::string& name, std::int64_t seq_q, std::int64_t seq_kv
 }
 
 std::vector<Case> sweep(const std::string& strategy, int ranks, bool full) {
+  const Strategy& wanted = find_strategy(strategy);
+  const auto accepts = [&wanted](const MeshShape& mesh, const AttentionShape& shape, const AttentionOptions& options) {
+    return wanted.accepts(*make_problem(mesh, shape, options)).ok;
+  };
   std::vector<MeshShape> accepted;
   for (const MeshShape& mesh : meshes(ranks)) {
-    for (const Strategy& one : strategies()) {
-      if (one.name == strategy && one.accepts(mesh).ok) accepted.push_back(mesh);
-    }
+    if (accepts(mesh, {.seq_q = 1, .seq_kv = 1}, {})) accepted.push_back(mesh);
   }
   if (accepted.empty()) return {};
   const std::array<std::size_t, 6> sizes{accepted.size(), kLayouts.size(), kMasks.size(),
@@ -149,12 +163,13 @@ std::vector<Case> sweep(const std::string& strategy, int ranks, bool full) {
     const Heads& heads = kHeads[choice[3]];
     const Lengths& lengths = kLengths[choice[4]];
     const Dims& dims = kDims[choice[5]];
-    cases.push_back(
-        {strategy,
-         accepted[choice[0]],
-         kLayouts[choice[1]],
-         kMasks[choice[2]],
-         {lengths.batch, lengths.seq_q, lengths.seq_kv, heads.heads, heads.kv_heads, dims.dim_qk, dims.dim_v, dims.dtype}});
+    const Case one{
+        strategy,
+        accepted[choice[0]],
+        kLayouts[choice[1]],
+        kMasks[choice[2]],
+        {lengths.batch, lengths.seq_q, lengths.seq_kv, heads.heads, heads.kv_heads, dims.dim_qk, dims.dim_v, dims.dtype}};
+    if (accepts(one.mesh, one.shape, options_of(one))) cases.push_back(one);
   }
   return cases;
 }

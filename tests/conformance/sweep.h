@@ -23,6 +23,8 @@ struct Case {
 // The masks of the sweep, by name, for the lengths of a case.
 Mask mask_named(const std::string& name, std::int64_t seq_q, std::int64_t seq_kv);
 
+AttentionOptions options_of(const Case& one);
+
 // Every case that a strategy accepts, on meshes of `ranks` ranks. full: all of strategy x mesh x layout x mask, other
 // dimensions in turn; otherwise a choice in which every pair of values of two dimensions occurs.
 std::vector<Case> sweep(const std::string& strategy, int ranks, bool full);

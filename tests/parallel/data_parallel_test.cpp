@@ -9,6 +9,7 @@
 #include "core/base/philox.h"
 #include "parallel/comm/decorators.h"
 #include "parallel/comm/thread.h"
+#include "tests/parallel/mesh_of.h"
 
 namespace dattn {
 namespace {
@@ -83,7 +84,7 @@ float expected(const MeshShape& shape, std::size_t stream, std::int64_t i, int t
 class GradientSums : public testing::TestWithParam<std::array<int, 4>> {};
 
 TEST_P(GradientSums, MatchSumsByHand) {
-  const MeshShape shape{GetParam()};
+  const MeshShape shape = mesh_of(GetParam());
   for (const std::int64_t bucket_bytes : {1, 40, 4096}) {
     run_thread_ranks(shape.ranks(), {}, [&](Communicator& world) {
       const Mesh mesh(world, shape);
@@ -103,7 +104,7 @@ TEST_P(GradientSums, MatchSumsByHand) {
 }
 
 TEST_P(GradientSums, NormCountsEveryElementOnce) {
-  const MeshShape shape{GetParam()};
+  const MeshShape shape = mesh_of(GetParam());
   double squares = 0;
   for (std::size_t p = 0; p < 4; ++p) {
     for (std::int64_t i = 0; i < (p < 2 ? 3 : 10); ++i) {

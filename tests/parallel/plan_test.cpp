@@ -63,23 +63,52 @@ TEST(Plan, GradientsComeHomeInOneHopLessThanTheRing) {
 
 struct Vector {
   std::int64_t batch, seq, heads, kv_heads, dim;
-  int ranks, ulysses;
+  int ranks, ulysses, rows;
   std::int64_t bytes;
 };
 
-// Forward bytes a rank: B S D / P * [(2H + 2K)(U - 1) / U + 2K (b - 1)] elements, P = U b, at 2 bytes each.
+// Forward bytes a rank: B S D / P * [(2H + 2K')(U - 1) / U + 2H (a - 1) + 2K' (b - 1)] elements, P = U a b, at 2 bytes each;
+// K' = KV heads after replication to U.
 TEST(Plan, BytesFollowTheFormula) {
-  for (const Vector& v : {Vector{1, 131072, 32, 8, 128, 8, 8, 293601280}, Vector{1, 131072, 32, 8, 128, 64, 1, 528482304},
-                          Vector{1, 131072, 32, 8, 128, 64, 8, 95420416}, Vector{2, 65536, 16, 4, 64, 4, 2, 117440512}}) {
-    const MeshShape mesh = mesh_of(v.ranks / v.ulysses, v.ulysses);
+  for (const Vector& v :
+       {Vector{1, 131072, 32, 8, 128, 8, 8, 1, 293601280}, Vector{1, 131072, 32, 8, 128, 64, 1, 1, 528482304},
+        Vector{1, 131072, 32, 8, 128, 64, 8, 1, 95420416}, Vector{1, 131072, 32, 32, 128, 64, 32, 1, 98566144},
+        Vector{1, 131072, 32, 8, 128, 256, 8, 2, 49020928}, Vector{2, 65536, 16, 4, 64, 4, 2, 1, 117440512}}) {
+    const int ring = v.ranks / v.ulysses / v.rows;
+    MeshShape mesh = mesh_of(ring, v.ulysses);
+    mesh.set(Axis::kRows, v.rows);
     const Plan plan =
         make_plan(mesh, {v.batch, v.seq, v.seq, v.heads, v.kv_heads, v.dim, v.dim, DType::kBF16}, options_of("auto"));
-    const std::int64_t ring = v.ranks / v.ulysses;
-    const std::int64_t unit = v.batch * v.seq * v.dim / v.ranks * 2;
-    EXPECT_EQ(unit * (2 * v.heads + 2 * v.kv_heads) * (v.ulysses - 1) / v.ulysses + unit * 2 * v.kv_heads * (ring - 1),
+    const std::int64_t unit = v.batch * v.seq * v.dim / v.ranks * 2, kv = std::max<std::int64_t>(v.kv_heads, v.ulysses);
+    EXPECT_EQ(unit * (2 * v.heads + 2 * kv) * (v.ulysses - 1) / v.ulysses + unit * 2 * v.heads * (v.rows - 1) +
+                  unit * 2 * kv * (ring - 1),
               v.bytes);
     for (const int rank : {0, v.ranks - 1}) EXPECT_EQ(make_rank_plan(plan, rank).cost.bytes_received, v.bytes) << plan.strategy;
   }
+}
+
+double mean_bytes(const Plan& plan) {
+  const int ranks = plan.problem->mesh.ranks();
+  double sum = 0;
+  for (int rank = 0; rank < ranks; ++rank) sum += static_cast<double>(make_rank_plan(plan, rank).cost.bytes_received);
+  return sum / ranks;
+}
+
+// The bytes of fetch fall with what is visible: 3/4 of the ring's under a causal mask in zigzag layout (rank i of P needs no
+// key past the end of its late chunk), and the window's edges alone under a window, where halo moves the same.
+TEST(Plan, FetchMovesWhatIsSeen) {
+  const AttentionShape shape{1, 8192, 8192, 4, 4, 32, 32, DType::kF32};
+  for (const int ranks : {4, 16, 64}) {
+    const double ring = mean_bytes(make_plan(mesh_of(ranks, 1), shape, options_of("ring")));
+    const double fetch = mean_bytes(make_plan(mesh_of(ranks, 1), shape, options_of("fetch")));
+    EXPECT_NEAR(fetch / ring, 0.75, 1e-9) << ranks;
+  }
+  AttentionOptions window = options_of("fetch", Mask::window(100, 0));
+  window.layout = Layout::kContiguous;
+  const double fetched = mean_bytes(make_plan(mesh_of(16, 1), shape, window));
+  EXPECT_EQ(fetched * 16, 15.0 * 100 * 4 * (32 + 32) * 4);  // every rank but the first gets 100 positions
+  window.strategy = "halo";
+  EXPECT_EQ(mean_bytes(make_plan(mesh_of(16, 1), shape, window)), fetched);
 }
 
 // Backward: kv again, its gradient in fp32; ring (P - 1) hops of each.
@@ -130,11 +159,12 @@ TEST(Plan, RefusesWithTheNearestChoice) {
   };
   EXPECT_NE(message(mesh_of(2, 2), shape, "ring").find("use hybrid"), std::string::npos);
   EXPECT_NE(message(mesh_of(2, 2), shape, "ulysses").find("use hybrid"), std::string::npos);
-  EXPECT_NE(message(mesh_of(2, 1), shape, "rings").find("allgather, hybrid, ring, ulysses, auto"), std::string::npos);
+  EXPECT_NE(message(mesh_of(2, 1), shape, "rings").find("allgather, double_ring, fetch, grid"), std::string::npos);
   EXPECT_NE(message(mesh_of(2, 1), {.seq_q = 8, .seq_kv = 8, .heads = 8, .kv_heads = 3}, "ring")
                 .find("query heads 8 are no multiple of KV heads 3"),
             std::string::npos);
   EXPECT_NE(message(mesh_of(2, 1), {.seq_q = 8, .seq_kv = 8, .dim_qk = 300}, "ring").find("300"), std::string::npos);
+  EXPECT_NE(message(mesh_of(8, 1), {.seq_q = 64, .seq_kv = 64}, "halo").find("use fetch"), std::string::npos);
 }
 
 }  // namespace

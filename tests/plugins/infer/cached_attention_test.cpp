@@ -8,6 +8,7 @@
 #include "core/base/philox.h"
 #include "core/nn/local_attention.h"
 #include "parallel/comm/thread.h"
+#include "tests/parallel/mesh_of.h"
 
 namespace dattn {
 namespace {
@@ -41,7 +42,7 @@ Tensor whole_attention(const TensorView& q, const TensorView& k, const TensorVie
 class Cache : public testing::TestWithParam<std::array<int, 4>> {};  // data, ring, ulysses, tensor
 
 TEST_P(Cache, PiecesEqualTheWhole) {
-  const MeshShape shape{GetParam()};
+  const MeshShape shape = mesh_of(GetParam());
   const Tensor q = random_tensor(kHeads, 0), k = random_tensor(kKvHeads, 1), v = random_tensor(kKvHeads, 2);
   for (const Mask& mask : {Mask::causal(), Mask::window(20, 0)}) {
     const Tensor expected = whole_attention(q, k, v, mask);
