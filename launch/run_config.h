@@ -18,8 +18,10 @@ namespace dattn {
 
 template <>
 struct ConfigNames<Layout> {
-  static constexpr std::array<std::pair<std::string_view, Layout>, 3> kAll{
-      {{"contiguous", Layout::kContiguous}, {"zigzag", Layout::kZigzag}, {"striped", Layout::kStriped}}};
+  static constexpr std::array<std::pair<std::string_view, Layout>, 4> kAll{{{"contiguous", Layout::kContiguous},
+                                                                            {"zigzag", Layout::kZigzag},
+                                                                            {"striped", Layout::kStriped},
+                                                                            {"balanced", Layout::kBalanced}}};
 };
 
 template <>

@@ -66,6 +66,9 @@ const Positions& ShardedAttention::q_positions() const { return impl_->q_block()
 const Positions& ShardedAttention::kv_positions() const { return impl_->kv_block().rows; }
 HeadRange ShardedAttention::heads() const { return impl_->q_block().heads; }
 
+const Plan& ShardedAttention::forward_plan() const { return impl_->forward_plan; }
+const Plan& ShardedAttention::backward_plan() const { return impl_->backward_plan; }
+
 AttentionResult ShardedAttention::forward(const TensorView& q, const TensorView& k, const TensorView& v, int layer) {
   impl_->check_inputs(q, k, v);
   std::vector<ValueData> outputs = impl_->forward_runner.run({{q}, {k, v}}, layer);

@@ -57,6 +57,8 @@ struct AttentionGradients {
   Tensor dq, dk, dv;  // accumulator type, shapes of q, k, v
 };
 
+struct Plan;
+
 class ShardedAttention {
  public:
   // Plans the call; throws Error(kBadInput), on all ranks alike and before any communication, for what is refused.
@@ -67,6 +69,8 @@ class ShardedAttention {
   const Positions& q_positions() const;  // of this rank's shard
   const Positions& kv_positions() const;
   HeadRange heads() const;  // of this rank's shard
+  const Plan& forward_plan() const;
+  const Plan& backward_plan() const;
 
   // q [B, Sq_local, H_local, D], k [B, Skv_local, K_local, D], v [B, Skv_local, K_local, V]; any strides, last axis
   // contiguous. `layer` names the call in errors and traces.

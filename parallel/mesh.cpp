@@ -37,6 +37,14 @@ int MeshShape::sequence_parts() const {
   return product;
 }
 
+MeshShape MeshShape::with_one_ring() const {
+  MeshShape mesh = *this;
+  mesh.set(Axis::kRing, size(Axis::kRingOuter) * size(Axis::kRing) * size(Axis::kRows));
+  mesh.set(Axis::kRingOuter, 1);
+  mesh.set(Axis::kRows, 1);
+  return mesh;
+}
+
 int MeshShape::sequence_index(int rank) const {
   int index = 0;
   for (const Axis axis : kSequenceAxes) index = index * size(axis) + coordinate(rank, axis);

@@ -30,6 +30,7 @@ struct MeshShape {
   void set(Axis axis, int size) { sizes[static_cast<std::size_t>(axis)] = size; }
   int ranks() const;
   int sequence_parts() const;
+  MeshShape with_one_ring() const;  // ring_outer, ring and rows as one ring of the same ranks
 
   int coordinate(int rank, Axis axis) const;
   int sequence_index(int rank) const;                                  // place along the sequence: the context-parallel rank

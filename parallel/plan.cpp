@@ -110,7 +110,12 @@ bool Placing::comes_from(int peer, int own, int parts) const {
 }
 
 Positions Problem::shard_rows(bool key_side, int rank) const {
-  return positions_of(layout, key_side ? shape.seq_kv : shape.seq_q, mesh.sequence_parts(), mesh.sequence_index(rank));
+  const std::int64_t length = key_side ? shape.seq_kv : shape.seq_q;
+  const int parts = mesh.sequence_parts(), index = mesh.sequence_index(rank);
+  if (layout != Layout::kBalanced) return positions_of(layout, length, parts, index);
+  // Keys lie where their queries lie, or, in cross-attention of unequal lengths, in order.
+  if (!key_side || shape.seq_q == shape.seq_kv) return balanced[static_cast<std::size_t>(index)];
+  return positions_of(Layout::kContiguous, length, parts, index);
 }
 
 const Placing& Plan::placing(ValueId value) const {

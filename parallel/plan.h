@@ -77,6 +77,7 @@ struct Problem {
   std::string mask_text;
   Layout layout = Layout::kZigzag;
   MeshShape mesh;
+  std::vector<Positions> balanced;  // layout balanced: rows of every place along the sequence
 
   Positions shard_rows(bool key_side, int rank) const;  // what the layout gives to the rank
 };

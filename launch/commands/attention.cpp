@@ -11,7 +11,6 @@
 #include "core/tensor/safetensors.h"
 #include "launch/commands/commands.h"
 #include "launch/commands/gather.h"
-#include "parallel/strategy.h"
 
 namespace dattn {
 namespace {
@@ -72,7 +71,8 @@ void run_attention(const RunConfig& config, Communicator& world, const std::stri
   const Tensor v = take_shard(in.v, {batch, kv_rows, heads.kv}, config.dtype);
   const AttentionResult result = attention.forward(q, k, v);
 
-  Gatherer gatherer(mesh, in.shape, config.layout);
+  const Plan& forward = attention.forward_plan();
+  Gatherer gatherer(mesh, *forward.problem, in.shape.batch);
   const AttentionShape& whole = in.shape;
   const DType sums = accumulate_type(config.dtype);
   gatherer.add("out", result.out, {whole.batch, whole.seq_q, whole.heads, whole.dim_v}, Side::kQuery);
@@ -86,7 +86,6 @@ void run_attention(const RunConfig& config, Communicator& world, const std::stri
   }
   gatherer.write(out_path);
   if (world.rank() != 0) return;
-  const Plan forward = make_plan(mesh.shape(), shape, options);
   Json done{{"event", "done"},
             {"strategy", forward.strategy},
             {"layout", name_of(config.layout)},
@@ -94,7 +93,7 @@ void run_attention(const RunConfig& config, Communicator& world, const std::stri
             {"dtype", name_of(config.dtype)},
             {"accumulator", name_of(sums)}};
   for (const Axis axis : kAxes) done["mesh"][std::string(name_of(axis))] = mesh.shape().size(axis);
-  done.update(plan_costs(forward, backward(forward)));
+  done.update(plan_costs(forward, attention.backward_plan()));
   done["wall_s"] = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
   done["out"] = out_path;
   print_line(json ? done.dump() : out_path);

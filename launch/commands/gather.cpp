@@ -38,11 +38,9 @@ TensorView statistics_as_rows(const TensorView& statistics) {
 Shard Gatherer::shard_of(int rank, Side side) const {
   const MeshShape& mesh = mesh_.shape();
   const HeadRange heads =
-      heads_of(shape_.heads, shape_.kv_heads, mesh.size(Axis::kTensor), mesh.coordinate(rank, Axis::kTensor));
-  const std::int64_t length = side == Side::kQuery ? shape_.seq_q : shape_.seq_kv;
-  return {split_evenly(shape_.batch, mesh.size(Axis::kData), mesh.coordinate(rank, Axis::kData)),
-          positions_of(layout_, length, mesh.sequence_parts(), mesh.sequence_index(rank)),
-          side == Side::kQuery ? heads.q : heads.kv};
+      heads_of(problem_.shape.heads, problem_.shape.kv_heads, mesh.size(Axis::kTensor), mesh.coordinate(rank, Axis::kTensor));
+  return {split_evenly(batch_, mesh.size(Axis::kData), mesh.coordinate(rank, Axis::kData)),
+          problem_.shard_rows(side == Side::kKey, rank), side == Side::kQuery ? heads.q : heads.kv};
 }
 
 void Gatherer::add(const std::string& name, const TensorView& own, const Shape& whole, Side side) {

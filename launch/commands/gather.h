@@ -5,7 +5,7 @@
 #include <string>
 #include <vector>
 
-#include "parallel/attention.h"
+#include "parallel/plan.h"
 
 namespace dattn {
 
@@ -24,7 +24,8 @@ TensorView statistics_as_rows(const TensorView& statistics);  // [B, H, S] seen 
 // Collects tensors on rank 0. Heads that several ranks hold (KV heads shared by parts of the tensor axis) are summed.
 class Gatherer {
  public:
-  Gatherer(const Mesh& mesh, const AttentionShape& shape, Layout layout) : mesh_(mesh), shape_(shape), layout_(layout) {}
+  // problem: of this rank's batch rows; batch: the rows of the whole job.
+  Gatherer(const Mesh& mesh, const Problem& problem, std::int64_t batch) : mesh_(mesh), problem_(problem), batch_(batch) {}
 
   // Collective. `own` is this rank's shard of the tensor of shape `whole`.
   void add(const std::string& name, const TensorView& own, const Shape& whole, Side side);
@@ -35,8 +36,8 @@ class Gatherer {
   Shard shard_of(int rank, Side side) const;
 
   const Mesh& mesh_;
-  AttentionShape shape_;
-  Layout layout_;
+  const Problem& problem_;
+  std::int64_t batch_;
   std::vector<std::pair<std::string, Tensor>> collected_;  // rank 0
 };
 

@@ -133,7 +133,7 @@ GenerateResult generate(Communicator& world, const MeshShape& shape, const std::
                         const GenerateOptions& options, const TextSink& on_text) {
   check(options.sampling);
   require(options.max_tokens >= 0, "max_tokens is {}; use 0 or more", options.max_tokens);
-  const Mesh mesh(world, shape);
+  const Mesh mesh(world, shape.with_one_ring());
   std::string checkpoint;
   together(world, "finding the checkpoint", [&] {
     if (world.rank() == 0) checkpoint = find_checkpoint(path);

@@ -3,11 +3,11 @@
 
 namespace dattn {
 
-BatchShare::BatchShare(const Mesh& mesh, Layout layout, std::int64_t seq_len)
+BatchShare::BatchShare(const Mesh& mesh, const Positions& positions, std::int64_t seq_len)
     : data_parts_(mesh.shape().size(Axis::kData)),
       data_index_(mesh.coordinate(Axis::kData)),
       seq_len_(seq_len),
-      positions_(positions_of(layout, seq_len, mesh.shape().sequence_parts(), mesh.sequence_index()).list()) {}
+      positions_(positions.list()) {}
 
 Interval BatchShare::rows(std::int64_t batch) const { return split_evenly(batch, data_parts_, data_index_); }
 

@@ -9,8 +9,8 @@
 #include <functional>
 #include <vector>
 
+#include "core/attention/positions.h"
 #include "core/nn/hooks.h"
-#include "parallel/layout.h"
 #include "parallel/mesh.h"
 
 namespace dattn {
@@ -20,7 +20,7 @@ class BatchShare {
   // The whole window [seq_len + 1 symbols] of a batch row: tokens are the first seq_len, targets the last.
   using Window = std::function<std::vector<std::int32_t>(std::int64_t row)>;
 
-  BatchShare(const Mesh& mesh, Layout layout, std::int64_t seq_len);
+  BatchShare(const Mesh& mesh, const Positions& positions, std::int64_t seq_len);  // positions: of this rank
 
   std::int64_t seq_len() const { return seq_len_; }
   Interval rows(std::int64_t batch) const;  // this rank's rows of a batch

@@ -14,6 +14,7 @@
 #include "parallel/comm/decorators.h"
 #include "parallel/data_parallel.h"
 #include "parallel/sequence_parallel.h"
+#include "parallel/strategy.h"
 #include "parallel/tensor_parallel.h"
 #include "plugins/infer/generate.h"
 #include "plugins/train/batch_share.h"
@@ -52,6 +53,12 @@ AttentionOptions attention_options(const TrainJob& job) {
           .softmax_scale = job.attention.softmax_scale,
           .layout = job.layout,
           .strategy = job.strategy};
+}
+
+// Which positions this rank holds, by the layout and, where that looks at it, the mask.
+Positions own_positions(const Mesh& mesh, const TrainJob& job) {
+  const AttentionShape shape{.seq_q = job.train.seq_len, .seq_kv = job.train.seq_len};
+  return make_problem(mesh.shape(), shape, attention_options(job))->shard_rows(false, mesh.rank());
 }
 
 Schedule schedule_of(const TrainConfig& train) {
@@ -141,7 +148,7 @@ Trainer::Trainer(Communicator& world, const TrainJob& job, const TrainHooks& hoo
       hooks_(hooks),
       world_(counted_job(world, counter_)),
       mesh_(*world_, job.mesh),
-      share_(mesh_, job.layout, job.train.seq_len) {
+      share_(mesh_, own_positions(mesh_, job), job.train.seq_len) {
   load_data();
   build_model();
   open_run_folder();

@@ -23,7 +23,7 @@ struct Dims {
 
 const std::vector<std::string> kMasks{"full",      "causal",           "window",  "window_right",
                                       "documents", "documents_window", "regions", "blind_rows"};
-const std::vector<Layout> kLayouts{Layout::kContiguous, Layout::kZigzag, Layout::kStriped};
+const std::vector<Layout> kLayouts{Layout::kContiguous, Layout::kZigzag, Layout::kStriped, Layout::kBalanced};
 // 9 query heads on 4 ranks, one head on 8 ranks, MQA, GQA groups that ranks cut through.
 const std::vector<Heads> kHeads{{4, 4}, {9, 3}, {1, 1}, {6, 1}, {8, 2}, {3, 3}};
 // Fewer positions than ranks, one, primes, cross-attention of unequal lengths both ways.

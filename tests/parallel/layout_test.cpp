@@ -4,8 +4,10 @@
 
 #include <gtest/gtest.h>
 
+#include "core/attention/mask.h"
 #include "core/base/error.h"
 #include "parallel/mesh.h"
+#include "parallel/rank_plan.h"
 
 namespace dattn {
 namespace {
@@ -35,6 +37,35 @@ TEST(Layout, ZigzagIsTheDualChunkOrderOfMegatron) {
   EXPECT_EQ(positions_of(Layout::kZigzag, 16, 2, 0).text(), "[0,4) [12,16)");
   EXPECT_EQ(positions_of(Layout::kZigzag, 16, 2, 1).text(), "[4,8) [8,12)");
   EXPECT_EQ(positions_of(Layout::kStriped, 10, 4, 1).text(), "1:10:4");
+}
+
+// Every position once, rows even to one block, work even to 2 % of the mean, for masks that no fixed layout balances.
+TEST(Layout, BalancedSharesOutTheVisibleArea) {
+  const std::int64_t length = 16384;
+  std::vector<std::int64_t> bounds{0};
+  for (std::int64_t size = 37; bounds.back() < length; size = size * 7 % 2311 + 20)
+    bounds.push_back(std::min(length, bounds.back() + size));
+  for (const Mask& mask : {Mask::causal(), Mask::window(512, 0), Mask::documents(bounds, Mask::causal()),
+                           Mask::of_regions({{{0, length}, {0, 4000}, -kUnbounded, kUnbounded},
+                                             {{4000, length}, {4000, length}, -kUnbounded, 0}})}) {
+    const CompiledMask compiled = compile_batch(mask, 2, length, length);
+    for (const int parts : {1, 3, 8, 64}) {
+      const std::vector<Positions> shares = balanced_positions(compiled, length, parts);
+      std::vector<Interval> ranges;
+      std::int64_t rows = 0, most = 0, sum = 0;
+      for (const Positions& share : shares) {
+        for (const dattn::Run& run : share.runs()) ranges.push_back({run.begin, run.last() + 1});
+        rows += share.count();
+        EXPECT_NEAR(static_cast<double>(share.count()), static_cast<double>(length) / parts, 2.0 + length / (32.0 * parts));
+        const std::int64_t seen = area(make_tiles(compiled, share, Positions::range(0, length)));
+        most = std::max(most, seen);
+        sum += seen;
+      }
+      EXPECT_EQ(join(ranges), (std::vector<Interval>{{0, length}}));
+      EXPECT_EQ(rows, length);
+      EXPECT_LE(static_cast<double>(most), 1.02 * static_cast<double>(sum) / parts) << mask.text() << " on " << parts;
+    }
+  }
 }
 
 TEST(Layout, UnknownNamesAreRefused) {

@@ -1,4 +1,4 @@
-// Meshes of tests by their four everyday axes.
+// Meshes of tests.
 #pragma once
 
 #include <array>
@@ -7,14 +7,18 @@
 
 namespace dattn {
 
-// Sizes of data, ring, ulysses and tensor.
-inline MeshShape mesh_of(const std::array<int, 4>& sizes) {
+inline MeshShape mesh_of(int data, int ring, int ulysses, int tensor, int rows = 1, int ring_outer = 1) {
   MeshShape mesh;
-  mesh.set(Axis::kData, sizes[0]);
-  mesh.set(Axis::kRing, sizes[1]);
-  mesh.set(Axis::kUlysses, sizes[2]);
-  mesh.set(Axis::kTensor, sizes[3]);
+  mesh.set(Axis::kData, data);
+  mesh.set(Axis::kRingOuter, ring_outer);
+  mesh.set(Axis::kRing, ring);
+  mesh.set(Axis::kRows, rows);
+  mesh.set(Axis::kUlysses, ulysses);
+  mesh.set(Axis::kTensor, tensor);
   return mesh;
 }
+
+// Sizes of data, ring, ulysses and tensor.
+inline MeshShape mesh_of(const std::array<int, 4>& sizes) { return mesh_of(sizes[0], sizes[1], sizes[2], sizes[3]); }
 
 }  // namespace dattn

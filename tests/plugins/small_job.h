@@ -14,6 +14,7 @@
 #include "core/base/threads.h"
 #include "parallel/comm/thread.h"
 #include "plugins/train/trainer.h"
+#include "tests/parallel/mesh_of.h"
 
 namespace dattn {
 
@@ -70,8 +71,6 @@ inline TrainJob small_job(const TemporaryFolder& folder, const std::string& run 
   job.config_yaml = "train: {steps: 20}\n";
   return job;
 }
-
-inline MeshShape mesh_of(int data, int ring, int ulysses, int tensor) { return MeshShape{{data, ring, ulysses, tensor}}; }
 
 // Trains on threads, one for each rank of the job's mesh; the first rank's result.
 inline TrainResult train_on_threads(const TrainJob& job) {

@@ -59,8 +59,9 @@ TEST_P(Positional, EveryMeshWritesTheSame) {
   options.sampling = {.temperature = 0.9, .top_k = 8, .top_p = 0.95, .seed = 5};
   const std::string& run = trained_run(GetParam());
   const std::string expected = generate_on_threads({}, run, "then it ran ", options).text;
-  for (const MeshShape& mesh : {mesh_of(1, 2, 1, 1), mesh_of(1, 1, 2, 1), mesh_of(1, 1, 1, 2), mesh_of(2, 1, 1, 1),
-                                mesh_of(1, 2, 2, 1), mesh_of(1, 3, 1, 2), mesh_of(1, 1, 4, 1), mesh_of(1, 1, 2, 3)}) {
+  for (const MeshShape& mesh :
+       {mesh_of(1, 2, 1, 1), mesh_of(1, 1, 2, 1), mesh_of(1, 1, 1, 2), mesh_of(2, 1, 1, 1), mesh_of(1, 2, 2, 1),
+        mesh_of(1, 3, 1, 2), mesh_of(1, 1, 4, 1), mesh_of(1, 1, 2, 3), mesh_of(1, 2, 1, 1, 2, 2)}) {
     EXPECT_EQ(generate_on_threads(mesh, run, "then it ran ", options).text, expected) << mesh.text();
   }
   options.sampling.seed = 6;

@@ -67,6 +67,8 @@ INSTANTIATE_TEST_SUITE_P(
         Variant{.name = "ulysses2", .mesh = mesh_of(1, 1, 2, 1)}, Variant{.name = "ring2", .mesh = mesh_of(1, 2, 1, 1)},
         Variant{.name = "ring3_striped", .mesh = mesh_of(1, 3, 1, 1), .layout = Layout::kStriped},
         Variant{.name = "ring2_contiguous", .mesh = mesh_of(1, 2, 1, 1), .layout = Layout::kContiguous},
+        Variant{.name = "grid", .mesh = mesh_of(1, 2, 1, 1, 2)},
+        Variant{.name = "double_ring_balanced", .mesh = mesh_of(1, 2, 1, 1, 1, 2), .layout = Layout::kBalanced},
         Variant{.name = "hybrid", .mesh = mesh_of(1, 2, 2, 1)}, Variant{.name = "data2_tensor2", .mesh = mesh_of(2, 1, 1, 2)},
         Variant{.name = "data2_ring2", .mesh = mesh_of(2, 2, 1, 1)},
         Variant{.name = "ulysses2_tensor2_sequence_parallel", .mesh = mesh_of(1, 1, 2, 2), .sequence_parallel = true},
