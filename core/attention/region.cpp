@@ -95,6 +95,27 @@ std::optional<Region> intersect(const Region& a, const Region& b) {
   return restrict_to(both, b.q, b.k);
 }
 
+std::vector<Region> subtract(const Region& a, const Region& b) {
+  std::vector<Region> parts;
+  const auto keep = [&](const Region& region, Interval q, Interval k) {
+    if (const auto part = restrict_to(region, q, k)) parts.push_back(*part);
+  };
+  const auto both = intersect(a, b);
+  if (!both) {
+    keep(a, a.q, a.k);
+    return parts;
+  }
+  // Around the rectangle that holds what they share, then inside it below and above b's band.
+  const Interval q = both->q, k = both->k;
+  keep(a, {a.q.begin, q.begin}, a.k);
+  keep(a, q, {a.k.begin, k.begin});
+  if (bounded(b.lo)) keep({a.q, a.k, a.lo, std::min(a.hi, b.lo - 1)}, q, k);
+  if (bounded(b.hi)) keep({a.q, a.k, std::max(a.lo, b.hi + 1), a.hi}, q, k);
+  keep(a, q, {k.end, a.k.end});
+  keep(a, {q.end, a.q.end}, a.k);
+  return parts;
+}
+
 std::string to_text(const Region& region) {
   const auto bound = [](std::int64_t value) { return bounded(value) ? std::to_string(value) : std::string("null"); };
   return fmt::format("{{q: [{}, {}], k: [{}, {}], lo: {}, hi: {}}}", region.q.begin, region.q.end, region.k.begin, region.k.end,

@@ -39,7 +39,16 @@ std::optional<Region> restrict_to(const Region& region, Interval q, Interval k);
 Region shift(const Region& region, std::int64_t dq, std::int64_t dk);  // moved by (dq, dk)
 std::int64_t area(const Region& region);                               // visible pairs, in closed form
 std::optional<Region> intersect(const Region& a, const Region& b);
+std::vector<Region> subtract(const Region& a,
+                             const Region& b);  // the pairs of a that b lacks: at most 6 disjoint trimmed regions
 std::string to_text(const Region& region);
+
+// The regions of a run of consecutive batch rows that share them.
+struct BatchRegions {
+  Interval batch;
+  std::vector<Region> regions;
+};
+using CompiledMask = std::vector<BatchRegions>;  // ascending, covering [0, batch)
 
 // A region in local row numbers of a block of queries and a block of keys, and the positions those rows hold:
 // query row i is at q_position + (i - q.begin) * step, key row j at k_position + (j - k.begin) * step.
@@ -61,12 +70,5 @@ std::int64_t area(std::span<const Region> mask);
 
 // The smallest ascending disjoint ranges of positions that hold every key which one of the queries sees.
 std::vector<Interval> seen_keys(std::span<const Region> mask, const Positions& queries);
-
-// The regions of a stretch of consecutive batch rows that share them.
-struct BatchRegions {
-  Interval batch;
-  std::vector<Region> regions;
-};
-using CompiledMask = std::vector<BatchRegions>;  // ascending, covering all batch rows
 
 }  // namespace dattn

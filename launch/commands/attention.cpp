@@ -61,7 +61,8 @@ void run_attention(const RunConfig& config, Communicator& world, const std::stri
   const Interval batch = split_evenly(in.shape.batch, config.mesh.data, mesh.coordinate(Axis::kData));
   AttentionShape shape = in.shape;
   shape.batch = batch.count();
-  const AttentionOptions options = attention_options(config, shape.seq_q, shape.seq_kv);
+  AttentionOptions options = attention_options(config, shape.seq_q, shape.seq_kv);
+  options.mask = batch_slice(options.mask, batch);
   ShardedAttention attention(mesh, shape, options);
 
   const Positions &q_rows = attention.q_positions(), &kv_rows = attention.kv_positions();

@@ -74,19 +74,30 @@ Expected reference(const Case& one, const AttentionOptions& options, int tensor_
   // In fp64, from the same rounded inputs, whatever the storage type.
   const Tensor q64 = to_dtype(q, DType::kF64), k64 = to_dtype(e.k, DType::kF64), v64 = to_dtype(e.v, DType::kF64),
                dout64 = to_dtype(dout, DType::kF64);
-  const std::vector<Region> mask = compile(options.mask, s.seq_q, s.seq_kv);
-  const std::vector<Tile> tiles = make_tiles(mask, Positions::range(0, s.seq_q), Positions::range(0, s.seq_kv));
+  const CompiledMask mask = compile_batch(options.mask, s.batch, s.seq_q, s.seq_kv);
+  const auto tiles = make_tiles(mask, Positions::range(0, s.seq_q), Positions::range(0, s.seq_kv));
   const double scale = 1.0 / std::sqrt(static_cast<double>(s.dim_qk));
   const HeadMap heads{e.heads.q.begin, 0, s.heads / s.kv_heads};
   e.out = Tensor(DType::kF64, dout64->shape);
   e.lse = Tensor(DType::kF64, {s.batch, e.heads.q.count(), s.seq_q});
-  reference_kernel().attend({q64, k64, v64, heads, tiles, scale, e.out, e.lse, false});
+  clear_state(e.out, e.lse);
+  const auto stretch = [](const TensorView& view, const BatchTiles& part) {
+    return view.slice(0, part.batch.begin, part.batch.count());
+  };
+  for (const BatchTiles& part : tiles) {
+    reference_kernel().attend({stretch(q64, part), stretch(k64, part), stretch(v64, part), heads, part.tiles, scale,
+                               stretch(e.out, part), stretch(e.lse, part), true});
+  }
   Tensor delta(DType::kF64, e.lse->shape);
   attention_delta(dout64, e.out, delta);
   e.dq = Tensor(DType::kF64, q64->shape);
   e.dk = Tensor(DType::kF64, k64->shape);
   e.dv = Tensor(DType::kF64, v64->shape);
-  reference_kernel().attend_grad({q64, k64, v64, heads, tiles, scale, dout64, e.lse, delta, e.dq, e.dk, e.dv});
+  for (const BatchTiles& part : tiles) {
+    reference_kernel().attend_grad({stretch(q64, part), stretch(k64, part), stretch(v64, part), heads, part.tiles, scale,
+                                    stretch(dout64, part), stretch(e.lse, part), stretch(delta, part), stretch(e.dq, part),
+                                    stretch(e.dk, part), stretch(e.dv, part)});
+  }
   return e;
 }
 

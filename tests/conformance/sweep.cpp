@@ -21,8 +21,10 @@ struct Dims {
   std::int64_t dim_qk, dim_v;
 };
 
-const std::vector<std::string> kMasks{"full",      "causal",           "window",  "window_right",
-                                      "documents", "documents_window", "regions", "blind_rows"};
+const std::vector<std::string> kMasks{"full",      "causal",           "causal_bottom_right", "window",  "window_right",
+                                      "documents", "documents_window", "documents_end",       "regions", "blind_rows",
+                                      "prefix",    "global",           "global_causal",       "blocks",  "padding",
+                                      "per_row"};
 const std::vector<Layout> kLayouts{Layout::kContiguous, Layout::kZigzag, Layout::kStriped, Layout::kBalanced};
 // 9 query heads on 4 ranks, one head on 8 ranks, MQA, GQA groups that ranks cut through.
 const std::vector<Heads> kHeads{{4, 4}, {9, 3}, {1, 1}, {6, 1}, {8, 2}, {3, 3}};
@@ -66,12 +68,14 @@ std::vector<Choice> every_choice(const std::array<std::size_t, 6>& sizes) {
   return all;
 }
 
-// Greedy covering of all pairs of values: each choice is the best of a few that start from an uncovered pair.
+// Greedy covering of all pairs of values but those of mesh and mask, which are most of them and meet in the full sweep: each
+// choice is the best of a few that start from an uncovered pair.
 std::vector<Choice> pairwise_choice(const std::array<std::size_t, 6>& sizes) {
   using Pair = std::array<std::size_t, 4>;  // dimension, value, dimension, value
   std::set<Pair> open;
   for (std::size_t a = 0; a < sizes.size(); ++a) {
     for (std::size_t b = a + 1; b < sizes.size(); ++b) {
+      if (a == 0 && b == 2) continue;
       for (std::size_t i = 0; i < sizes[a]; ++i) {
         for (std::size_t j = 0; j < sizes[b]; ++j) open.insert({a, i, b, j});
       }
@@ -119,13 +123,25 @@ std::string Case::text() const {
 
 AttentionOptions options_of(const Case& one) {
   AttentionOptions options;
-  options.mask = mask_named(one.mask, one.shape.seq_q, one.shape.seq_kv);
+  options.mask = mask_named(one.mask, one.shape);
   options.layout = one.layout;
   options.strategy = one.strategy;
   return options;
 }
 
-Mask mask_named(const std::string& name, std::int64_t seq_q, std::int64_t seq_kv) {
+Mask mask_named(const std::string& name, const AttentionShape& shape) {
+  const std::int64_t seq_q = shape.seq_q, seq_kv = shape.seq_kv;
+  if (name == "padding") {
+    std::vector<std::int64_t> lengths;
+    for (std::int64_t row = 0; row < shape.batch; ++row)
+      lengths.push_back(std::max(seq_q, seq_kv) * (shape.batch - row) / shape.batch);
+    return Mask::padding(std::move(lengths), Mask::causal());
+  }
+  if (name == "per_row") {
+    std::vector<Mask> rows;
+    for (std::int64_t row = 0; row < shape.batch; ++row) rows.push_back(row == 1 ? Mask::window(3, 4) : Mask::causal());
+    return Mask::per_row(std::move(rows));
+  }
   const std::int64_t shorter = std::min(seq_q, seq_kv);
   if (name == "full") return Mask::full();
   if (name == "causal") return Mask::causal();
@@ -135,6 +151,23 @@ Mask mask_named(const std::string& name, std::int64_t seq_q, std::int64_t seq_kv
                                          shorter - shorter / 5};  // an empty document, a blind tail
   if (name == "documents") return Mask::documents(bounds, Mask::causal());
   if (name == "documents_window") return Mask::documents(bounds, Mask::window(4, 2));
+  if (name == "documents_end") {  // packed sequences of unequal lengths, the last tokens of both aligned
+    return Mask::documents({0, seq_q / 3, seq_q / 2, seq_q}, Mask::causal_bottom_right(), {0, seq_kv / 2, seq_kv / 2, seq_kv});
+  }
+  if (name == "causal_bottom_right") return Mask::causal_bottom_right();
+  if (name == "prefix") return Mask::prefix(seq_kv / 3);
+  if (name == "global") return Mask::global(3, 6, 2);
+  if (name == "global_causal") return Mask::global(2, 9, 0, true);
+  if (name == "blocks") {
+    std::vector<Mask::BlockPair> list;
+    const std::int64_t size = 12, q_blocks = (seq_q + size - 1) / size, k_blocks = (seq_kv + size - 1) / size;
+    for (std::int64_t q = 0; q < q_blocks; ++q) {
+      for (std::int64_t k = 0; k < k_blocks; ++k) {
+        if (k == 0 || k == q || (q + 2 * k) % 5 == 3) list.push_back({q, k});
+      }
+    }
+    return Mask::blocks(size, std::move(list));
+  }
   const std::int64_t q_half = seq_q / 2, k_third = seq_kv / 3;
   if (name == "regions") {
     return Mask::of_regions({{{0, q_half}, {0, k_third}, -8, 3},

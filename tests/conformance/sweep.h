@@ -20,13 +20,13 @@ struct Case {
   std::string text() const;
 };
 
-// The masks of the sweep, by name, for the lengths of a case.
-Mask mask_named(const std::string& name, std::int64_t seq_q, std::int64_t seq_kv);
+// The masks of the sweep, by name, for the sizes of a case.
+Mask mask_named(const std::string& name, const AttentionShape& shape);
 
 AttentionOptions options_of(const Case& one);
 
 // Every case that a strategy accepts, on meshes of `ranks` ranks. full: all of strategy x mesh x layout x mask, other
-// dimensions in turn; otherwise a choice in which every pair of values of two dimensions occurs.
+// dimensions in turn; otherwise a choice in which every pair of values of two dimensions occurs, but those of mesh and mask.
 std::vector<Case> sweep(const std::string& strategy, int ranks, bool full);
 
 // Runs one case on the ranks of `world` and returns what this rank found wrong, or an empty string.

@@ -68,6 +68,21 @@ RC_GTEST_PROP(Region, IntersectIsTheCommonPairs, ()) {
   RC_ASSERT(both == intersect(b, a));
 }
 
+RC_GTEST_PROP(Region, SubtractKeepsThePairsThatTheOtherLacksOnce, ()) {
+  const Region a = some_region(), b = some_region();
+  std::set<Pair> expected, found;
+  for (const Pair& pair : pairs_of(a)) {
+    if (!b.contains(pair.first, pair.second)) expected.insert(pair);
+  }
+  const std::vector<Region> parts = subtract(a, b);
+  RC_ASSERT(parts.size() <= 6u);
+  for (const Region& part : parts) {
+    assert_trimmed(part);
+    for (const Pair& pair : pairs_of(part)) RC_ASSERT(found.insert(pair).second);
+  }
+  RC_ASSERT(found == expected);
+}
+
 RC_GTEST_PROP(Region, ShiftMovesEveryPair, ()) {
   const Region region = some_region();
   const auto dq = pick(-30, 31), dk = pick(-30, 31);
@@ -95,6 +110,7 @@ TEST(Region, BoundsBeyondInfinityMeanNoBoundAndClosedOnesNothing) {
   EXPECT_EQ(area(Region{{0, 3}, {0, 3}, kUnbounded, kUnbounded}), 0);
   EXPECT_FALSE(restrict_to({{0, 3}, {0, 3}, -kUnbounded, -kUnbounded}, {0, 3}, {0, 3}));
   EXPECT_FALSE(restrict_to({{0, 3}, {0, 3}, kUnbounded, kUnbounded}, {0, 3}, {0, 3}));
+  EXPECT_TRUE(subtract({{0, 3}, {0, 3}, -1, 1}, {{0, 3}, {0, 3}, INT64_MIN, INT64_MAX}).empty());
 }
 
 TEST(Region, Text) { EXPECT_EQ(to_text({{0, 4}, {2, 8}, -kUnbounded, 0}), "{q: [0, 4], k: [2, 8], lo: null, hi: 0}"); }
