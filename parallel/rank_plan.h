@@ -24,6 +24,7 @@ struct RankStep {
   std::vector<Tile> tiles;      // attends
   HeadMap heads;                // attends
   std::int64_t head_count = 0;  // attends: query heads
+  double flops = 0;             // attends
 };
 
 // Payload a rank receives from other ranks, computation and memory of one plan.
