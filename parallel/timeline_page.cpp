@@ -25,7 +25,7 @@ h1 { margin: 0 0 6px; font-size: 16px; font-weight: 600; }
 .label { flex: 0 0 76px; padding: 0 8px 0 0; text-align: right; color: var(--faint); font-variant-numeric: tabular-nums; }
 .lane { margin: 3px 16px; align-items: center; }
 .lane canvas { flex: 1 1 0; min-width: 0; height: 30px; border-radius: 3px; background: var(--lane); cursor: crosshair; }
-.row { margin: 6px 16px 0; }
+.row { margin: 6px 0 0; }
 .row canvas { flex: 1 1 0; min-width: 0; height: 34px; }
 #lanes { padding: 6px 0 24px; }
 #tip { position: fixed; z-index: 2; display: none; max-width: 460px; padding: 7px 10px; border-radius: 5px; pointer-events: none;
