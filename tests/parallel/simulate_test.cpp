@@ -83,6 +83,24 @@ TEST(Simulate, AGatherGoesInRounds) {
   EXPECT_NEAR(simulate(plan_of("allgather", mesh_of(4), 32), machine).time_s, 3 * 1 + 0.5, 1e-9);
 }
 
+// Ranks hold 2, 2 and 1 rows. In the second round rank 2 is free to send from 1 s on, but rank 1 receives until 2 s.
+TEST(Simulate, AWayInTakesOneMessageAtATime) {
+  Machine machine = free_machine();
+  machine.links.inside.bandwidth = kRowBytes;
+  AttentionOptions options;
+  options.strategy = "allgather";
+  options.layout = Layout::kContiguous;
+  const Plan plan = make_plan(mesh_of(3), {1, 5, 5, 4, 4, 16, 16, DType::kF32}, options);
+  int found = 0;
+  for (const Span& span : simulate(plan, machine, 3).spans) {
+    if (span.rank != 1 || span.peer != 2) continue;
+    ++found;
+    EXPECT_NEAR(span.begin_s, 2, 1e-9);
+    EXPECT_NEAR(span.seconds, 1, 1e-9);
+  }
+  EXPECT_EQ(found, 1);
+}
+
 TEST(Simulate, CopiesTakeMemoryBandwidth) {
   Machine machine = free_machine();
   machine.memory_bandwidth = 1;
