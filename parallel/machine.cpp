@@ -37,6 +37,21 @@ std::int64_t Machine::worked_pairs(std::span<const Tile> tiles) const {
 
 Machine load_machine(const std::string& path) { return load_config<Machine>(path); }
 
+Link fit_link(const std::vector<LinkSample>& samples) {
+  double w = 0, wx = 0, wy = 0, wxx = 0, wxy = 0;
+  for (const LinkSample& sample : samples) {
+    const double weight = 1 / (sample.seconds * sample.seconds);
+    w += weight;
+    wx += weight * sample.bytes;
+    wy += weight * sample.seconds;
+    wxx += weight * sample.bytes * sample.bytes;
+    wxy += weight * sample.bytes * sample.seconds;
+  }
+  const double latency = (wy * wxx - wx * wxy) / (w * wxx - wx * wx);
+  if (!(latency >= 0)) return {0, wxx / wxy, std::nullopt};
+  return {latency, wxx / (wxy - latency * wx), std::nullopt};
+}
+
 void check(const Rates& c, const ConfigCheck& at) {
   at.require("fp32", c.fp32 > 0, "must be greater than 0");
   at.require("bf16", c.bf16 > 0, "must be greater than 0");

@@ -8,6 +8,7 @@
 #include <optional>
 #include <span>
 #include <string>
+#include <vector>
 
 #include "core/attention/region.h"
 #include "core/base/dtype.h"
@@ -59,6 +60,13 @@ struct Machine {
 };
 
 Machine load_machine(const std::string& path);
+
+struct LinkSample {  // a message that was timed
+  double bytes = 0;
+  double seconds = 0;
+};
+// The line t = latency + bytes / bandwidth with the least squares of relative errors; latency at least 0.
+Link fit_link(const std::vector<LinkSample>& samples);
 
 template <class V>
 void describe(V& v, Rates& c) {

@@ -71,6 +71,26 @@ class PlanSimulate(unittest.TestCase):
             self.assertEqual({event["pid"] for event in events}, ranks)
             self.assertNotRegex(page, "https?:")
 
+    def test_a_calibrated_machine_simulates(self):
+        machine = self.folder / "here.yaml"
+        result = subprocess.run([DATTN, "doctor", "--ranks", "2", "--threads", "1", "--calibrate", machine, "--json"],
+                                capture_output=True, text=True, timeout=300)
+        self.assertEqual(result.returncode, 0, result.stderr)
+        measured = json.loads(result.stdout.splitlines()[-1])["calibration"]["machine"]
+        self.assertEqual(measured["ranks_per_node"], 2)
+        self.assertGreater(measured["flops"]["fp32"], 1e8)
+        self.assertGreater(measured["memory_bandwidth"], 1e8)
+        self.assertGreater(measured["links"]["inside"]["bandwidth"], 1e7)
+        self.assertLess(measured["links"]["inside"]["latency_s"], 0.1)
+        config = self.folder / "two.yaml"
+        config.write_text("mesh: {ring: 2}\nshape: {seq: 2048, heads: 4, dim: 64}\n")
+        self.assertGreater(self.simulated(config, "--simulate", machine)["both"]["time_s"], 0)
+
+    def test_calibration_needs_two_ranks(self):
+        result = subprocess.run([DATTN, "doctor", "--calibrate", self.folder / "m.yaml"], capture_output=True, text=True, timeout=120)
+        self.assertEqual(result.returncode, 2)
+        self.assertIn("use --ranks 2", result.stderr)
+
     @unittest.skipUnless(CHROMIUM, "no chromium here")
     def test_the_page_draws_a_lane_for_every_rank(self):
         events, _ = self.timeline()

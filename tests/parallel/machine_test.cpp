@@ -72,6 +72,22 @@ TEST(Machine, RatesFollowTheTypeAndTheVerb) {
   EXPECT_THROW(machine.attend_rate(Verb::kAttend, DType::kF64), Error);
 }
 
+TEST(Machine, ALinkIsFittedToItsMessages) {
+  const auto timed = [](double latency, double bandwidth) {
+    std::vector<LinkSample> samples;
+    for (double bytes = 1024; bytes < 1e8; bytes *= 4) samples.push_back({bytes, latency + bytes / bandwidth});
+    return samples;
+  };
+  const Link link = fit_link(timed(2e-5, 3e9));
+  EXPECT_NEAR(link.latency_s, 2e-5, 1e-9);
+  EXPECT_NEAR(link.bandwidth, 3e9, 1);
+  std::vector<LinkSample> curved = timed(0, 3e9);  // caches: small messages pass faster than the line
+  for (LinkSample& sample : curved) sample.seconds *= sample.bytes < 1e6 ? 0.5 : 1;
+  EXPECT_EQ(fit_link(curved).latency_s, 0);
+  EXPECT_GT(fit_link(curved).bandwidth, 3e9);
+  EXPECT_LT(fit_link(curved).bandwidth, 6e9);
+}
+
 // Whole tiles against a count over all pairs.
 TEST(Machine, WorkedPairsAreThoseOfTouchedTiles) {
   std::mt19937 random(1);
