@@ -123,7 +123,8 @@ class RankPlanner {
     mine.tiles = make_tiles(problem_.mask, q.rows, kv.rows);
     const double pairs = static_cast<double>(area(mine.tiles)) * static_cast<double>(q.heads.q.count());
     const auto d = static_cast<double>(shape.dim_qk), v = static_cast<double>(shape.dim_v);
-    result_.cost.flops += pairs * (step.verb == Verb::kAttend ? 2 * (d + v) : 2 * (3 * d + 2 * v));
+    mine.flops = pairs * (step.verb == Verb::kAttend ? 2 * (d + v) : 2 * (3 * d + 2 * v));
+    result_.cost.flops += mine.flops;
   }
 
   void count_memory() {
@@ -137,8 +138,11 @@ class RankPlanner {
       }
       for (const ValueId value : step.out) now += bytes[static_cast<std::size_t>(value)] = bytes_of(plan_, value, block(value));
       result_.cost.peak_memory = std::max(result_.cost.peak_memory, now);
-      for (std::size_t value = 0; value < bytes.size(); ++value) {
-        if (last[value] <= static_cast<int>(i)) now -= std::exchange(bytes[value], 0);
+      for (const auto* values : {&step.in, &step.out}) {
+        for (const ValueId id : *values) {
+          const auto value = static_cast<std::size_t>(id);
+          if (id != kNoValue && last[value] <= static_cast<int>(i)) now -= std::exchange(bytes[value], 0);
+        }
       }
     }
   }

@@ -31,6 +31,7 @@ struct RankStep {
   std::vector<Piece> receives;    // moves: into the output's block, ascending peers
   std::vector<BatchTiles> tiles;  // attends
   HeadMap heads;                  // attends
+  double flops = 0;               // attends
 };
 
 // Payload a rank receives from other ranks, computation and memory of one plan.

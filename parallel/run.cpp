@@ -173,7 +173,8 @@ void Runner::finish_move(std::size_t index) {
   if (step.verb != Verb::kRotate) place_pieces(index);
   transfer.buffers.clear();
   transfer.state = Transfer::State::kDone;
-  release_if_used(step.in[0]);
+  const bool in_use = last_use_[static_cast<std::size_t>(step.in[0])] == position_;  // by the step that waits
+  if (!in_use) release_if_used(step.in[0]);
 }
 
 void Runner::place_pieces(std::size_t index) {

@@ -8,6 +8,7 @@
 
 #include "core/base/error.h"
 #include "core/base/threads.h"
+#include "launch/commands/calibrate.h"
 #include "launch/commands/commands.h"
 #include "launch/commands/gather.h"
 #include "parallel/comm/mpi.h"
@@ -125,7 +126,10 @@ Command add_doctor(CLI::App& app) {
   CLI::App* command = app.add_subcommand("doctor", "what was found on this machine, and a self-test on the present ranks");
   const auto common = std::make_shared<CommonOptions>();
   common->declare(*command, false);
-  return [common] {
+  const auto machine = std::make_shared<std::string>();
+  command->add_option("--calibrate", *machine, "measure this machine and write it to FILE, for dattn plan --simulate")
+      ->type_name("FILE");
+  return [common, machine] {
     const auto load = [] { return RunConfig{}; };
     return run_with_config(*common, load, [&](const RunConfig&, Communicator& world) {
       Json done{{"event", "done"}};
@@ -133,6 +137,7 @@ Command add_doctor(CLI::App& app) {
       done["ranks"] = world.size();
       done["threads"] = num_threads();
       done["self_test"] = self_tests(world);
+      if (!machine->empty()) done["calibration"] = calibrate(world, *machine);
       if (world.rank() != 0) return;
       common->json ? print_json(done) : print_report(done);
     });

@@ -6,6 +6,7 @@
 
 #include "core/base/error.h"
 #include "launch/commands/commands.h"
+#include "launch/commands/simulate.h"
 #include "parallel/rank_plan.h"
 #include "parallel/strategy.h"
 #include "parallel/verify.h"
@@ -99,6 +100,7 @@ Command add_plan(CLI::App& app) {
     CommonOptions common;
     std::string config;
     bool verify = false;
+    SimulateOptions simulation;
   };
   const auto options = std::make_shared<Options>();
   command
@@ -106,17 +108,24 @@ Command add_plan(CLI::App& app) {
       ->required();
   command->add_flag("--verify", options->verify,
                     "prove that every visible pair is attended exactly once, and all that follows");
+  options->simulation.declare(*command);
   options->common.declare(*command, true);
   return [options] {
     const RunConfig config = load_run_config(options->config, options->common);
     const AttentionShape shape = planned_shape(config);
     const Plan forward = make_plan(config.mesh.shape(), shape, attention_options(config, shape.seq_q, shape.seq_kv));
     const Plan gradient = backward(forward);
+    if (options->simulation.wanted() && !options->common.json) {
+      if (options->verify) prove(forward, gradient);
+      print_simulation(simulate_plans(options->simulation, forward, gradient), forward);
+      return 0;
+    }
     Json costs = plan_costs(forward, gradient);
     if (options->verify) {
       costs["verified_pairs"] = prove(forward, gradient);
       costs["verified"] = true;
     }
+    if (options->simulation.wanted()) costs["simulate"] = simulate_plans(options->simulation, forward, gradient);
     if (!options->common.json) {
       print_text(forward, gradient, costs);
       return 0;
