@@ -28,15 +28,12 @@ class CpuKernel final : public AttentionKernel {
   void attend(const AttendArgs& args) const override {
     check(args.q, args.v);
     check_args(args);
-    if (args.terms.any() || args.invariant) return reference_kernel().attend(args);
     cpu::attend(cpu::choose_path(), args);
   }
 
   void attend_grad(const AttendGradArgs& args) const override {
     check(args.q, args.v);
     check_args(args);
-    const bool partial = args.dq.data == nullptr || args.dk.data == nullptr || args.dv.data == nullptr;
-    if (args.terms.any() || args.invariant || partial) return reference_kernel().attend_grad(args);
     cpu::attend_grad(cpu::choose_path(), args);
   }
 
