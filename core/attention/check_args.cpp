@@ -1,5 +1,9 @@
 #include "core/attention/check_args.h"
 
+#include <algorithm>
+#include <cmath>
+
+#include "core/attention/dropout.h"
 #include "core/base/error.h"
 
 namespace dattn {
@@ -36,6 +40,55 @@ void check_tiles(std::span<const Tile> tiles, std::int64_t seq_q, std::int64_t s
   }
 }
 
+// The end of the positions that the tiles hold.
+struct PositionEnds {
+  std::int64_t q = 0, k = 0;
+};
+PositionEnds position_ends(std::span<const Tile> tiles) {
+  PositionEnds ends;
+  for (const Tile& tile : tiles) {
+    ensure(tile.q_position >= 0 && tile.k_position >= 0 && tile.step >= 1,
+           "attention: tile {} is at positions {} and {}, step {}", to_text(tile.rows), tile.q_position, tile.k_position,
+           tile.step);
+    ends.q = std::max(ends.q, tile.q_position + (tile.rows.q.count() - 1) * tile.step + 1);
+    ends.k = std::max(ends.k, tile.k_position + (tile.rows.k.count() - 1) * tile.step + 1);
+  }
+  return ends;
+}
+
+void check_bias(const TensorView& bias, const TensorView& q, std::int64_t end_k) {
+  ensure(bias.axes() == 4, "attention: the bias is [B or 1, S, H or 1, N]; got {}", bias.shape.text());
+  const std::int64_t batch = bias.size(0) == 1 ? 1 : q.size(0), heads = bias.size(2) == 1 ? 1 : q.size(2);
+  check_view("bias", bias, {batch, q.size(1), heads, bias.size(3)}, bias.dtype);
+  ensure(bias.dtype == q.dtype || bias.dtype == DType::kF32, "attention: the bias has type {} beside q of type {}",
+         name_of(bias.dtype), name_of(q.dtype));
+  ensure(bias.size(3) >= end_k, "attention: the bias has {} columns, keys have positions up to {}", bias.size(3), end_k - 1);
+}
+
+void check_dropout(const AttentionDropout& dropout, const TensorView& q, const HeadMap& heads, const PositionEnds& ends) {
+  ensure(dropout.p >= 0 && dropout.p < 1, "attention: dropout p is {}; it is in [0, 1)", dropout.p);
+  if (dropout.p == 0) return;
+  ensure(ends.q <= kDropoutPositions && ends.k <= kDropoutPositions,
+         "attention: positions up to {} under dropout, which has room for {}", std::max(ends.q, ends.k) - 1, kDropoutPositions);
+  ensure(dropout.stream >> 32 == 0, "attention: dropout stream {} has more than 32 bits", dropout.stream);
+  ensure(dropout.batch_begin >= 0 && heads.q_begin + q.size(2) <= dropout.heads,
+         "attention: heads up to {} of {} under dropout", heads.q_begin + q.size(2) - 1, dropout.heads);
+  ensure((dropout.batch_begin + q.size(0)) * dropout.heads <= std::int64_t{1} << 32,
+         "attention: {} batch rows of {} heads under dropout have more than 32 bits", dropout.batch_begin + q.size(0),
+         dropout.heads);
+}
+
+void check_terms(const ScoreTerms& terms, const TensorView& q, const HeadMap& heads, std::span<const Tile> tiles) {
+  if (!terms.any()) return;
+  const PositionEnds ends = position_ends(tiles);
+  ensure(terms.softcap >= 0 && std::isfinite(terms.softcap), "attention: softcap is {}", terms.softcap);
+  const auto slopes = static_cast<std::int64_t>(terms.alibi_slopes.size());
+  ensure(slopes == 0 || heads.q_begin + q.size(2) <= slopes, "attention: {} alibi slopes for heads up to {}", slopes,
+         heads.q_begin + q.size(2) - 1);
+  if (terms.bias.data != nullptr) check_bias(terms.bias, q, ends.k);
+  check_dropout(terms.dropout, q, heads, ends);
+}
+
 }  // namespace
 
 void check_args(const AttendArgs& args) {
@@ -46,6 +99,7 @@ void check_args(const AttendArgs& args) {
   ensure(args.lse.shape == Shape({batch, heads, seq}) && args.lse.dtype == sum, "attention: lse is {} {} where {} {} is needed",
          name_of(args.lse.dtype), args.lse.shape.text(), name_of(sum), Shape({batch, heads, seq}).text());
   check_tiles(args.tiles, seq, args.k.size(1));
+  check_terms(args.terms, args.q, args.heads, args.tiles);
 }
 
 void check_args(const AttendGradArgs& args) {
@@ -58,10 +112,14 @@ void check_args(const AttendGradArgs& args) {
            "attention: lse or delta is {} {} where {} {} is needed", name_of(row->dtype), row->shape.text(), name_of(sum),
            Shape({batch, heads, seq}).text());
   }
-  check_view("dq", args.dq, args.q.shape, sum);
-  check_view("dk", args.dk, args.k.shape, sum);
-  check_view("dv", args.dv, args.v.shape, sum);
+  if (args.dq.data != nullptr) check_view("dq", args.dq, args.q.shape, sum);
+  ensure((args.dk.data == nullptr) == (args.dv.data == nullptr) || args.k.elements() == 0,
+         "attention: dk and dv are wanted together or not at all");
+  if (args.dk.data != nullptr) check_view("dk", args.dk, args.k.shape, sum);
+  if (args.dv.data != nullptr) check_view("dv", args.dv, args.v.shape, sum);
+  if (args.dbias.data != nullptr) check_view("dbias", args.dbias, args.terms.bias.shape, sum);
   check_tiles(args.tiles, seq, args.k.size(1));
+  check_terms(args.terms, args.q, args.heads, args.tiles);
 }
 
 }  // namespace dattn

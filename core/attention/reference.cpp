@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "core/attention/check_args.h"
+#include "core/attention/dropout.h"
 #include "core/attention/kernel.h"
 #include "core/base/threads.h"
 
@@ -32,6 +33,11 @@ void store(const TensorView& view, std::int64_t offset, double value) {
 
 std::int64_t offset_of(const TensorView& view, std::int64_t a, std::int64_t b, std::int64_t c) {
   return a * view.stride(0) + b * view.stride(1) + c * view.stride(2);
+}
+
+// Where column 0 of a bias row is; axes of size 1 are shared.
+std::int64_t bias_at(const TensorView& bias, std::int64_t b, std::int64_t s, std::int64_t h) {
+  return offset_of(bias, bias.size(0) == 1 ? 0 : b, s, bias.size(2) == 1 ? 0 : h);
 }
 
 // One row of [B, S, H, D] as doubles.
@@ -61,17 +67,54 @@ void axpy(double factor, const std::vector<double>& from, std::vector<double>& t
   for (std::size_t i = 0; i < from.size(); ++i) to[i] += factor * from[i];
 }
 
-// The key rows that each query row sees.
-std::vector<std::vector<std::int64_t>> visible_keys(std::span<const Tile> tiles, std::int64_t seq_q) {
-  std::vector<std::vector<std::int64_t>> keys(static_cast<std::size_t>(seq_q));
+// A key row that a query row sees, and the positions of both.
+struct Seen {
+  std::int64_t key, k_position, q_position;
+};
+
+// The key rows that each query row sees, ascending where `ascending`.
+std::vector<std::vector<Seen>> visible_keys(std::span<const Tile> tiles, std::int64_t seq_q, bool ascending) {
+  std::vector<std::vector<Seen>> keys(static_cast<std::size_t>(seq_q));
   for (const Tile& tile : tiles) {
     for (std::int64_t q = tile.rows.q.begin; q < tile.rows.q.end; ++q) {
       const std::int64_t begin = std::max(tile.rows.k.begin, q + tile.rows.lo);
       const std::int64_t end = std::min(tile.rows.k.end, q + tile.rows.hi + 1);
-      for (std::int64_t k = begin; k < end; ++k) keys[static_cast<std::size_t>(q)].push_back(k);
+      const std::int64_t position = tile.q_position + (q - tile.rows.q.begin) * tile.step;
+      for (std::int64_t k = begin; k < end; ++k) {
+        keys[static_cast<std::size_t>(q)].push_back({k, tile.k_position + (k - tile.rows.k.begin) * tile.step, position});
+      }
     }
   }
+  for (auto& row : keys) {
+    if (ascending) std::sort(row.begin(), row.end(), [](const Seen& a, const Seen& b) { return a.key < b.key; });
+  }
   return keys;
+}
+
+// A score, and its derivative by scale * q k^T.
+struct Score {
+  double value, slope;
+};
+
+Score score_of(const ScoreTerms& terms, double product, std::int64_t b, std::int64_t s, std::int64_t local_head,
+               const HeadMap& heads, const Seen& seen) {
+  Score score{product, 1};
+  if (terms.softcap != 0) {
+    const double t = std::tanh(product / terms.softcap);
+    score = {terms.softcap * t, 1 - t * t};
+  }
+  if (!terms.alibi_slopes.empty()) {
+    score.value += terms.alibi_slopes[static_cast<std::size_t>(heads.q_begin + local_head)] *
+                   static_cast<double>(seen.k_position - seen.q_position);
+  }
+  if (terms.bias.data != nullptr) score.value += load(terms.bias, bias_at(terms.bias, b, s, local_head) + seen.k_position);
+  return score;
+}
+
+// What dropout multiplies a probability with: 0 or 1 / (1 - p).
+double kept(const AttentionDropout& dropout, std::int64_t b, std::int64_t head, const Seen& seen) {
+  if (dropout.p == 0) return 1;
+  return keeps(dropout, b, head, seen.q_position, seen.k_position) ? 1 / (1 - dropout.p) : 0;
 }
 
 // Folds one row's result into (out, lse) at (b, s, h), or overwrites it.
@@ -92,15 +135,16 @@ void finish_row(const AttendArgs& args, std::int64_t b, std::int64_t s, std::int
   }
 }
 
-void attend_head(const AttendArgs& args, const std::vector<std::vector<std::int64_t>>& keys, std::int64_t b, std::int64_t h) {
+void attend_head(const AttendArgs& args, const std::vector<std::vector<Seen>>& keys, std::int64_t b, std::int64_t h) {
   const std::int64_t kv = args.heads.kv_of(h);
   for (std::int64_t s = 0; s < args.q.size(1); ++s) {
     const auto& seen = keys[static_cast<std::size_t>(s)];
     const std::vector<double> q = load_row(args.q, b, s, h);
     std::vector<double> scores;
     double top = kNothing;
-    for (const std::int64_t t : seen) {
-      scores.push_back(args.scale * dot(q, load_row(args.k, b, t, kv)));
+    for (const Seen& t : seen) {
+      const double product = args.scale * dot(q, load_row(args.k, b, t.key, kv));
+      scores.push_back(score_of(args.terms, product, b, s, h, args.heads, t).value);
       top = std::isnan(scores.back()) ? scores.back() : std::max(top, scores.back());
     }
     std::vector<double> value(static_cast<std::size_t>(args.v.size(3)));
@@ -108,44 +152,64 @@ void attend_head(const AttendArgs& args, const std::vector<std::vector<std::int6
     for (std::size_t i = 0; i < seen.size() && top != kNothing; ++i) {
       const double p = std::exp(scores[i] - top);
       sum += p;
-      axpy(p, load_row(args.v, b, seen[i], kv), value);
+      axpy(p * kept(args.terms.dropout, b, args.heads.q_begin + h, seen[i]), load_row(args.v, b, seen[i].key, kv), value);
     }
     for (double& x : value) x = sum == 0 ? 0 : x / sum;
     finish_row(args, b, s, h, value, sum == 0 ? kNothing : top + std::log(sum));
   }
 }
 
-// All query heads of one KV head, so that dk and dv have one writer; their sums stay in double until the end.
-void grad_group(const AttendGradArgs& args, const std::vector<std::vector<std::int64_t>>& keys, std::int64_t b,
-                std::int64_t kv) {
-  const std::int64_t rows = args.k.size(1);
-  std::vector<std::vector<double>> dk(static_cast<std::size_t>(rows),
-                                      std::vector<double>(static_cast<std::size_t>(args.k.size(3))));
-  std::vector<std::vector<double>> dv(static_cast<std::size_t>(rows),
-                                      std::vector<double>(static_cast<std::size_t>(args.v.size(3))));
-  for (std::int64_t h = 0; h < args.q.size(2); ++h) {
-    if (args.heads.kv_of(h) != kv) continue;
-    for (std::int64_t s = 0; s < args.q.size(1); ++s) {
-      const double lse = load(args.lse, offset_of(args.lse, b, h, s));
-      if (lse == kNothing) continue;
-      const double delta = load(args.delta, offset_of(args.delta, b, h, s));
-      const std::vector<double> q = load_row(args.q, b, s, h), dout = load_row(args.dout, b, s, h);
-      std::vector<double> dq(q.size());
-      for (const std::int64_t t : keys[static_cast<std::size_t>(s)]) {
-        const std::vector<double> k = load_row(args.k, b, t, kv);
-        const double p = std::exp(args.scale * dot(q, k) - lse);
-        const double ds = args.scale * p * (dot(dout, load_row(args.v, b, t, kv)) - delta);
-        axpy(ds, k, dq);
-        axpy(ds, q, dk[static_cast<std::size_t>(t)]);
-        axpy(p, dout, dv[static_cast<std::size_t>(t)]);
-      }
-      add_row(args.dq, b, s, h, dq);
+// Gradients of the keys and values of one KV head, one row a key; in double until they are added to dk and dv.
+struct KeyGradients {
+  std::vector<std::vector<double>> dk, dv;
+
+  explicit KeyGradients(const AttendGradArgs& args)
+      : dk(static_cast<std::size_t>(args.k.size(1)), std::vector<double>(static_cast<std::size_t>(args.k.size(3)))),
+        dv(static_cast<std::size_t>(args.k.size(1)), std::vector<double>(static_cast<std::size_t>(args.v.size(3)))) {}
+  void add_to(const AttendGradArgs& args, std::int64_t b, std::int64_t kv) const {
+    for (std::size_t t = 0; t < dk.size() && args.dk.data != nullptr; ++t) {
+      add_row(args.dk, b, static_cast<std::int64_t>(t), kv, dk[t]);
+      add_row(args.dv, b, static_cast<std::int64_t>(t), kv, dv[t]);
     }
   }
-  for (std::int64_t t = 0; t < rows; ++t) {
-    add_row(args.dk, b, t, kv, dk[static_cast<std::size_t>(t)]);
-    add_row(args.dv, b, t, kv, dv[static_cast<std::size_t>(t)]);
+};
+
+void grad_row(const AttendGradArgs& args, const std::vector<Seen>& seen, std::int64_t b, std::int64_t s, std::int64_t h,
+              KeyGradients& sums) {
+  const double lse = load(args.lse, offset_of(args.lse, b, h, s));
+  if (lse == kNothing) return;
+  const std::int64_t kv = args.heads.kv_of(h);
+  const double delta = load(args.delta, offset_of(args.delta, b, h, s));
+  const std::vector<double> q = load_row(args.q, b, s, h), dout = load_row(args.dout, b, s, h);
+  std::vector<double> dq(q.size());
+  for (const Seen& t : seen) {
+    const std::vector<double> k = load_row(args.k, b, t.key, kv);
+    const Score score = score_of(args.terms, args.scale * dot(q, k), b, s, h, args.heads, t);
+    const double p = std::exp(score.value - lse), keep = kept(args.terms.dropout, b, args.heads.q_begin + h, t);
+    const double ds = p * (keep * dot(dout, load_row(args.v, b, t.key, kv)) - delta);
+    if (args.dbias.data != nullptr) {
+      const std::int64_t at = bias_at(args.dbias, b, s, h) + t.k_position;
+      store(args.dbias, at, load(args.dbias, at) + ds);
+    }
+    const double factor = args.scale * score.slope * ds;
+    axpy(factor, k, dq);
+    axpy(factor, q, sums.dk[static_cast<std::size_t>(t.key)]);
+    axpy(keep * p, dout, sums.dv[static_cast<std::size_t>(t.key)]);
   }
+  if (args.dq.data != nullptr) add_row(args.dq, b, s, h, dq);
+}
+
+// All query heads of one KV head, so that dk and dv have one writer.
+void grad_group(const AttendGradArgs& args, const std::vector<std::vector<Seen>>& keys, std::int64_t b, std::int64_t kv) {
+  KeyGradients sums(args);
+  for (std::int64_t h = 0; h < args.q.size(2); ++h) {
+    if (args.heads.kv_of(h) != kv) continue;
+    for (std::int64_t s = 0; s < args.q.size(1); ++s) grad_row(args, keys[static_cast<std::size_t>(s)], b, s, h, sums);
+    if (!args.invariant) continue;
+    sums.add_to(args, b, kv);
+    sums = KeyGradients(args);
+  }
+  if (!args.invariant) sums.add_to(args, b, kv);
 }
 
 class ReferenceKernel final : public AttentionKernel {
@@ -155,16 +219,18 @@ class ReferenceKernel final : public AttentionKernel {
 
   void attend(const AttendArgs& args) const override {
     check_args(args);
-    const auto keys = visible_keys(args.tiles, args.q.size(1));
+    const auto keys = visible_keys(args.tiles, args.q.size(1), args.invariant);
     const std::int64_t heads = args.q.size(2);
     parallel_for(args.q.size(0) * heads, [&](std::int64_t i) { attend_head(args, keys, i / heads, i % heads); });
   }
 
   void attend_grad(const AttendGradArgs& args) const override {
     check_args(args);
-    const auto keys = visible_keys(args.tiles, args.q.size(1));
-    const std::int64_t heads = args.k.size(2);
-    parallel_for(args.q.size(0) * heads, [&](std::int64_t i) { grad_group(args, keys, i / heads, i % heads); });
+    const auto keys = visible_keys(args.tiles, args.q.size(1), args.invariant);
+    const std::int64_t heads = args.k.size(2), groups = args.q.size(0) * heads;
+    const auto group = [&](std::int64_t i) { grad_group(args, keys, i / heads, i % heads); };
+    if (args.dbias.data == nullptr) return parallel_for(groups, group);
+    for (std::int64_t i = 0; i < groups; ++i) group(i);  // several may add to one element of dbias
   }
 };
 

@@ -1,6 +1,7 @@
 #include "core/attention/region.h"
 
 #include <algorithm>
+#include <tuple>
 
 #include <fmt/format.h>
 
@@ -128,22 +129,27 @@ std::vector<Tile> make_tiles(std::span<const Region> mask, const Positions& quer
     for (std::size_t j = 0; j < keys.runs().size(); ++j) {
       const Run& k = keys.runs()[j];
       const bool equal_steps = q.step == k.step || q.count == 1 || k.count == 1;
-      for (const Region& region : mask) {
+      for (std::size_t r = 0; r < mask.size(); ++r) {
+        const Region& region = mask[r];
         if (region.q.begin > q.last() || region.q.end <= q.begin || region.k.begin > k.last() || region.k.end <= k.begin)
           continue;
+        const auto add = [&](const Run& rows, std::int64_t first) {
+          auto tile = tile_of(region, rows, first, k, keys.row_of_run(j));
+          if (!tile) return;
+          tile->region = static_cast<int>(r);
+          tiles.push_back(*tile);
+        };
         if (equal_steps) {
-          if (const auto tile = tile_of(region, q, q_row, k, keys.row_of_run(j))) tiles.push_back(*tile);
+          add(q, q_row);
           continue;
         }
-        for (std::int64_t row = 0; row < q.count; ++row) {
-          if (const auto tile = tile_of(region, {q.at(row), 1, 1}, q_row + row, k, keys.row_of_run(j))) tiles.push_back(*tile);
-        }
+        for (std::int64_t row = 0; row < q.count; ++row) add({q.at(row), 1, 1}, q_row + row);
       }
     }
   };
   for (std::size_t i = 0; i < queries.runs().size(); ++i) visit(queries.runs()[i], queries.row_of_run(i));
   std::sort(tiles.begin(), tiles.end(), [](const Tile& a, const Tile& b) {
-    return std::pair(a.rows.q.begin, a.rows.k.begin) < std::pair(b.rows.q.begin, b.rows.k.begin);
+    return std::tuple(a.rows.q.begin, a.rows.k.begin, a.region) < std::tuple(b.rows.q.begin, b.rows.k.begin, b.region);
   });
   return tiles;
 }

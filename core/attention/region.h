@@ -57,13 +57,14 @@ struct Tile {
   std::int64_t q_position = 0;
   std::int64_t k_position = 0;
   std::int64_t step = 1;
+  int region = 0;  // which region of the mask it is a part of
 
   bool full() const { return rows.lo == -kUnbounded && rows.hi == kUnbounded; }
   bool operator==(const Tile&) const = default;
 };
 
-// The visible pairs of a block of queries and a block of keys, as disjoint non-empty tiles, ordered by query row and
-// then by key row. Runs of one row fit any step; runs of unequal steps are taken row by row.
+// The visible pairs of a block of queries and a block of keys, as disjoint non-empty tiles, ordered by query row, then
+// key row, then region. Runs of one row fit any step; runs of unequal steps are taken row by row.
 std::vector<Tile> make_tiles(std::span<const Region> mask, const Positions& queries, const Positions& keys);
 std::int64_t area(std::span<const Tile> tiles);
 std::int64_t area(std::span<const Region> mask);

@@ -1,10 +1,12 @@
 // Backward driver. One task is one chunk of keys of one KV head: it packs the chunk, goes through all query blocks of
 // all query heads of the group, and owns the chunk's dk and dv. Several chunks add to the same rows of dq; they take
 // turns in ascending order of chunks, so that sums do not depend on the threads. Tasks start in ascending order and wait
-// only for lower ones, hence no deadlock; no buffer grows with chunks x rows, hence memory O(S).
+// only for lower ones, hence no deadlock; no buffer grows with chunks x rows, hence memory O(S). The gradient of a bias
+// that several heads or batch rows share has turns too, in ascending order of batch rows and heads.
 #include <atomic>
 #include <memory>
 #include <thread>
+#include <utility>
 
 #include "core/attention/cpu/drive.h"
 #include "core/base/threads.h"
@@ -12,16 +14,56 @@
 namespace dattn::cpu {
 namespace {
 
+// Turns at pieces of memory that several tasks add to: entry i tells whose turn it is at piece i.
+class Turns {
+ public:
+  template <class First>
+  Turns(std::size_t pieces, const First& first) : now_(std::make_unique<std::atomic<std::int64_t>[]>(pieces)) {
+    for (std::size_t i = 0; i < pieces; ++i) now_[i] = first(i);
+  }
+  // Yields: other ranks may share the cores.
+  void wait(std::int64_t piece, std::int64_t turn) const {
+    const auto& now = now_[static_cast<std::size_t>(piece)];
+    for (int spins = 0; now.load(std::memory_order_acquire) != turn; ++spins) {
+      if (spins > 64) std::this_thread::yield();
+    }
+  }
+  void pass(std::int64_t piece, std::int64_t turn) {
+    now_[static_cast<std::size_t>(piece)].store(turn + 1, std::memory_order_release);
+  }
+
+ private:
+  std::unique_ptr<std::atomic<std::int64_t>[]> now_;
+};
+
 // What one call needs everywhere.
 struct Call {
   const Ops& ops;
   const AttendGradArgs& args;
-  Interval hull;                                       // key rows that any tile sees
-  std::vector<std::vector<Band>> blocks;               // keys counted from hull.begin
-  std::vector<Interval> chunks_of_block;               // chunks that a block may touch; those take turns
-  std::unique_ptr<std::atomic<std::int64_t>[]> turns;  // [B, H, blocks]: the chunk whose turn it is
-  std::int64_t q_width, v_width;                       // D and V, padded
+  Interval hull;                          // key rows that any tile sees
+  std::vector<std::vector<Band>> blocks;  // keys counted from hull.begin
+  std::vector<Interval> chunks_of_block;  // chunks that a block may touch; those take turns
+  std::int64_t q_width, v_width;          // D and V, padded
+  Turns rows;                             // [B, H, blocks]: the chunk whose turn it is to add to dq
+  Turns dbias;  // [chunks, B or 1, H or 1, blocks]: whose turn it is among those that share; 0 pieces where none do
+
+  std::int64_t n_blocks() const { return static_cast<std::int64_t>(blocks.size()); }
 };
+
+// Who shares a piece of dbias: the turn of (b, h), and which of the tensor's (batch row, head) it is.
+struct Share {
+  std::int64_t turn, piece;
+};
+bool shares_dbias(const AttendGradArgs& args) {
+  const TensorView& dbias = args.dbias;
+  return dbias.data != nullptr && (dbias.size(0) < args.q.size(0) || dbias.size(2) < args.q.size(2));
+}
+Share share_of(const AttendGradArgs& args, std::int64_t b, std::int64_t h) {
+  const bool all_rows = args.dbias.size(0) == 1, all_heads = args.dbias.size(2) == 1;
+  const std::int64_t heads = args.q.size(2);
+  return {(all_rows ? b * (all_heads ? heads : 1) : 0) + (all_heads ? h : 0),
+          (all_rows ? 0 : b) * args.dbias.size(2) + (all_heads ? 0 : h)};
+}
 
 // Memory of one task, in order of use.
 struct TaskMemory {
@@ -65,44 +107,79 @@ void run_piece(const Call& call, const TaskMemory& memory, std::int64_t b, std::
   job.k_rows = memory.k_rows;
   job.bands = bands.data();
   job.n_bands = static_cast<std::int64_t>(bands.size());
-  job.scale_log2 = base2_factor(args.scale);
-  job.dk = memory.dk;
-  job.dv = memory.dv;
-  job.dq = memory.dq;
+  job.scale_log2 = base2_factor(args.scale, args.terms);
+  Terms terms = terms_of(args.terms, args.scale, args.heads, b, row, h);
+  if (args.dbias.data != nullptr) {
+    terms.dbias = reinterpret_cast<float*>(bias_row(args.dbias, b, row, h));
+    terms.dbias_stride = args.dbias.stride(1);
+  }
+  job.terms = args.terms.any() ? &terms : nullptr;
+  job.dk = args.dk.data != nullptr ? memory.dk : nullptr;
+  job.dv = args.dk.data != nullptr ? memory.dv : nullptr;
+  job.dq = args.dq.data != nullptr ? memory.dq : nullptr;
   job.scratch = memory.kernel;
   call.ops.backward(job);
 }
 
-// Waits until it is this chunk's turn at a block of dq. Yields: other ranks may share the cores.
-void wait_for_turn(const std::atomic<std::int64_t>& turn, std::int64_t chunk) {
-  for (int spins = 0; turn.load(std::memory_order_acquire) != chunk; ++spins) {
-    if (spins > 64) std::this_thread::yield();
+// The piece, when it is its turn at dbias.
+void run_piece_in_turn(Call& call, const TaskMemory& memory, std::int64_t b, std::int64_t h, std::int64_t chunk,
+                       std::int64_t block, const std::vector<Band>& bands) {
+  if (!shares_dbias(call.args)) {
+    if (!bands.empty()) run_piece(call, memory, b, h, block, bands);
+    return;
   }
+  const Share share = share_of(call.args, b, h);
+  const std::int64_t shares = call.args.dbias.size(0) * call.args.dbias.size(2);
+  const std::int64_t piece = (chunk * shares + share.piece) * call.n_blocks() + block;
+  call.dbias.wait(piece, share.turn);
+  if (!bands.empty()) run_piece(call, memory, b, h, block, bands);
+  call.dbias.pass(piece, share.turn);
 }
 
-void run_head(const Call& call, const TaskMemory& memory, std::int64_t b, std::int64_t h, std::int64_t chunk) {
+void run_head(Call& call, const TaskMemory& memory, std::int64_t b, std::int64_t h, std::int64_t chunk) {
   const AttendGradArgs& args = call.args;
   const std::int64_t begin = chunk * kBackwardKeys, end = std::min(begin + kBackwardKeys, call.hull.count());
   std::vector<Band> bands;
-  for (std::size_t block = 0; block < call.blocks.size(); ++block) {
-    const Interval chunks = call.chunks_of_block[block];
+  for (std::int64_t block = 0; block < call.n_blocks(); ++block) {
+    const auto index = static_cast<std::size_t>(block);
+    const Interval chunks = call.chunks_of_block[index];
     if (chunk < chunks.begin || chunk >= chunks.end) continue;
-    bands_in_range(call.blocks[block], begin, end, bands);
-    const auto index = static_cast<std::int64_t>(block);
-    if (!bands.empty()) run_piece(call, memory, b, h, index, bands);
-    auto& turn =
-        call.turns[static_cast<std::size_t>((b * args.q.size(2) + h) * static_cast<std::int64_t>(call.blocks.size()) + index)];
-    wait_for_turn(turn, chunk);
-    const std::int64_t row = index * kBackwardRows;
+    bands_in_range(call.blocks[index], begin, end, bands);
+    run_piece_in_turn(call, memory, b, h, chunk, block, bands);
+    if (args.dq.data == nullptr) continue;
+    const std::int64_t piece = (b * args.q.size(2) + h) * call.n_blocks() + block, row = block * kBackwardRows;
+    call.rows.wait(piece, chunk);
     if (!bands.empty()) {
       call.ops.add_rows(memory.dq, call.q_width, static_cast<float>(args.scale), &args.dq.at<float>(b, row, h),
                         args.dq.stride(1), std::min(kBackwardRows, args.q.size(1) - row), args.q.size(3));
     }
-    turn.store(chunk + 1, std::memory_order_release);
+    call.rows.pass(piece, chunk);
   }
 }
 
-void run_chunk(const Call& call, std::int64_t b, std::int64_t kv, std::int64_t chunk) {
+void clear_key_sums(const Call& call, const TaskMemory& memory) {
+  std::fill_n(memory.dk, kBackwardKeys * call.q_width, 0.0f);
+  std::fill_n(memory.dv, kBackwardKeys * call.v_width, 0.0f);
+}
+
+// Adds the chunk's sums to `count` rows of dk and dv. `apart`: they are rounded with their factors first, so that adding
+// heads one by one is the same in one call and in several.
+void add_key_sums(const Call& call, const TaskMemory& memory, std::int64_t b, std::int64_t kv, std::int64_t key,
+                  std::int64_t count, bool apart) {
+  const AttendGradArgs& args = call.args;
+  const auto add = [&](float* sums, std::int64_t width, double factor, const TensorView& to) {
+    auto rest = static_cast<float>(factor);
+    if (apart) {
+      for (std::int64_t i = 0; i < kBackwardKeys * width; ++i) sums[i] *= rest;
+      rest = 1;
+    }
+    call.ops.add_rows(sums, width, rest, &to.at<float>(b, key, kv), to.stride(1), count, to.size(3));
+  };
+  add(memory.dk, call.q_width, args.scale, args.dk);
+  add(memory.dv, call.v_width, 1 / (1 - args.terms.dropout.p), args.dv);
+}
+
+void run_chunk(Call& call, std::int64_t b, std::int64_t kv, std::int64_t chunk) {
   const AttendGradArgs& args = call.args;
   TaskMemory memory{};
   const std::int64_t bytes = lay_out(call, nullptr, memory);
@@ -113,14 +190,16 @@ void run_chunk(const Call& call, std::int64_t b, std::int64_t kv, std::int64_t c
   call.ops.pack_columns(k, args.scale < 0, memory.k_columns);
   call.ops.pack_columns(v, false, memory.v_columns);
   call.ops.pack_rows(k, kBackwardKeys, memory.k_rows);
-  std::fill_n(memory.dk, kBackwardKeys * call.q_width, 0.0f);
-  std::fill_n(memory.dv, kBackwardKeys * call.v_width, 0.0f);
+  clear_key_sums(call, memory);
+  const bool wanted = args.dk.data != nullptr, apart = wanted && args.invariant;
   for (std::int64_t h = 0; h < args.q.size(2); ++h) {
-    if (args.heads.kv_of(h) == kv) run_head(call, memory, b, h, chunk);
+    if (args.heads.kv_of(h) != kv) continue;
+    run_head(call, memory, b, h, chunk);
+    if (!apart) continue;
+    add_key_sums(call, memory, b, kv, key, count, true);
+    clear_key_sums(call, memory);
   }
-  call.ops.add_rows(memory.dk, call.q_width, static_cast<float>(args.scale), &args.dk.at<float>(b, key, kv), args.dk.stride(1),
-                    count, args.k.size(3));
-  call.ops.add_rows(memory.dv, call.v_width, 1.0f, &args.dv.at<float>(b, key, kv), args.dv.stride(1), count, args.v.size(3));
+  if (wanted && !apart) add_key_sums(call, memory, b, kv, key, count, false);
 }
 
 Interval chunks_of(const std::vector<Band>& block) {
@@ -136,22 +215,27 @@ void attend_grad(const Path& path, const AttendGradArgs& args) {
   const std::int64_t batch = args.q.size(0), seq = args.q.size(1), heads = args.q.size(2), kv_heads = args.k.size(2);
   if (batch * seq * heads * kv_heads == 0 || args.tiles.empty()) return;
   const Ops& ops = ops_for(path, args.q.dtype);
-  const Interval hull = key_hull(args.tiles);
+  const Interval hull = key_hull(args.tiles, args.invariant ? kBackwardKeys : 1);
+  auto blocks = bands_by_block(args.tiles, seq, kBackwardRows, hull.begin, args.invariant);
+  std::vector<Interval> chunks_of_block;
+  chunks_of_block.reserve(blocks.size());
+  for (const auto& block : blocks) chunks_of_block.push_back(chunks_of(block));
+  const std::int64_t n_chunks = ceil_div(hull.count(), kBackwardKeys), groups = batch * kv_heads;
+  const std::size_t n_blocks = blocks.size(), n_turns = n_blocks * static_cast<std::size_t>(batch * heads);
+  const std::int64_t shared = shares_dbias(args) ? n_chunks * args.dbias.size(0) * args.dbias.size(2) : 0;
+  const auto first_chunk = [&](std::size_t i) { return chunks_of_block[i % n_blocks].begin; };
+  Turns rows(n_turns, first_chunk), dbias(static_cast<std::size_t>(shared) * n_blocks, [](std::size_t) { return 0; });
   Call call{ops,
             args,
             hull,
-            bands_by_block(args.tiles, seq, kBackwardRows, hull.begin),
-            {},
-            {},
+            std::move(blocks),
+            chunks_of_block,
             padded_to(args.q.size(3), ops.lanes),
-            padded_to(args.v.size(3), ops.lanes)};
-  for (const auto& block : call.blocks) call.chunks_of_block.push_back(chunks_of(block));
-  const std::size_t n_blocks = call.blocks.size(), n_turns = n_blocks * static_cast<std::size_t>(batch * heads);
-  call.turns = std::make_unique<std::atomic<std::int64_t>[]>(n_turns);
-  for (std::size_t i = 0; i < n_turns; ++i) call.turns[i] = call.chunks_of_block[i % n_blocks].begin;
-  const std::int64_t groups = batch * kv_heads, tasks = groups * ceil_div(hull.count(), kBackwardKeys);
+            padded_to(args.v.size(3), ops.lanes),
+            std::move(rows),
+            std::move(dbias)};
   std::atomic<std::int64_t> next{0};  // tasks start in this order whatever the schedule of the loop
-  parallel_for(tasks, [&](std::int64_t) {
+  parallel_for(groups * n_chunks, [&](std::int64_t) {
     const std::int64_t task = next.fetch_add(1), group = task % groups;
     run_chunk(call, group / kv_heads, group % kv_heads, task / groups);
   });

@@ -8,11 +8,12 @@
 
 #include "core/attention/cpu/bands.h"
 #include "core/attention/cpu/pack.h"
+#include "core/attention/cpu/terms_text.h"
 
 namespace dattn::cpu::DATTN_ISA {
 
 constexpr std::int64_t kTileStride = kBackwardKeys + 16;  // +16: rows do not share cache sets
-constexpr float kLog2e = 1.44269504088896341f;
+constexpr std::int64_t kKeepStride = (keep_bytes(kBackwardKeys) + 63) / 64 * 64;
 
 // Q and dO as rows (to broadcast) and as columns; P and dS as [row units][key] for the transposed products and dS as
 // [row][key units] for dQ. In fp32 the two forms are one.
@@ -27,6 +28,13 @@ struct Backward {
   Unit *p, *ds_columns;             // [row units][kTileStride]
   Unit* ds;                         // [row][kTileStride]
   float *minus_lse, *delta;         // [rows], minus_lse in base 2
+  unsigned char* keep;              // [rows][kKeepStride] a bit a key, under dropout
+};
+
+// A strip and a panel on the way from P to dS, [6][kPanel].
+struct Between {
+  float* p;      // before dropout; fp32 without terms reads it from Backward::p
+  float* slope;  // derivative of the softcap
 };
 
 template <class Unit>
@@ -47,6 +55,7 @@ DATTN_INLINE Backward<Unit> take_backward(Arena& arena, std::int64_t dim_qk, std
   b.ds_columns = Backward<Unit>::kPairs ? take<Unit>(arena, kBackwardRows / 2 * kTileStride) : b.ds;
   b.minus_lse = take<float>(arena, kBackwardRows);
   b.delta = take<float>(arena, kBackwardRows);
+  b.keep = take<unsigned char>(arena, kBackwardRows * kKeepStride);
   return b;
 }
 
@@ -78,16 +87,60 @@ DATTN_INLINE void store_columns(Unit* to, const Block<kVectors>& block) {
   }
 }
 
-// P of one strip and one panel; a copy in fp32 goes to `p`.
+// Sets what dropout drops of a strip and a panel to 0.
 template <class Unit>
+DATTN_INLINE void keep_block(const Backward<Unit>& b, const Band& band, std::int64_t row, std::int64_t key,
+                             Block<kVectors>& block) {
+  const std::int64_t bit = first_bit(band, 0) + key;
+#pragma GCC unroll 8
+  for (int r = 0; r < kBlock; ++r) {
+#pragma GCC unroll 8
+    for (int c = 0; c < kVectors; ++c) {
+      block.v[r][c] = keep_lanes(block.v[r][c], b.keep + (row + r) * kKeepStride, bit + c * kLanes);
+    }
+  }
+}
+
+DATTN_INLINE void scale_block(Block<kVectors>& block, float factor) {
+#pragma GCC unroll 8
+  for (int r = 0; r < kBlock; ++r) {
+#pragma GCC unroll 8
+    for (int c = 0; c < kVectors; ++c) block.v[r][c] *= splat(factor);
+  }
+}
+
+// From dS behind all terms to dS before them: the bias takes its gradient on the way. Uses up between.p.
+DATTN_INLINE void gradients_of_terms(const Terms& t, const Band& band, std::int64_t row, std::int64_t key,
+                                     const Between& between, Block<kVectors>& ds) {
+  if (t.dbias != nullptr) {
+#pragma GCC unroll 8
+    for (int r = 0; r < kBlock; ++r) {
+#pragma GCC unroll 8
+      for (int c = 0; c < kVectors; ++c) store(between.p + r * kPanel + c * kLanes, ds.v[r][c]);
+    }
+    add_to_dbias(t, band, row, key, between.p);
+  }
+  if (t.softcap == 0) return;
+#pragma GCC unroll 8
+  for (int r = 0; r < kBlock; ++r) {
+#pragma GCC unroll 8
+    for (int c = 0; c < kVectors; ++c) ds.v[r][c] *= load(between.slope + r * kPanel + c * kLanes);
+  }
+}
+
+// P of one strip and one panel.
+template <bool kTerms, class Unit>
 DATTN_INLINE void probability_block(const Backward<Unit>& b, const BackwardJob& job, const Band& band, std::int64_t strip,
-                                    std::int64_t panel, bool hidden, float* p) {
-  const std::int64_t row = strip * kStrip;
+                                    std::int64_t panel, bool hidden, const Between& between) {
+  const std::int64_t row = strip * kStrip, key = panel * kPanel;
   Block<kVectors> acc;
   clear(acc);
   multiply<false>(acc, b.q + row * b.q_stride, b.q_stride, static_cast<const Unit*>(job.k_columns) + panel * b.q_units * kPanel,
                   kPanel, b.q_units);
-  if (hidden) hide(acc, band, row, panel * kPanel, kMinusInfinity);
+  if constexpr (kTerms) {
+    if (job.terms->scores) true_scores(*job.terms, band, row, key, acc, between.slope);
+  }
+  if (hidden) hide(acc, band, row, key, kMinusInfinity);
   const Floats factor = splat(job.scale_log2);
 #pragma GCC unroll 8
   for (int r = 0; r < kBlock; ++r) {
@@ -95,38 +148,51 @@ DATTN_INLINE void probability_block(const Backward<Unit>& b, const BackwardJob& 
 #pragma GCC unroll 8
     for (int c = 0; c < kVectors; ++c) {
       acc.v[r][c] = exp2(acc.v[r][c] * factor + minus_lse);
-      if constexpr (Backward<Unit>::kPairs) store(p + r * kPanel + c * kLanes, acc.v[r][c]);
+      if constexpr (kTerms || Backward<Unit>::kPairs) store(between.p + r * kPanel + c * kLanes, acc.v[r][c]);
     }
   }
-  store_columns(b.p + row / UnitOf<Unit>::kElements * kTileStride + panel * kPanel, acc);
+  if constexpr (kTerms) {
+    if (job.terms->drop_below != 0) keep_block(b, band, row, key, acc);
+  }
+  store_columns(b.p + row / UnitOf<Unit>::kElements * kTileStride + key, acc);
 }
 
 // dS of one strip and one panel, from P.
-template <class Unit>
-DATTN_INLINE void gradient_block(const Backward<Unit>& b, const BackwardJob& job, std::int64_t strip, std::int64_t panel,
-                                 const float* p) {
+template <bool kTerms, class Unit>
+DATTN_INLINE void gradient_block(const Backward<Unit>& b, const BackwardJob& job, const Band& band, std::int64_t strip,
+                                 std::int64_t panel, const Between& between) {
   const std::int64_t row = strip * kStrip, key = panel * kPanel;
   Block<kVectors> acc;
   clear(acc);
   multiply<false>(acc, b.dout + row * b.v_stride, b.v_stride,
                   static_cast<const Unit*>(job.v_columns) + panel * b.v_units * kPanel, kPanel, b.v_units);
-  constexpr bool kPairs = Backward<Unit>::kPairs;
-  const float* from = kPairs ? p : reinterpret_cast<const float*>(b.p + row * kTileStride + key);
-  const std::int64_t stride = kPairs ? kPanel : kTileStride;
+  if constexpr (kTerms) {
+    if (job.terms->drop_below != 0) {
+      keep_block(b, band, row, key, acc);
+      scale_block(acc, job.terms->keep);
+    }
+  }
+  constexpr bool kCopied = kTerms || Backward<Unit>::kPairs;
+  const float* from = kCopied ? between.p : reinterpret_cast<const float*>(b.p + row * kTileStride + key);
+  const std::int64_t stride = kCopied ? kPanel : kTileStride;
 #pragma GCC unroll 8
   for (int r = 0; r < kBlock; ++r) {
     const Floats delta = splat(b.delta[row + r]);
 #pragma GCC unroll 8
     for (int c = 0; c < kVectors; ++c) acc.v[r][c] = load(from + r * stride + c * kLanes) * (acc.v[r][c] - delta);
+  }
+  if constexpr (kTerms) gradients_of_terms(*job.terms, band, row, key, between, acc);
 #if defined(__AVX512BF16__)
-    if constexpr (kPairs) {
+  if constexpr (Backward<Unit>::kPairs) {
+#pragma GCC unroll 8
+    for (int r = 0; r < kBlock; ++r) {
 #pragma GCC unroll 8
       for (int c = 0; c < kVectors; c += 2) {
         store(b.ds + (row + r) * kTileStride + (key + c * kLanes) / 2, to_pairs(acc.v[r][c], acc.v[r][c + 1]));
       }
     }
-#endif
   }
+#endif
   store_columns(b.ds_columns + row / UnitOf<Unit>::kElements * kTileStride + key, acc);
 }
 
@@ -159,11 +225,25 @@ DATTN_INLINE Piece piece_of(const Band& band) {
   return {first_strip(band), end_strip(band), begin / kPanel, (end + kPanel - 1) / kPanel};
 }
 
+// The bits of dropout for the rows and keys of a piece.
 template <class Unit>
+DATTN_INLINE void keep_band(const Backward<Unit>& b, const Terms& t, const Band& band) {
+  for (std::int64_t row = band.row_begin; row < band.row_end; ++row) {
+    const KeyRange range = keys_of_row(band, row);
+    const std::int64_t begin = range.begin / kPanel * kPanel;  // whole bytes
+    if (begin < range.end) keep_bits(t, band, row, begin, range.end - begin, b.keep + row * kKeepStride + begin / 8);
+  }
+}
+
+template <bool kTerms, class Unit>
 DATTN_INLINE void scores_of_band(const Backward<Unit>& b, const BackwardJob& job, const Band& band, const Piece& piece) {
-  alignas(64) float p[kBlock * kPanel];
+  alignas(64) float p[kBlock * kPanel], slope[kTerms ? kBlock * kPanel : 1];
+  const Between between{p, slope};
   Block<kVectors> zero;
   clear(zero);
+  if constexpr (kTerms) {
+    if (job.terms->drop_below != 0) keep_band(b, *job.terms, band);
+  }
   for (std::int64_t panel = piece.panel; panel < piece.end_panel; ++panel) {
     const std::int64_t key = panel * kPanel;
     for (std::int64_t strip = piece.strip; strip < piece.end_strip; ++strip) {
@@ -174,8 +254,8 @@ DATTN_INLINE void scores_of_band(const Backward<Unit>& b, const BackwardJob& job
         store_columns(b.ds_columns + at, zero);
         continue;
       }
-      probability_block(b, job, band, strip, panel, !covers(range.all, key, key + kPanel), p);
-      gradient_block(b, job, strip, panel, p);
+      probability_block<kTerms>(b, job, band, strip, panel, !covers(range.all, key, key + kPanel), between);
+      gradient_block<kTerms>(b, job, band, strip, panel, between);
     }
   }
 }
@@ -226,14 +306,17 @@ void backward(const BackwardJob& job) {
     const float lse = inside ? job.lse[row * job.lse_stride] : kMinusInfinity;
     b.minus_lse[row] = lse == kMinusInfinity ? kMinusInfinity : -lse * kLog2e;  // nothing seen: P = 0
     b.delta[row] = inside ? job.delta[row * job.delta_stride] : 0.0f;
-    for (std::int64_t d = 0; d < b.q_width; d += kLanes) store(job.dq + row * b.q_width + d, Floats{});
+    for (std::int64_t d = 0; d < b.q_width && job.dq != nullptr; d += kLanes) store(job.dq + row * b.q_width + d, Floats{});
   }
   for (std::int64_t i = 0; i < job.n_bands; ++i) {
     const Band& band = job.bands[i];
     const Piece piece = piece_of(band);
-    scores_of_band(b, job, band, piece);
-    gradients_of_keys(b, job, band, piece);
-    gradients_of_rows(b, job, band, piece);
+    if (job.terms == nullptr)
+      scores_of_band<false>(b, job, band, piece);
+    else
+      scores_of_band<true>(b, job, band, piece);
+    if (job.dk != nullptr) gradients_of_keys(b, job, band, piece);
+    if (job.dq != nullptr) gradients_of_rows(b, job, band, piece);
   }
 }
 

@@ -37,8 +37,9 @@ void finish(const AttendArgs& args, const States& states, std::int64_t b, std::i
     if (states.sum.ptr<float>()[at] == 0) continue;
     const float weight = std::exp2(states.top.ptr<float>()[at] - top);
     sum += weight * states.sum.ptr<float>()[at];
+    const float kept = weight * static_cast<float>(1 / (1 - args.terms.dropout.p));
     const float* from = states.out.ptr<float>() + at * states.width;
-    for (std::int64_t d = 0; d < dim; ++d) out[d] += weight * from[d];
+    for (std::int64_t d = 0; d < dim; ++d) out[d] += kept * from[d];
   }
   for (std::int64_t d = 0; d < dim && sum != 0; ++d) out[d] /= sum;
   lse = sum == 0 ? kNothing : (top + std::log2(sum)) * 0.693147180559945309f;
@@ -71,8 +72,10 @@ void attend_decode(const Path& path, const AttendArgs& args) {
       job.v = rows_of(args.v, b, hull.begin + begin, count, kv);
       job.bands = bands.data();
       job.n_bands = static_cast<std::int64_t>(bands.size());
-      job.scale_log2 = base2_factor(args.scale);
+      job.scale_log2 = base2_factor(args.scale, args.terms);
       job.scale_sign = args.scale < 0 ? -1.0f : 1.0f;
+      const Terms terms = terms_of(args.terms, args.scale, args.heads, b, 0, h);
+      job.terms = args.terms.any() ? &terms : nullptr;
       job.out = states.out.ptr<float>() + at * states.width;
       job.top = states.top.ptr<float>() + at;
       job.sum = states.sum.ptr<float>() + at;

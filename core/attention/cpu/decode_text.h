@@ -5,6 +5,7 @@
 
 #include "core/attention/cpu/bands.h"
 #include "core/attention/cpu/pack.h"
+#include "core/attention/cpu/terms_text.h"
 
 namespace dattn::cpu::DATTN_ISA {
 
@@ -52,13 +53,17 @@ DATTN_INLINE void add_values(float* out, float rescale, const float* p, const Ro
 }
 
 // One row over the keys [begin, begin + count), count <= kDecodeBlock.
-template <class Storage>
-DATTN_INLINE void decode_block(const DecodeJob& job, std::int64_t row, const float* q, float* p, std::int64_t begin,
-                               std::int64_t count) {
+template <bool kTerms, class Storage>
+DATTN_INLINE void decode_block(const DecodeJob& job, const Band& band, std::int64_t row, const float* q, float* p,
+                               std::int64_t begin, std::int64_t count) {
   const Ints lanes = lane_numbers();
   Floats tops = splat(kMinusInfinity);
+  if constexpr (kTerms) {
+    for (std::int64_t i = 0; i < count; i += kLanes) store(p + i, score_keys<Storage>(q, job.k, begin + i, count - i));
+    if (job.terms->scores) true_scores(*job.terms, band, row, begin, count, p, nullptr);
+  }
   for (std::int64_t i = 0; i < count; i += kLanes) {
-    Floats s = score_keys<Storage>(q, job.k, begin + i, count - i);
+    Floats s = kTerms ? load(p + i) : score_keys<Storage>(q, job.k, begin + i, count - i);
     s = lanes < splat_int(static_cast<std::int32_t>(count - i)) ? s * splat(job.scale_log2) : splat(kMinusInfinity);
     tops = at_least(tops, s);
     store(p + i, s);
@@ -72,6 +77,14 @@ DATTN_INLINE void decode_block(const DecodeJob& job, std::int64_t row, const flo
     const Floats e = exp2(load(p + i) - splat(finite));
     sum += e;
     store(p + i, e);
+  }
+  if constexpr (kTerms) {
+    if (job.terms->drop_below != 0) {
+      unsigned char bits[keep_bytes(kDecodeBlock)];
+      keep_bits(*job.terms, band, row, begin, count, bits);
+      const std::int64_t bit = first_bit(band, begin);
+      for (std::int64_t i = 0; i < count; i += kLanes) store(p + i, keep_lanes(load(p + i), bits, bit + i));
+    }
   }
   job.top[row] = top;
   job.sum[row] = job.sum[row] * rescale + sum_of(sum);
@@ -99,7 +112,11 @@ void decode(const DecodeJob& job) {
       for (std::int64_t row = band.row_begin; row < band.row_end; ++row) {
         const KeyRange range = keys_of_row(band, row);
         const std::int64_t begin = larger(range.begin, block), end = smaller(range.end, block + kDecodeBlock);
-        if (begin < end) decode_block<Storage>(job, row, q + row * q_width, p, begin, end - begin);
+        if (begin >= end) continue;
+        if (job.terms == nullptr)
+          decode_block<false, Storage>(job, band, row, q + row * q_width, p, begin, end - begin);
+        else
+          decode_block<true, Storage>(job, band, row, q + row * q_width, p, begin, end - begin);
       }
     }
   }

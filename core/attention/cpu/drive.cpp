@@ -5,6 +5,7 @@
 #include <limits>
 #include <memory>
 
+#include "core/attention/dropout.h"
 #include "core/base/error.h"
 
 namespace dattn::cpu {
@@ -20,18 +21,24 @@ Rows rows_of(const TensorView& view, std::int64_t b, std::int64_t begin, std::in
   return {static_cast<const char*>(view.data) + offset * size_of(view.dtype), view.stride(1), count, view.size(3)};
 }
 
-Interval key_hull(std::span<const Tile> tiles) {
+Interval key_hull(std::span<const Tile> tiles, std::int64_t block) {
   if (tiles.empty()) return {0, 0};
   Interval hull = tiles.front().rows.k;
   for (const Tile& tile : tiles) {
     hull.begin = std::min(hull.begin, tile.rows.k.begin);
     hull.end = std::max(hull.end, tile.rows.k.end);
   }
-  return hull;
+  return {hull.begin / block * block, hull.end};
 }
 
 std::vector<std::vector<Band>> bands_by_block(std::span<const Tile> tiles, std::int64_t seq_q, std::int64_t block_rows,
-                                              std::int64_t first_key) {
+                                              std::int64_t first_key, bool by_region) {
+  std::vector<Tile> sorted;
+  if (by_region) {
+    sorted.assign(tiles.begin(), tiles.end());
+    std::stable_sort(sorted.begin(), sorted.end(), [](const Tile& a, const Tile& b) { return a.region < b.region; });
+    tiles = sorted;
+  }
   std::vector<std::vector<Band>> blocks(static_cast<std::size_t>(ceil_div(seq_q, block_rows)));
   for (const Tile& tile : tiles) {
     for (std::int64_t block = tile.rows.q.begin / block_rows; block * block_rows < tile.rows.q.end; ++block) {
@@ -40,7 +47,9 @@ std::vector<std::vector<Band>> bands_by_block(std::span<const Tile> tiles, std::
       if (!part) continue;
       const Region local = shift(*part, -first_row, -first_key);
       blocks[static_cast<std::size_t>(block)].push_back(
-          {local.q.begin, local.q.end, local.k.begin, local.k.end, std::max(local.lo, -kFar), std::min(local.hi, kFar)});
+          {local.q.begin, local.q.end, local.k.begin, local.k.end, std::max(local.lo, -kFar), std::min(local.hi, kFar),
+           tile.q_position + (part->q.begin - tile.rows.q.begin) * tile.step,
+           tile.k_position + (part->k.begin - tile.rows.k.begin) * tile.step, tile.step});
     }
   }
   return blocks;
@@ -53,13 +62,43 @@ void bands_in_range(const std::vector<Band>& block, std::int64_t begin, std::int
     const auto part = restrict_to(region, region.q, {begin, end});
     if (!part) continue;
     bands.push_back({part->q.begin, part->q.end, part->k.begin - begin, part->k.end - begin, std::max(part->lo - begin, -kFar),
-                     std::min(part->hi - begin, kFar)});
+                     std::min(part->hi - begin, kFar), band.q_position + (part->q.begin - band.row_begin) * band.step,
+                     band.k_position + (part->k.begin - band.k_begin) * band.step, band.step});
   }
 }
 
-float base2_factor(double scale) {
-  const double factor = std::abs(scale) * 1.4426950408889634;
-  return std::max(static_cast<float>(factor), std::numeric_limits<float>::min());
+float base2_factor(double scale, const ScoreTerms& terms) {
+  constexpr double kLog2e = 1.4426950408889634;
+  if (terms.changes_scores()) return static_cast<float>(kLog2e);
+  return std::max(static_cast<float>(std::abs(scale) * kLog2e), std::numeric_limits<float>::min());
+}
+
+Terms terms_of(const ScoreTerms& terms, double scale, const HeadMap& heads, std::int64_t b, std::int64_t row, std::int64_t h) {
+  const std::int64_t head = heads.q_begin + h;
+  Terms t{};
+  t.scores = terms.changes_scores();
+  t.factor = static_cast<float>(std::abs(scale) / (terms.softcap == 0 ? 1.0 : terms.softcap));
+  t.softcap = static_cast<float>(terms.softcap);
+  if (!terms.alibi_slopes.empty()) t.slope = static_cast<float>(terms.alibi_slopes[static_cast<std::size_t>(head)]);
+  if (terms.bias.data != nullptr) {
+    t.bias = bias_row(terms.bias, b, row, h);
+    t.bias_stride = terms.bias.stride(1);
+    t.half_bias = terms.bias.dtype == DType::kBF16;
+  }
+  const AttentionDropout& dropout = terms.dropout;
+  t.keep = static_cast<float>(1 / (1 - dropout.p));
+  t.drop_below = drop_below(dropout);
+  t.key[0] = static_cast<std::uint32_t>(dropout.seed);
+  t.key[1] = static_cast<std::uint32_t>(dropout.seed >> 32);
+  t.stream = static_cast<std::uint32_t>(dropout.stream);
+  t.row = dropout_row(dropout, b, head);
+  return t;
+}
+
+std::byte* bias_row(const TensorView& bias, std::int64_t b, std::int64_t row, std::int64_t h) {
+  const std::int64_t offset =
+      (bias.size(0) == 1 ? 0 : b) * bias.stride(0) + row * bias.stride(1) + (bias.size(2) == 1 ? 0 : h) * bias.stride(2);
+  return static_cast<std::byte*>(bias.data) + offset * size_of(bias.dtype);
 }
 
 std::byte* scratch(std::int64_t bytes) {

@@ -21,19 +21,27 @@ inline const Ops& ops_for(const Path& path, DType storage) { return storage == D
 // Rows [begin, begin + count) of head h of batch row b of a view [B, S, H, D].
 Rows rows_of(const TensorView& view, std::int64_t b, std::int64_t begin, std::int64_t count, std::int64_t h);
 
-// The smallest range of key rows that holds every tile.
-Interval key_hull(std::span<const Tile> tiles);
+// The smallest range of key rows that holds every tile and begins at a multiple of `block`.
+Interval key_hull(std::span<const Tile> tiles, std::int64_t block = 1);
 
 // Element i: the bands of query rows [i * block_rows, ..), with rows counted from the block's first row and keys from
-// `first_key`.
+// `first_key`. In the order of the tiles or, where `by_region`, in an order that does not depend on how rows were cut:
+// by region of the mask, and inside one region ascending.
 std::vector<std::vector<Band>> bands_by_block(std::span<const Tile> tiles, std::int64_t seq_q, std::int64_t block_rows,
-                                              std::int64_t first_key);
+                                              std::int64_t first_key, bool by_region = false);
 
 // The bands of a block inside the keys [begin, end), with keys counted from `begin`.
 void bands_in_range(const std::vector<Band>& block, std::int64_t begin, std::int64_t end, std::vector<Band>& bands);
 
-// |scale| * log2(e), never 0, so that a hidden score of -inf stays -inf when multiplied with it.
-float base2_factor(double scale);
+// What the kernels multiply their scores with to get exponents of 2: log2(e) where terms make true scores, else |scale| *
+// log2(e), never 0, so that a hidden score of -inf stays -inf.
+float base2_factor(double scale, const ScoreTerms& terms);
+
+// The terms of the query rows from `row` on of local batch row b and query head h.
+Terms terms_of(const ScoreTerms& terms, double scale, const HeadMap& heads, std::int64_t b, std::int64_t row, std::int64_t h);
+
+// Element (b, row, h, position 0) of a bias or its gradient [B or 1, S, H or 1, N].
+std::byte* bias_row(const TensorView& bias, std::int64_t b, std::int64_t row, std::int64_t h);
 
 // This thread's scratch, at least `bytes`, 64-byte aligned; kept until the thread ends.
 std::byte* scratch(std::int64_t bytes);

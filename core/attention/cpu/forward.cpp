@@ -45,10 +45,10 @@ class PackedKeys {
 void attend(const Path& path, const AttendArgs& args) {
   const std::int64_t batch = args.q.size(0), seq = args.q.size(1), heads = args.q.size(2);
   if (batch * seq * heads == 0) return;
-  if (seq <= kDecodeRows) return attend_decode(path, args);
+  if (seq <= kDecodeRows && !args.invariant) return attend_decode(path, args);
   const Ops& ops = ops_for(path, args.q.dtype);
-  const Interval hull = key_hull(args.tiles);
-  const auto blocks = bands_by_block(args.tiles, seq, kForwardRows, hull.begin);
+  const Interval hull = key_hull(args.tiles, args.invariant ? kForwardKeys : 1);
+  const auto blocks = bands_by_block(args.tiles, seq, kForwardRows, hull.begin, args.invariant);
   const PackedKeys packed(ops, args, hull);
   const auto n_blocks = static_cast<std::int64_t>(blocks.size());
   const std::int64_t scratch_bytes = ops.forward_scratch(args.q.size(3), args.v.size(3));
@@ -64,12 +64,15 @@ void attend(const Path& path, const AttendArgs& args) {
     job.dim_v = args.v.size(3);
     job.bands = bands.data();
     job.n_bands = static_cast<std::int64_t>(bands.size());
-    job.scale_log2 = base2_factor(args.scale);
+    job.scale_log2 = base2_factor(args.scale, args.terms);
     job.out = &args.out.at<float>(b, row, h);
     job.out_stride = args.out.stride(1);
     job.lse = &args.lse.at<float>(b, h, row);
     job.lse_stride = args.lse.stride(2);
     job.merge = args.merge;
+    job.invariant = args.invariant;
+    const Terms terms = terms_of(args.terms, args.scale, args.heads, b, row, h);
+    job.terms = args.terms.any() ? &terms : nullptr;
     job.scratch = scratch(scratch_bytes);
     ops.forward(job);
   });

@@ -8,6 +8,7 @@
 
 #include "core/attention/cpu/bands.h"
 #include "core/attention/cpu/pack.h"
+#include "core/attention/cpu/terms_text.h"
 
 namespace dattn::cpu::DATTN_ISA {
 
@@ -52,13 +53,16 @@ std::int64_t forward_scratch(std::int64_t dim_qk, std::int64_t dim_v) {
 }
 
 // S of one strip and one panel, with the maxima of its rows.
-template <class Unit>
-DATTN_INLINE void score_block(const Forward<Unit>& f, const Unit* columns, const Band& band, std::int64_t strip,
-                              std::int64_t key, std::int64_t column, bool first, bool hidden) {
+template <bool kTerms, class Unit>
+DATTN_INLINE void score_block(const Forward<Unit>& f, const ForwardJob& job, const Unit* columns, const Band& band,
+                              std::int64_t strip, std::int64_t key, std::int64_t column, bool first, bool hidden) {
   Block<kVectors> acc;
   clear(acc);
   const std::int64_t row = strip * kStrip;
   multiply<false>(acc, f.q + row * f.q_stride, f.q_stride, columns, kPanel, f.q_units);
+  if constexpr (kTerms) {
+    if (job.terms->scores) true_scores(*job.terms, band, row, key, acc, nullptr);
+  }
   if (hidden) hide(acc, band, row, key, kMinusInfinity);
 #pragma GCC unroll 8
   for (int r = 0; r < kBlock; ++r) {
@@ -74,16 +78,22 @@ DATTN_INLINE void score_block(const Forward<Unit>& f, const Unit* columns, const
   }
 }
 
-// P of columns [begin, end) of one row, in place. Returns its sum.
-template <class Unit>
-DATTN_INLINE float exponentiate(float* scores, std::int64_t begin, std::int64_t end, float factor, float minus_top) {
+// P of columns [begin, end) of one row, in place. Returns its sum, to which dropped keys belong; their P becomes 0 then.
+// `bits` holds column begin's at number `bit`.
+template <bool kDropout, class Unit>
+DATTN_INLINE float exponentiate(float* scores, std::int64_t begin, std::int64_t end, float factor, float minus_top,
+                                const unsigned char* bits, std::int64_t bit) {
   const Floats c = splat(factor), m = splat(minus_top);
   Floats sum0{}, sum1{};
   for (std::int64_t i = begin; i < end; i += 2 * kLanes) {
-    const Floats p0 = exp2(load(scores + i) * c + m);
-    const Floats p1 = exp2(load(scores + i + kLanes) * c + m);
+    Floats p0 = exp2(load(scores + i) * c + m);
+    Floats p1 = exp2(load(scores + i + kLanes) * c + m);
     sum0 += p0;
     sum1 += p1;
+    if constexpr (kDropout) {
+      p0 = keep_lanes(p0, bits, bit + i - begin);
+      p1 = keep_lanes(p1, bits, bit + i - begin + kLanes);
+    }
 #if defined(__AVX512BF16__)
     if constexpr (UnitOf<Unit>::kElements == 2) {
       store(scores + i / 2, to_pairs(p0, p1));
@@ -96,10 +106,12 @@ DATTN_INLINE float exponentiate(float* scores, std::int64_t begin, std::int64_t 
   return sum_of(sum0 + sum1);
 }
 
-// Softmax of one strip over columns [begin, end): m, l and the factor that O must be multiplied with.
-template <class Unit>
-DATTN_INLINE void softmax_strip(const Forward<Unit>& f, std::int64_t strip, std::int64_t begin, std::int64_t end,
-                                float factor) {
+// Softmax of one strip over columns [begin, end), the first of which is key `key`: m, l and the factor that O must be
+// multiplied with.
+template <bool kTerms, class Unit>
+DATTN_INLINE void softmax_strip(const Forward<Unit>& f, const ForwardJob& job, const Band& band, std::int64_t strip,
+                                std::int64_t key, std::int64_t begin, std::int64_t end) {
+  const float factor = job.scale_log2;
   for (std::int64_t row = strip * kStrip; row < (strip + 1) * kStrip; ++row) {
     const float seen = maximum_of(load(f.row_top + row * kLanes)) * factor;
     const float old = f.top[row];
@@ -107,7 +119,17 @@ DATTN_INLINE void softmax_strip(const Forward<Unit>& f, std::int64_t strip, std:
     const float finite = top == kMinusInfinity ? 0.0f : top;  // (-inf) - (-inf) would be NaN
     f.top[row] = top;
     f.rescale[row] = top == old ? 1.0f : exp2(splat(old - finite))[0];
-    f.sum[row] = f.sum[row] * f.rescale[row] + exponentiate<Unit>(f.scores + row * kScoreStride, begin, end, factor, -finite);
+    float* scores = f.scores + row * kScoreStride;
+    if constexpr (kTerms) {
+      if (job.terms->drop_below != 0) {
+        unsigned char bits[keep_bytes(kForwardKeys)];
+        keep_bits(*job.terms, band, row, key, end - begin, bits);
+        f.sum[row] = f.sum[row] * f.rescale[row] +
+                     exponentiate<true, Unit>(scores, begin, end, factor, -finite, bits, first_bit(band, key));
+        continue;
+      }
+    }
+    f.sum[row] = f.sum[row] * f.rescale[row] + exponentiate<false, Unit>(scores, begin, end, factor, -finite, nullptr, 0);
   }
 }
 
@@ -138,14 +160,16 @@ DATTN_INLINE void accumulate_strip(const Forward<Unit>& f, std::int64_t strip, s
       });
 }
 
-// One band of a block: key blocks of kForwardKeys, aligned to panels.
-template <class Unit>
+// One band of a block: key blocks of kForwardKeys, aligned to panels, or, for invariant jobs, to their own size. What a
+// row gets then depends on its keys alone: hidden keys in its strip add exact zeros, and never move a sum to another lane.
+template <bool kTerms, class Unit>
 DATTN_INLINE void forward_band(const Forward<Unit>& f, const ForwardJob& job, const Band& band) {
   const auto* k_columns = static_cast<const Unit*>(job.k_columns);
   const auto* v_rows = static_cast<const Unit*>(job.v_rows);
   const std::int64_t step = kForwardKeys / kPanel;  // panels of one key block
   const std::int64_t end_panel = (band.k_end + kPanel - 1) / kPanel;
-  for (std::int64_t block = band.k_begin / kPanel; block < end_panel; block += step) {
+  const std::int64_t first_block = job.invariant ? band.k_begin / kForwardKeys * step : band.k_begin / kPanel;
+  for (std::int64_t block = first_block; block < end_panel; block += step) {
     const std::int64_t block_end = smaller(block + step, end_panel);
     for (std::int64_t panel = block; panel < block_end; ++panel) {
       const std::int64_t key = panel * kPanel;
@@ -153,26 +177,27 @@ DATTN_INLINE void forward_band(const Forward<Unit>& f, const ForwardJob& job, co
         const StripRange range = keys_of_strip(band, strip * kStrip);
         if (!overlaps(range.any, key, key + kPanel)) continue;
         const bool first = panel == block || !overlaps(range.any, key - kPanel, key);
-        score_block(f, k_columns + panel * f.q_units * kPanel, band, strip, key, (panel - block) * kPanel, first,
-                    !covers(range.all, key, key + kPanel));
+        score_block<kTerms>(f, job, k_columns + panel * f.q_units * kPanel, band, strip, key, (panel - block) * kPanel, first,
+                            !covers(range.all, key, key + kPanel));
       }
     }
     for (std::int64_t strip = first_strip(band); strip < end_strip(band); ++strip) {
       const KeyRange any = keys_of_strip(band, strip * kStrip).any;
       const std::int64_t begin = larger(any.begin / kPanel, block), end = smaller((any.end + kPanel - 1) / kPanel, block_end);
       if (any.begin >= any.end || begin >= end) continue;
-      softmax_strip(f, strip, (begin - block) * kPanel, (end - block) * kPanel, job.scale_log2);
+      softmax_strip<kTerms>(f, job, band, strip, begin * kPanel, (begin - block) * kPanel, (end - block) * kPanel);
       accumulate_strip(f, strip, (begin - block) * kPanel, (end - block) * kPanel,
                        v_rows + block * kPanel / UnitOf<Unit>::kElements * f.width);
     }
   }
 }
 
-// Writes the state of one row, or merges it into what stands there.
-DATTN_INLINE void finish_row(const float* from, float top, float sum, std::int64_t dim, bool merge, float* out, float* lse) {
+// Writes the state of one row, or merges it into what stands there. Kept probabilities count `kept` times.
+DATTN_INLINE void finish_row(const float* from, float top, float sum, float kept, std::int64_t dim, bool merge, float* out,
+                             float* lse) {
   constexpr float kLn2 = 0.693147180559945309f;
   const float mine = sum == 0 ? kMinusInfinity : (top + __builtin_log2f(sum)) * kLn2;
-  float take = sum == 0 ? 0.0f : 1.0f / sum, keep = 0;
+  float take = sum == 0 ? 0.0f : kept / sum, keep = 0;
   float both = mine;
   if (merge && *lse != kMinusInfinity) {
     if (sum == 0) return;
@@ -197,9 +222,15 @@ void forward(const ForwardJob& job) {
     f.sum[row] = 0;
     for (std::int64_t d = 0; d < f.width; d += kLanes) store(f.out + row * f.width + d, Floats{});
   }
-  for (std::int64_t i = 0; i < job.n_bands; ++i) forward_band(f, job, job.bands[i]);
+  for (std::int64_t i = 0; i < job.n_bands; ++i) {
+    if (job.terms == nullptr)
+      forward_band<false>(f, job, job.bands[i]);
+    else
+      forward_band<true>(f, job, job.bands[i]);
+  }
+  const float kept = job.terms == nullptr ? 1.0f : job.terms->keep;
   for (std::int64_t row = 0; row < job.q.count; ++row) {
-    finish_row(f.out + row * f.width, f.top[row], f.sum[row], job.dim_v, job.merge, job.out + row * job.out_stride,
+    finish_row(f.out + row * f.width, f.top[row], f.sum[row], kept, job.dim_v, job.merge, job.out + row * job.out_stride,
                job.lse + row * job.lse_stride);
   }
 }

@@ -20,11 +20,29 @@ inline constexpr std::int64_t kBackwardKeys = 192;  // keys of one backward task
 inline constexpr std::int64_t kDecodeRows = 4;      // up to this many query rows, keys are read once and never packed
 
 // Visible keys of the query rows [row_begin, row_end) of a block: max(k_begin, row + lo) <= key < min(k_end, row + hi + 1).
-// Rows count from the block's first, keys from the first packed key.
+// Rows count from the block's first, keys from the first packed key. Row r is at position q_position + (r - row_begin) *
+// step, key j at k_position + (j - k_begin) * step.
 struct Band {
   std::int64_t row_begin, row_end;
   std::int64_t k_begin, k_end;
   std::int64_t lo, hi;
+  std::int64_t q_position, k_position, step;
+};
+
+// ScoreTerms for the rows of one job; see terms_text.h and dropout_text.h.
+struct Terms {
+  bool scores;   // scores change: the job then works with true scores, and its scale_log2 is log2(e)
+  float factor;  // |scale|, or |scale| / softcap
+  float softcap;
+  float slope;       // of ALiBi
+  const void* bias;  // the job's first row; column = key position; null: none
+  std::int64_t bias_stride;
+  bool half_bias;  // bf16, else fp32
+  float* dbias;    // like bias; null: not wanted
+  std::int64_t dbias_stride;
+  float keep;                         // 1 / (1 - dropout p)
+  std::uint32_t drop_below;           // a pair is dropped where the upper 24 bits of its word are less; 0: no dropout
+  std::uint32_t key[2], stream, row;  // Philox key and the first two words of the counter
 };
 
 // `count` rows of `dim` elements in storage type, `stride` elements apart.
@@ -49,6 +67,8 @@ struct ForwardJob {
   float* lse;
   std::int64_t lse_stride;
   bool merge;
+  bool invariant;      // key blocks start at multiples of kForwardKeys, whatever the bands are
+  const Terms* terms;  // null: none
   std::byte* scratch;  // forward_scratch bytes, 64-byte aligned
 };
 
@@ -64,9 +84,10 @@ struct BackwardJob {
   const Band* bands;
   std::int64_t n_bands;
   float scale_log2;
-  float* dk;  // [chunk keys][D padded], without the factor scale; added to
-  float* dv;  // [chunk keys][V padded]; added to
-  float* dq;  // [kBackwardRows][D padded], without the factor scale; overwritten
+  float* dk;           // [chunk keys][D padded], without the factor scale; added to; null: dk and dv are not wanted
+  float* dv;           // [chunk keys][V padded], without the factor keep; added to
+  float* dq;           // [kBackwardRows][D padded], without the factor scale; overwritten; null: not wanted
+  const Terms* terms;  // null: none
   std::byte* scratch;
 };
 
@@ -77,9 +98,10 @@ struct DecodeJob {
   std::int64_t n_bands;
   float scale_log2;
   float scale_sign;
-  float* out;  // [rows][V padded]
-  float* top;  // [rows] maximum, in base-2 exponents; -inf where nothing was seen
-  float* sum;  // [rows]
+  const Terms* terms;  // null: none
+  float* out;          // [rows][V padded], without the factor keep
+  float* top;          // [rows] maximum, in base-2 exponents; -inf where nothing was seen
+  float* sum;          // [rows]
   std::byte* scratch;
 };
 

@@ -28,6 +28,7 @@ constexpr float kMinusInfinity = -__builtin_inff();
 using Floats __attribute__((vector_size(kLanes * 4))) = float;
 using Ints __attribute__((vector_size(kLanes * 4))) = std::int32_t;
 using Words __attribute__((vector_size(kLanes * 4))) = std::uint32_t;
+using Longs __attribute__((vector_size(kLanes * 4))) = std::uint64_t;  // kLanes / 2 of them
 using Halves __attribute__((vector_size(kLanes * 2))) = std::uint16_t;
 using FloatsAnywhere __attribute__((vector_size(kLanes * 4), aligned(2), may_alias)) = float;
 using HalvesAnywhere __attribute__((vector_size(kLanes * 2), aligned(2), may_alias)) = std::uint16_t;
@@ -46,6 +47,7 @@ DATTN_INLINE Ints splat_int(std::int32_t value) { return value - Ints{}; }
 DATTN_INLINE Floats load(const void* from) { return *static_cast<const FloatsAnywhere*>(from); }
 DATTN_INLINE void store(void* to, Floats value) { *static_cast<FloatsAnywhere*>(to) = value; }
 DATTN_INLINE Floats widen(Halves half) { return (Floats)(__builtin_convertvector(half, Words) << 16); }
+DATTN_INLINE float widen_one(std::uint16_t half) { return __builtin_bit_cast(float, static_cast<std::uint32_t>(half) << 16); }
 DATTN_INLINE Floats load_half(const void* from) { return widen(*static_cast<const HalvesAnywhere*>(from)); }
 
 // The first `bytes` bytes (fewer than a vector), the rest 0.
@@ -139,6 +141,42 @@ DATTN_INLINE Ints lane_numbers() {
 #else
   return Ints{0, 1, 2, 3};
 #endif
+}
+
+DATTN_INLINE Longs splat_long(std::uint64_t value) { return value - Longs{}; }
+
+// Products of the lower halves of each element.
+DATTN_INLINE Longs multiply_low(Longs a, Longs b) {
+#if defined(__AVX512F__)
+  return (Longs)_mm512_mul_epu32((__m512i)a, (__m512i)b);
+#elif defined(__AVX2__)
+  return (Longs)_mm256_mul_epu32((__m256i)a, (__m256i)b);
+#elif defined(__SSE2__)
+  return (Longs)_mm_mul_epu32((__m128i)a, (__m128i)b);
+#else
+  return (a & splat_long(0xffffffffu)) * (b & splat_long(0xffffffffu));
+#endif
+}
+
+// Bit i: whether lane i of a comparison's result is true.
+DATTN_INLINE std::uint32_t bits_of(Ints truth) {
+#if defined(__AVX512F__)
+  return _mm512_movepi32_mask((__m512i)truth);
+#elif defined(__AVX2__)
+  return static_cast<std::uint32_t>(_mm256_movemask_ps((__m256)truth));
+#elif defined(__SSE2__)
+  return static_cast<std::uint32_t>(_mm_movemask_ps((__m128)truth));
+#else
+  std::uint32_t bits = 0;
+  for (int i = 0; i < kLanes; ++i) bits |= truth[i] != 0 ? 1u << i : 0u;
+  return bits;
+#endif
+}
+
+// `value` in the lanes whose bit is set, else 0.
+DATTN_INLINE Floats where_set(std::uint32_t bits, Floats value) {
+  const Ints set = splat_int(static_cast<std::int32_t>(bits)) & (splat_int(1) << lane_numbers());
+  return (Floats)((Ints)value & (Ints)(set != Ints{}));
 }
 
 // Units: broadcast, multiply-add, and how many elements one holds.

@@ -21,6 +21,12 @@ struct Problem {
   std::vector<Tile> tiles;
   double scale = 0.0;      // 0: 1 / sqrt(dim_qk)
   float magnitude = 1.0f;  // standard deviation of q and k
+  double softcap = 0.0;
+  std::vector<double> slopes{};
+  Shape bias{};            // no axes: none
+  bool fp32_bias = false;  // else in storage type
+  AttentionDropout dropout{};
+  bool invariant = false;
 
   double factor() const { return scale != 0.0 ? scale : 1.0 / std::sqrt(static_cast<double>(dim_qk)); }
 };
@@ -45,7 +51,7 @@ inline Problem make_problem(std::int64_t seq_q, std::int64_t seq_kv, std::int64_
 }
 
 struct Inputs {
-  Tensor q, k, v, dout;
+  Tensor q, k, v, dout, bias;
 };
 
 inline Tensor random_tensor(const Shape& shape, std::uint64_t seed, float magnitude, DType rounded_to) {
@@ -61,23 +67,33 @@ inline Inputs random_inputs(const Problem& p, DType storage, std::uint64_t seed 
   return {random_tensor({p.batch, p.seq_q, p.heads, p.dim_qk}, seed, p.magnitude, storage),
           random_tensor({p.batch, p.seq_kv, p.kv_heads, p.dim_qk}, seed + 1, p.magnitude, storage),
           random_tensor({p.batch, p.seq_kv, p.kv_heads, p.dim_v}, seed + 2, 1.0f, storage),
-          random_tensor({p.batch, p.seq_q, p.heads, p.dim_v}, seed + 3, 1.0f, storage)};
+          random_tensor({p.batch, p.seq_q, p.heads, p.dim_v}, seed + 3, 1.0f, storage),
+          p.bias.axes > 0 ? random_tensor(p.bias, seed + 4, 1.0f, storage) : Tensor()};
 }
 
+// The terms of a problem; `bias` is the tensor of its bias, undefined where it has none.
+inline ScoreTerms terms_of(const Problem& p, const Tensor& bias) { return {p.softcap, p.slopes, bias.view(), p.dropout}; }
+
 struct Results {
-  Tensor out, lse, dq, dk, dv;
+  Tensor out, lse, dq, dk, dv, dbias{};
 };
 
 inline Results run_kernel(const AttentionKernel& kernel, const Problem& p, const Inputs& inputs, DType storage) {
   const Tensor q = to_dtype(inputs.q, storage), k = to_dtype(inputs.k, storage), v = to_dtype(inputs.v, storage);
   const Tensor dout = to_dtype(inputs.dout, storage);
+  const Tensor bias = inputs.bias.defined() ? to_dtype(inputs.bias, p.fp32_bias ? DType::kF32 : storage) : Tensor();
+  const ScoreTerms terms = terms_of(p, bias);
   const DType sum = accumulate_type(storage);
-  Results r{Tensor(sum, {p.batch, p.seq_q, p.heads, p.dim_v}), Tensor(sum, {p.batch, p.heads, p.seq_q}), Tensor(sum, q->shape),
-            Tensor(sum, k->shape), Tensor(sum, v->shape)};
-  kernel.attend({q, k, v, p.map, p.tiles, p.factor(), r.out, r.lse, false});
+  Results r{Tensor(sum, {p.batch, p.seq_q, p.heads, p.dim_v}),
+            Tensor(sum, {p.batch, p.heads, p.seq_q}),
+            Tensor(sum, q->shape),
+            Tensor(sum, k->shape),
+            Tensor(sum, v->shape),
+            bias.defined() ? Tensor(sum, bias->shape) : Tensor()};
+  kernel.attend({q, k, v, p.map, p.tiles, p.factor(), r.out, r.lse, false, terms, p.invariant});
   const Tensor delta(sum, {p.batch, p.heads, p.seq_q});
   attention_delta(dout, r.out, delta);
-  kernel.attend_grad({q, k, v, p.map, p.tiles, p.factor(), dout, r.lse, delta, r.dq, r.dk, r.dv});
+  kernel.attend_grad({q, k, v, p.map, p.tiles, p.factor(), dout, r.lse, delta, r.dq, r.dk, r.dv, terms, p.invariant, r.dbias});
   return r;
 }
 
