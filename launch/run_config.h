@@ -10,6 +10,7 @@
 #include "core/config/attention_config.h"
 #include "core/config/config.h"
 #include "core/nn/model_config.h"
+#include "parallel/attention.h"
 #include "parallel/layout.h"
 #include "parallel/mesh.h"
 #include "plugins/train/train_config.h"
@@ -29,12 +30,10 @@ struct ConfigNames<DType> {
   static constexpr std::array<std::pair<std::string_view, DType>, 2> kAll{{{"fp32", DType::kF32}, {"bf16", DType::kBF16}}};
 };
 
-// Repeatable: same mesh, same bits.
-enum class Determinism { kRepeatable };
-
 template <>
 struct ConfigNames<Determinism> {
-  static constexpr std::array<std::pair<std::string_view, Determinism>, 1> kAll{{{"repeatable", Determinism::kRepeatable}}};
+  static constexpr std::array<std::pair<std::string_view, Determinism>, 3> kAll{
+      {{"off", Determinism::kOff}, {"repeatable", Determinism::kRepeatable}, {"invariant", Determinism::kInvariant}}};
 };
 
 // `ring: n`, or `ring: {inner: a, outer: b}`: a ring of b rings of a ranks.
@@ -135,12 +134,13 @@ void describe(V& v, CommConfig& c) {
 
 template <class V>
 void describe(V& v, RunConfig& c) {
-  v("attention", c.attention, "the mask and the scale of the scores");
+  v("attention", c.attention, "the mask and the terms of the scores");
   v("mesh", c.mesh, "ranks along each axis; the product equals the ranks of the job");
   v("layout", c.layout, "which positions each part of the sequence holds");
   v("strategy", c.strategy, "how keys and values travel: auto, or a file of parallel/strategies");
   v("dtype", c.dtype, "storage type; sums are kept in fp32");
-  v("determinism", c.determinism, "repeatable: same mesh, same bits");
+  v("determinism", c.determinism,
+    "off or repeatable: same mesh, same bits; invariant: attention has the same bits on every mesh and layout");
   v("threads", c.threads, "threads per rank; 0 = cores / ranks on this machine");
   v("comm", c.comm, "communication");
   v("data", c.data, "the training text");

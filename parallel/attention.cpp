@@ -49,6 +49,26 @@ struct ShardedAttention::Impl {
     check_tensor("v", v, {shape.batch, kv_block().rows.count(), kv_block().heads.kv.count(), shape.dim_v}, shape.dtype);
   }
 
+  // The fields of the plan's query value; checks what a call brings beside q, k and v.
+  std::vector<TensorView> with_bias(const TensorView& q, const AttentionCall& call) const {
+    const std::int64_t heads = q_block().heads.q.count();
+    const auto agree = [](bool planned, const TensorView& brought, bool nothing_held, const char* name) {
+      require(planned ? brought.data != nullptr || nothing_held : brought.data == nullptr,
+              "attention: the plan was made {} {}, the call brings {}", planned ? "for a" : "without", name,
+              planned ? "none" : "one");
+    };
+    agree(shape.sink, call.sink, heads == 0, "sink");
+    agree(shape.bias.has_value(), call.bias, q.elements() == 0, "bias");
+    if (call.sink.data != nullptr) {
+      require(call.sink.shape == Shape({heads}) && call.sink.dtype == DType::kF32, "attention: sink is {} {}; it is fp32 {}",
+              name_of(call.sink.dtype), call.sink.shape.text(), Shape({heads}).text());
+    }
+    if (!shape.bias) return {q};
+    const Field field = fields_of(What::kQuery, shape)[1];
+    check_tensor("bias", call.bias, field_shape(field, shape.batch, q_block().rows.count(), heads), shape.dtype);
+    return {q, call.bias};
+  }
+
   const Mesh& mesh;
   AttentionShape shape;
   Plan forward_plan, backward_plan;
@@ -69,23 +89,33 @@ HeadRange ShardedAttention::heads() const { return impl_->q_block().heads; }
 const Plan& ShardedAttention::forward_plan() const { return impl_->forward_plan; }
 const Plan& ShardedAttention::backward_plan() const { return impl_->backward_plan; }
 
-AttentionResult ShardedAttention::forward(const TensorView& q, const TensorView& k, const TensorView& v, int layer) {
+AttentionResult ShardedAttention::forward(const TensorView& q, const TensorView& k, const TensorView& v,
+                                          const AttentionCall& call) {
   impl_->check_inputs(q, k, v);
-  std::vector<ValueData> outputs = impl_->forward_runner.run({{q}, {k, v}}, layer);
+  std::vector<ValueData> outputs = impl_->forward_runner.run({impl_->with_bias(q, call), {k, v}}, call);
   Tensor lse = owned_field(outputs[0], 0);
   return {owned_field(outputs[0], 1), std::move(lse)};
 }
 
 AttentionGradients ShardedAttention::backward(const TensorView& q, const TensorView& k, const TensorView& v,
-                                              const AttentionResult& result, const TensorView& dout, int layer) {
+                                              const AttentionResult& result, const TensorView& dout,
+                                              const AttentionCall& call) {
   impl_->check_inputs(q, k, v);
   check_tensor("dout", dout, result.out->shape, impl_->shape.dtype);
   Tensor delta = Tensor::uninitialized(result.lse->dtype, result.lse->shape);
   attention_delta(dout, result.out, delta);
-  std::vector<ValueData> outputs = impl_->backward_runner.run({{q}, {k, v}, {result.lse, delta, dout}}, layer);
-  Tensor dq = owned_field(outputs[0], 0);
-  Tensor dk = owned_field(outputs[1], 0);
-  return {std::move(dq), std::move(dk), owned_field(outputs[1], 1)};
+  std::vector<ValueData> outputs =
+      impl_->backward_runner.run({impl_->with_bias(q, call), {k, v}, {result.lse, delta, dout}}, call);
+  AttentionGradients gradients;
+  gradients.dq = owned_field(outputs[0], 0);
+  if (impl_->shape.bias) gradients.dbias = owned_field(outputs[0], 1);
+  gradients.dk = owned_field(outputs[1], 0);
+  gradients.dv = owned_field(outputs[1], 1);
+  if (impl_->shape.sink) {
+    gradients.dsink = Tensor(delta->dtype, {impl_->q_block().heads.q.count()});
+    if (call.sink.data != nullptr) add_sink_gradient(result.lse, delta, call.sink, gradients.dsink);
+  }
+  return gradients;
 }
 
 struct DistributedAttention::Impl {
@@ -109,7 +139,7 @@ DistributedAttention::DistributedAttention(const Mesh& mesh, const AttentionShap
 DistributedAttention::~DistributedAttention() = default;
 
 Tensor DistributedAttention::forward(int layer, const TensorView& q, const TensorView& k, const TensorView& v) {
-  AttentionResult result = impl_->for_batch(q.size(0)).forward(q, k, v, layer);
+  AttentionResult result = impl_->for_batch(q.size(0)).forward(q, k, v, {.layer = layer});
   Tensor out = result.out.clone();
   impl_->saved[layer] = std::move(result);
   return out;
@@ -119,7 +149,7 @@ Attention::Gradients DistributedAttention::backward(int layer, const TensorView&
                                                     const TensorView& dout) {
   const auto saved = impl_->saved.find(layer);
   ensure(saved != impl_->saved.end(), "attention of layer {} has a backward without a forward", layer);
-  AttentionGradients gradients = impl_->for_batch(q.size(0)).backward(q, k, v, saved->second, dout, layer);
+  AttentionGradients gradients = impl_->for_batch(q.size(0)).backward(q, k, v, saved->second, dout, {.layer = layer});
   impl_->saved.erase(saved);
   return {std::move(gradients.dq), std::move(gradients.dk), std::move(gradients.dv)};
 }

@@ -13,6 +13,7 @@
 #include <memory>
 #include <optional>
 #include <string>
+#include <vector>
 
 #include "core/attention/kernel.h"
 #include "core/attention/mask.h"
@@ -21,6 +22,12 @@
 #include "parallel/mesh.h"
 
 namespace dattn {
+
+// Of an additive bias [batch, S, heads, Skv]: false where one row or head serves all.
+struct BiasShape {
+  bool per_batch = true;
+  bool per_head = true;
+};
 
 // Global sizes of one attention call.
 struct AttentionShape {
@@ -32,13 +39,33 @@ struct AttentionShape {
   std::int64_t dim_qk = 64;
   std::int64_t dim_v = 64;
   DType dtype = DType::kF32;
+  std::optional<BiasShape> bias = {};  // present: every call brings a bias
+  bool sink = false;              // every call brings sink logits
 };
+
+// off and repeatable: same mesh, same bits (all kernels of this build are repeatable). invariant: the same bits on every
+// mesh, layout and number of threads, by a plan of its own that replaces the strategy asked for.
+enum class Determinism { kOff, kRepeatable, kInvariant };
 
 struct AttentionOptions {
   Mask mask = Mask::causal();
-  std::optional<double> softmax_scale;  // default 1 / sqrt(dim_qk)
+  std::optional<double> softmax_scale = {};  // default 1 / sqrt(dim_qk)
   Layout layout = Layout::kZigzag;
   std::string strategy = "auto";  // a file of parallel/strategies, or auto
+  Determinism determinism = Determinism::kRepeatable;
+  double softcap = 0;                     // s = softcap * tanh(s / softcap); 0 = none
+  std::vector<double> alibi_slopes = {};  // one per query head: s += slope * (k - q); empty = none
+  double dropout = 0;                     // probability of dropping a pair, keyed by global positions
+  std::uint64_t dropout_seed = 0;
+};
+
+// What changes from call to call.
+struct AttentionCall {
+  int layer = -1;                    // names the call in errors and traces
+  std::uint64_t dropout_stream = 0;  // step and layer: another one, another dropout mask; below 2^32
+  std::int64_t batch_begin = 0;      // global number of the first batch row here: keys dropout
+  TensorView bias = {};              // [B or 1, S_local, H_local or 1, Skv], storage type; column = key position
+  TensorView sink = {};              // [H_local], fp32
 };
 
 // The heads of one part of the tensor axis, numbered globally.
@@ -55,6 +82,10 @@ struct AttentionResult {
 
 struct AttentionGradients {
   Tensor dq, dk, dv;  // accumulator type, shapes of q, k, v
+  // Learned terms, undefined without them: this rank's part of the sum. dbias [like bias], accumulator type: rows are whole;
+  // what batch rows or heads share is summed over those held here, so add it up over the data or tensor axis. dsink [H_local],
+  // accumulator type: summed over the rows and batch rows held here, so add it up over data and the sequence axes.
+  Tensor dbias, dsink;
 };
 
 struct Plan;
@@ -73,10 +104,10 @@ class ShardedAttention {
   const Plan& backward_plan() const;
 
   // q [B, Sq_local, H_local, D], k [B, Skv_local, K_local, D], v [B, Skv_local, K_local, V]; any strides, last axis
-  // contiguous. `layer` names the call in errors and traces.
-  AttentionResult forward(const TensorView& q, const TensorView& k, const TensorView& v, int layer = -1);
+  // contiguous. backward takes the same call as its forward.
+  AttentionResult forward(const TensorView& q, const TensorView& k, const TensorView& v, const AttentionCall& call = {});
   AttentionGradients backward(const TensorView& q, const TensorView& k, const TensorView& v, const AttentionResult& result,
-                              const TensorView& dout, int layer = -1);
+                              const TensorView& dout, const AttentionCall& call = {});
 
  private:
   struct Impl;

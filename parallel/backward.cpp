@@ -6,6 +6,7 @@
 //   rotated and fetched values come first, in forward order, a rank's own block last.
 // - Gradients of rotated values travel on with the rotation, collecting each rank's piece, and then go home in one hop:
 //   kv and dkv need P-1 hops each, and the last one overlaps with the own block.
+// - An invariant plan is not derived: it brings all keys to every query and all queries to every key.
 // - Gradients of gathered or re-sharded values go back through the adjoint move, which sums.
 #include <algorithm>
 #include <map>
@@ -26,6 +27,7 @@ class BackwardBuilder {
   }
 
   Plan build() && {
+    if (forward_.problem->invariant) return std::move(*this).build_invariant();
     collect_nodes();
     for (const Step* attend : attends_in_order()) emit_attend(*attend);
     Plan& plan = builder_.plan_;
@@ -48,6 +50,22 @@ class BackwardBuilder {
     int pending = 0;              // contributions that have not come yet
     ValueId next = kNoValue;      // the value rotated on from this one
   };
+
+  // Nothing is summed across ranks: dq where the query is, over all keys; dk and dv where the key is, over all queries.
+  Plan build_invariant() && {
+    const bool alone = forward_.problem->mesh.sequence_parts() == 1;
+    const ValueId q = builder_.q(), kv = builder_.kv();
+    const ValueId dq = builder_.add_value(What::kGradQuery, {Placing::Kind::kLike, q});
+    const ValueId dkv = builder_.add_value(What::kGradKeyValue, {Placing::Kind::kLike, kv});
+    builder_.add_step(Verb::kAttendGrad, {q, builder_.gather_sequence(kv), grad_out_, kNoValue, kNoValue},
+                      {dq, alone ? dkv : kNoValue});
+    if (!alone) {
+      const ValueId queries = builder_.gather_sequence(q), grads = builder_.gather_sequence(grad_out_);
+      builder_.add_step(Verb::kAttendGrad, {queries, kv, grads, kNoValue, kNoValue}, {kNoValue, dkv});
+    }
+    builder_.plan_.outputs = {dq, dkv};
+    return std::move(builder_.plan_);
+  }
 
   static bool is_operand(What what) { return what == What::kQuery || what == What::kKeyValue; }
   const Value& value(ValueId id) const { return forward_.values[static_cast<std::size_t>(id)]; }

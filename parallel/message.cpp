@@ -7,7 +7,8 @@ namespace {
 
 // Part of a field: the rows and heads of a piece.
 TensorView part_of(const FieldSet& set, std::size_t field, const Piece& piece) {
-  const std::int64_t head = piece.heads.begin - set.first_head, heads = piece.heads.count();
+  const bool one = set.fields[field].one_head && piece.heads.count() > 0;
+  const std::int64_t head = one ? 0 : piece.heads.begin - set.first_head, heads = one ? 1 : piece.heads.count();
   const TensorView& view = set.views[field];
   return set.fields[field].statistic ? view.slice(1, head, heads).slice(2, piece.row, piece.rows)
                                      : view.slice(1, piece.row, piece.rows).slice(2, head, heads);
@@ -44,10 +45,6 @@ std::vector<TensorView> parts_of(const FieldSet& set, const Piece& piece) {
 }
 
 }  // namespace
-
-Shape field_shape(const Field& field, std::int64_t batch, std::int64_t rows, std::int64_t heads) {
-  return field.statistic ? Shape{batch, heads, rows} : Shape{batch, rows, heads, field.width};
-}
 
 std::vector<std::span<const Piece>> by_peer(const std::vector<Piece>& pieces) {
   std::vector<std::span<const Piece>> groups;

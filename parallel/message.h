@@ -22,7 +22,6 @@ struct FieldSet {
   std::int64_t first_head = 0;
 };
 
-Shape field_shape(const Field& field, std::int64_t batch, std::int64_t rows, std::int64_t heads);
 std::vector<std::span<const Piece>> by_peer(const std::vector<Piece>& pieces);  // pieces are sorted by peer
 
 std::int64_t message_bytes(std::span<const Field> fields, std::int64_t batch, std::span<const Piece> pieces);

@@ -47,7 +47,9 @@ class Walk {
       if (computation.in[j] != kNoValue && consumes(computation, j)) take(computation.in[j]);
     }
     actions_.push_back({Action::Kind::kCompute, step});
-    for (const ValueId value : computation.out) at_hand_[index(value)] = true;
+    for (const ValueId value : computation.out) {
+      if (value != kNoValue) at_hand_[index(value)] = true;
+    }
   }
 
   void start_ready_moves() {

@@ -86,16 +86,26 @@ std::string_view name_of(What what) {
   return "?";
 }
 
+namespace {
+
+// A bias travels with its query rows.
+std::vector<Field> with_bias(std::vector<Field> fields, std::string_view name, DType dtype, const AttentionShape& shape) {
+  if (shape.bias) fields.push_back({name, dtype, shape.seq_kv, false, !shape.bias->per_batch, !shape.bias->per_head});
+  return fields;
+}
+
+}  // namespace
+
 // Statistics stand first: they are at least as strictly aligned as what follows them in a packed value.
 std::vector<Field> fields_of(What what, const AttentionShape& shape) {
   const DType storage = shape.dtype, sum = accumulate_type(shape.dtype);
   switch (what) {
-    case What::kQuery: return {{"q", storage, shape.dim_qk}};
+    case What::kQuery: return with_bias({{"q", storage, shape.dim_qk}}, "bias", storage, shape);
     case What::kKeyValue: return {{"k", storage, shape.dim_qk}, {"v", storage, shape.dim_v}};
     case What::kState: return {{"lse", sum, 1, true}, {"out", sum, shape.dim_v}};
     case What::kResult: return {{"lse", sum, 1, true}, {"out", storage, shape.dim_v}};
     case What::kGradOut: return {{"lse", sum, 1, true}, {"delta", sum, 1, true}, {"dout", storage, shape.dim_v}};
-    case What::kGradQuery: return {{"dq", sum, shape.dim_qk}};
+    case What::kGradQuery: return with_bias({{"dq", sum, shape.dim_qk}}, "dbias", sum, shape);
     case What::kGradKeyValue: return {{"dk", sum, shape.dim_qk}, {"dv", sum, shape.dim_v}};
   }
   return {};
@@ -116,6 +126,12 @@ Positions Problem::shard_rows(bool key_side, int rank) const {
   // Keys lie where their queries lie, or, in cross-attention of unequal lengths, in order.
   if (!key_side || shape.seq_q == shape.seq_kv) return balanced[static_cast<std::size_t>(index)];
   return positions_of(Layout::kContiguous, length, parts, index);
+}
+
+Shape field_shape(const Field& field, std::int64_t batch, std::int64_t rows, std::int64_t heads) {
+  if (field.statistic) return {batch, heads, rows};
+  return {field.one_batch ? std::min<std::int64_t>(batch, 1) : batch, rows,
+          field.one_head ? std::min<std::int64_t>(heads, 1) : heads, field.width};
 }
 
 const Placing& Plan::placing(ValueId value) const {
@@ -238,6 +254,11 @@ ValueId PlanBuilder::rotate(ValueId value, Axis axis, int shift) {
 ValueId PlanBuilder::gather(ValueId value, Axis axis) {
   if (size(axis) == 1) return value;
   return move(Verb::kGather, value, axis, 0, {Placing::Kind::kGathered, value, axis});
+}
+
+ValueId PlanBuilder::gather_sequence(ValueId value) {
+  for (auto axis = kSequenceAxes.rbegin(); axis != kSequenceAxes.rend(); ++axis) value = gather(value, *axis);
+  return value;
 }
 
 ValueId PlanBuilder::fetch(ValueId kv, ValueId q, Axis axis, int from) {

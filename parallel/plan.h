@@ -23,7 +23,7 @@ namespace dattn {
 enum class Verb {
   kAttend,         // (q, kv [, state]) -> state
   kFinish,         // state -> result: out in storage type, lse
-  kAttendGrad,     // (q, kv, grad_out, dq or none, dkv or none) -> (dq, dkv), added to those given
+  kAttendGrad,     // (q, kv, grad_out, dq or none, dkv or none) -> (dq, dkv), added to those given; one may be unwanted
   kAdd,            // (a, b) -> a + b, in a's memory; states are merged
   kRotate,         // to the rank `shift` further along the axis, cyclically
   kGather,         // every rank of the axis gets the rows of all
@@ -73,6 +73,10 @@ struct Step {
 struct Problem {
   AttentionShape shape;  // batch: of one data coordinate
   double scale = 1.0;
+  double softcap = 0;
+  std::vector<double> alibi_slopes;
+  AttentionDropout dropout;  // but for stream and batch_begin, which each call brings
+  bool invariant = false;    // whole key and query blocks in global order, folded in that order
   CompiledMask mask;
   std::string mask_text;
   Layout layout = Layout::kZigzag;
@@ -90,13 +94,16 @@ struct Block {
   const Interval& heads_for(What what) const { return is_key_side(what) ? heads.kv : heads.q; }
 };
 
-// One tensor of a value. Statistics (lse, delta) are [B, H, S] in accumulator type and counted apart.
+// One tensor of a value: [B, rows, heads, width]. Statistics (lse, delta) are [B, H, S] in accumulator type and counted apart.
 struct Field {
   std::string_view name;
   DType dtype = DType::kF32;
   std::int64_t width = 1;  // last axis; 1 for statistics
   bool statistic = false;
+  bool one_batch = false;  // one for all batch rows: B = 1
+  bool one_head = false;   // one for all heads: heads = 1, where any are held
 };
+Shape field_shape(const Field& field, std::int64_t batch, std::int64_t rows, std::int64_t heads);
 std::vector<Field> fields_of(What what, const AttentionShape& shape);
 // The fields as a move carries them: states that are combined travel with out in the storage type.
 std::vector<Field> message_fields(Verb verb, What what, const AttentionShape& shape);
@@ -131,6 +138,7 @@ class PlanBuilder {
   ValueId attend(ValueId q, ValueId kv, ValueId state = kNoValue);
   ValueId rotate(ValueId value, Axis axis, int shift = 1);
   ValueId gather(ValueId value, Axis axis);
+  ValueId gather_sequence(ValueId value);                         // over all sequence axes: every row, in order
   ValueId fetch(ValueId kv, ValueId q, Axis axis, int from = 0);  // from: the rank that many places earlier, or 0 for all
   ValueId combine(ValueId state, Axis axis, ValueId like);        // to the rows of `like`
   ValueId add(ValueId a, ValueId b);

@@ -123,7 +123,11 @@ class RankPlanner {
     mine.tiles = make_tiles(problem_.mask, q.rows, kv.rows);
     const double pairs = static_cast<double>(area(mine.tiles)) * static_cast<double>(q.heads.q.count());
     const auto d = static_cast<double>(shape.dim_qk), v = static_cast<double>(shape.dim_v);
-    mine.flops = pairs * (step.verb == Verb::kAttend ? 2 * (d + v) : 2 * (3 * d + 2 * v));
+    if (step.verb == Verb::kAttend) {
+      mine.flops = pairs * 2 * (d + v);
+    } else {  // scores and dP, then what is wanted
+      mine.flops = pairs * 2 * (d + v + (step.out[0] != kNoValue ? d : 0) + (step.out[1] != kNoValue ? d + v : 0));
+    }
     result_.cost.flops += mine.flops;
   }
 
@@ -136,7 +140,9 @@ class RankPlanner {
       for (std::size_t j = 0; j < step.in.size(); ++j) {
         if (step.in[j] != kNoValue && consumes(step, j)) now -= std::exchange(bytes[static_cast<std::size_t>(step.in[j])], 0);
       }
-      for (const ValueId value : step.out) now += bytes[static_cast<std::size_t>(value)] = bytes_of(plan_, value, block(value));
+      for (const ValueId value : step.out) {
+        if (value != kNoValue) now += bytes[static_cast<std::size_t>(value)] = bytes_of(plan_, value, block(value));
+      }
       result_.cost.peak_memory = std::max(result_.cost.peak_memory, now);
       for (const auto* values : {&step.in, &step.out}) {
         for (const ValueId id : *values) {
@@ -172,9 +178,10 @@ std::int64_t area(std::span<const BatchTiles> tiles) {
 }
 
 std::int64_t piece_bytes(std::span<const Field> fields, std::int64_t batch, const Piece& piece) {
-  std::int64_t width = 0;
-  for (const Field& field : fields) width += field.width * size_of(field.dtype);
-  return batch * piece.rows * piece.heads.count() * width;
+  std::int64_t bytes = 0;
+  for (const Field& field : fields)
+    bytes += field_shape(field, batch, piece.rows, piece.heads.count()).elements() * size_of(field.dtype);
+  return bytes;
 }
 
 std::vector<SharedRows> shared_rows(const Positions& a, const Positions& b) {

@@ -13,13 +13,23 @@ Arrival arrival_of(Verb verb) {
   return verb == Verb::kReduceScatter || verb == Verb::kHeadToSeq ? Arrival::kSum : Arrival::kCopy;
 }
 
-// Calls body(tiles, cut) for every stretch of batch rows that sees something; cut(view) is the stretch's part of a view.
-template <class Body>
-void for_each_stretch(const RankStep& mine, const Body& body) {
-  for (const BatchTiles& part : mine.tiles) {
-    body(part.tiles, [&part](const TensorView& view) { return view.slice(0, part.batch.begin, part.batch.count()); });
+// A stretch of batch rows that sees something.
+struct Stretch {
+  const BatchTiles& part;
+
+  // Its part of field number `field`; nothing where the value lacks it. What is one for all batch rows stays whole.
+  TensorView cut(const ValueData& value, std::size_t field) const {
+    if (field >= value.fields.size()) return {};
+    const TensorView& view = value.fields[field];
+    return view.size(0) == 1 ? view : view.slice(0, part.batch.begin, part.batch.count());
   }
-}
+
+  ScoreTerms cut(ScoreTerms terms, const ValueData& q) const {
+    terms.bias = cut(q, 1);
+    terms.dropout.batch_begin += part.batch.begin;
+    return terms;
+  }
+};
 
 }  // namespace
 
@@ -76,8 +86,8 @@ bool Runner::available(ValueId value) const {
   return !data_[static_cast<std::size_t>(value)].fields.empty();
 }
 
-std::vector<ValueData> Runner::run(const std::vector<std::vector<TensorView>>& inputs, int layer) {
-  layer_ = layer;
+std::vector<ValueData> Runner::run(const std::vector<std::vector<TensorView>>& inputs, const AttentionCall& call) {
+  call_ = call;
   data_.clear();
   data_.resize(plan_.values.size());
   transfers_.clear();
@@ -156,7 +166,7 @@ void Runner::start_move(std::size_t index) {
     transfer.receives.push_back({pieces[0].peer, message.data, static_cast<std::size_t>(message.bytes())});
   }
   transfer.ticket =
-      mesh_.axis(step.axis).start(sends, transfer.receives, {name_of(step.verb), layer_, static_cast<int>(index)});
+      mesh_.axis(step.axis).start(sends, transfer.receives, {name_of(step.verb), call_.layer, static_cast<int>(index)});
   transfer.state = Transfer::State::kUnderWay;
 }
 
@@ -227,46 +237,67 @@ void Runner::attend(const Step& step, const RankStep& mine) {
     merge = true;
   }
   const ValueData &q = data(step.in[0]), &kv = data(step.in[1]);
-  for_each_stretch(mine, [&](std::span<const Tile> tiles, const auto& cut) {
-    kernel_.attend({.q = cut(q.fields[0]),
-                    .k = cut(kv.fields[0]),
-                    .v = cut(kv.fields[1]),
+  for (const BatchTiles& part : mine.tiles) {
+    const Stretch stretch{part};
+    kernel_.attend({.q = stretch.cut(q, 0),
+                    .k = stretch.cut(kv, 0),
+                    .v = stretch.cut(kv, 1),
                     .heads = mine.heads,
-                    .tiles = tiles,
+                    .tiles = part.tiles,
                     .scale = plan_.problem->scale,
-                    .out = cut(state.fields[1]),
-                    .lse = cut(state.fields[0]),
-                    .merge = merge});
-  });
+                    .out = stretch.cut(state, 1),
+                    .lse = stretch.cut(state, 0),
+                    .merge = merge,
+                    .terms = stretch.cut(terms(), q),
+                    .invariant = plan_.problem->invariant});
+  }
   data(step.out[0]) = std::move(state);
 }
 
 void Runner::attend_grad(const Step& step, const RankStep& mine) {
   const auto accumulator = [&](std::size_t input, std::size_t output) {
+    if (step.out[output] == kNoValue) return ValueData{};
     return step.in[input] != kNoValue ? take(step.in[input]) : allocate(step.out[output], true);
   };
   ValueData dq = accumulator(3, 0), dkv = accumulator(4, 1);
   const ValueData &q = data(step.in[0]), &kv = data(step.in[1]), &dout = data(step.in[2]);
-  for_each_stretch(mine, [&](std::span<const Tile> tiles, const auto& cut) {
-    kernel_.attend_grad({.q = cut(q.fields[0]),
-                         .k = cut(kv.fields[0]),
-                         .v = cut(kv.fields[1]),
+  for (const BatchTiles& part : mine.tiles) {
+    const Stretch stretch{part};
+    kernel_.attend_grad({.q = stretch.cut(q, 0),
+                         .k = stretch.cut(kv, 0),
+                         .v = stretch.cut(kv, 1),
                          .heads = mine.heads,
-                         .tiles = tiles,
+                         .tiles = part.tiles,
                          .scale = plan_.problem->scale,
-                         .dout = cut(dout.fields[2]),
-                         .lse = cut(dout.fields[0]),
-                         .delta = cut(dout.fields[1]),
-                         .dq = cut(dq.fields[0]),
-                         .dk = cut(dkv.fields[0]),
-                         .dv = cut(dkv.fields[1])});
-  });
-  data(step.out[0]) = std::move(dq);
-  data(step.out[1]) = std::move(dkv);
+                         .dout = stretch.cut(dout, 2),
+                         .lse = stretch.cut(dout, 0),
+                         .delta = stretch.cut(dout, 1),
+                         .dq = stretch.cut(dq, 0),
+                         .dk = stretch.cut(dkv, 0),
+                         .dv = stretch.cut(dkv, 1),
+                         .terms = stretch.cut(terms(), q),
+                         .invariant = plan_.problem->invariant,
+                         .dbias = stretch.cut(dq, 1)});
+  }
+  if (step.out[0] != kNoValue) data(step.out[0]) = std::move(dq);
+  if (step.out[1] != kNoValue) data(step.out[1]) = std::move(dkv);
+}
+
+// But for the bias, which comes with the queries.
+ScoreTerms Runner::terms() const {
+  const Problem& problem = *plan_.problem;
+  ScoreTerms terms{.softcap = problem.softcap, .alibi_slopes = problem.alibi_slopes, .dropout = problem.dropout};
+  terms.dropout.stream = call_.dropout_stream;
+  terms.dropout.batch_begin = call_.batch_begin;
+  return terms;
 }
 
 void Runner::finish_state(const Step& step) {
   ValueData state = take(step.in[0]);
+  if (call_.sink.data != nullptr) {
+    const Interval &heads = block(step.in[0]).heads.q, &own = block(0).heads.q;  // of all heads held before ulysses
+    merge_sink(state.fields[1], state.fields[0], call_.sink.slice(0, heads.begin - own.begin, heads.count()));
+  }
   const DType storage = plan_.problem->shape.dtype;
   if (state.fields[1].dtype != storage) {
     state.owned[1] = to_dtype(state.fields[1], storage);

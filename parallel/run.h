@@ -26,7 +26,7 @@ class Runner {
   Runner(const Plan& plan, const RankPlan& mine, const Mesh& mesh, const AttentionKernel& kernel);
 
   // inputs: the fields of every plan input, in order. Returns every plan output, as owned tensors.
-  std::vector<ValueData> run(const std::vector<std::vector<TensorView>>& inputs, int layer);
+  std::vector<ValueData> run(const std::vector<std::vector<TensorView>>& inputs, const AttentionCall& call);
 
  private:
   struct Transfer {
@@ -47,6 +47,7 @@ class Runner {
   void attend(const Step& step, const RankStep& mine);
   void attend_grad(const Step& step, const RankStep& mine);
   void finish_state(const Step& step);
+  ScoreTerms terms() const;
   void add_values(const Step& step);
 
   ValueData& data(ValueId value) { return data_[static_cast<std::size_t>(value)]; }
@@ -67,7 +68,7 @@ class Runner {
   std::vector<bool> travels_;  // values kept in one block of memory
   std::vector<ValueData> data_;
   std::vector<Transfer> transfers_;
-  int layer_ = -1;
+  AttentionCall call_;
   int position_ = 0;  // the step being executed
 };
 

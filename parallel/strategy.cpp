@@ -5,7 +5,9 @@
 
 #include <fmt/format.h>
 
+#include "core/attention/dropout.h"
 #include "core/base/error.h"
+#include "core/base/log.h"
 
 namespace dattn {
 namespace {
@@ -20,6 +22,21 @@ void check_shape(const AttentionShape& shape) {
   for (const std::int64_t dim : {shape.dim_qk, shape.dim_v}) {
     require(dim >= 1 && dim <= 256, "attention head dim {} is outside 1..256", dim);
   }
+}
+
+void check_terms(const AttentionShape& shape, const AttentionOptions& options) {
+  require(std::isfinite(options.softcap) && options.softcap >= 0, "attention.softcap is {}; use a number > 0, or 0 for none",
+          options.softcap);
+  require(options.alibi_slopes.empty() || static_cast<std::int64_t>(options.alibi_slopes.size()) == shape.heads,
+          "attention.alibi_slopes has {} entries for {} query heads; give one for each", options.alibi_slopes.size(),
+          shape.heads);
+  for (const double slope : options.alibi_slopes) require(std::isfinite(slope), "attention.alibi_slopes holds {}", slope);
+  require(options.dropout >= 0 && options.dropout < 1, "attention.dropout.p is {}; it must lie in [0, 1)", options.dropout);
+  if (options.dropout == 0) return;
+  require(std::max(shape.seq_q, shape.seq_kv) <= kDropoutPositions && shape.batch * shape.heads < std::int64_t{1} << 32,
+          "attention dropout has room for {} positions and 2^32 rows of one head; the call has {} positions and {} rows of {} "
+          "heads",
+          kDropoutPositions, std::max(shape.seq_q, shape.seq_kv), shape.batch, shape.heads);
 }
 
 }  // namespace
@@ -53,10 +70,15 @@ std::string choose_strategy(const MeshShape& mesh) {
 std::shared_ptr<const Problem> make_problem(const MeshShape& mesh, const AttentionShape& shape,
                                             const AttentionOptions& options) {
   check_shape(shape);
+  check_terms(shape, options);
   auto problem = std::make_shared<Problem>();
   problem->shape = shape;
   problem->scale = options.softmax_scale.value_or(1.0 / std::sqrt(static_cast<double>(shape.dim_qk)));
   require(std::isfinite(problem->scale), "attention.softmax_scale {} is not finite", problem->scale);
+  problem->softcap = options.softcap;
+  problem->alibi_slopes = options.alibi_slopes;
+  problem->dropout = {.p = options.dropout, .seed = options.dropout_seed, .heads = shape.heads};
+  problem->invariant = options.determinism == Determinism::kInvariant || options.strategy == "invariant";
   problem->mask = compile_batch(options.mask, shape.batch, shape.seq_q, shape.seq_kv);
   problem->mask_text = options.mask.text();
   problem->layout = options.layout;
@@ -75,8 +97,14 @@ Plan write_plan(const Strategy& strategy, std::shared_ptr<const Problem> problem
 }
 
 Plan make_plan(const MeshShape& mesh, const AttentionShape& shape, const AttentionOptions& options) {
-  const Strategy& strategy = find_strategy(options.strategy == "auto" ? choose_strategy(mesh) : options.strategy);
-  return write_plan(strategy, make_problem(mesh, shape, options));
+  std::string name = options.strategy == "auto" ? choose_strategy(mesh) : options.strategy;
+  find_strategy(name);
+  if (options.determinism == Determinism::kInvariant) {
+    if (options.strategy != "auto" && name != "invariant")
+      note_once(fmt::format("determinism invariant replaces strategy {}", name));
+    name = "invariant";
+  }
+  return write_plan(find_strategy(name), make_problem(mesh, shape, options));
 }
 
 }  // namespace dattn

@@ -82,6 +82,7 @@ class Verifier {
         if (step.in[j] != kNoValue && consumes(step, j)) given_away[static_cast<std::size_t>(step.in[j])] = true;
       }
       for (const ValueId value : step.out) {
+        if (value == kNoValue) continue;
         if (written[static_cast<std::size_t>(value)]) report(0, i, "{} is written twice", plan_.value_name(value));
         written[static_cast<std::size_t>(value)] = true;
       }
@@ -198,8 +199,8 @@ class Verifier {
     if (!(block(step.in[2], rank).rows == q.rows)) report(rank, index, "q and dout hold different positions");
     inherit(3, 0);
     inherit(4, 1);
-    folded(step.out[0], rank).push_back({queries, keys, q.heads.q});
-    folded(step.out[1], rank).push_back({keys, queries, q.heads.q});
+    if (step.out[0] != kNoValue) folded(step.out[0], rank).push_back({queries, keys, q.heads.q});
+    if (step.out[1] != kNoValue) folded(step.out[1], rank).push_back({keys, queries, q.heads.q});
   }
 
   void check_heads(std::size_t index, int rank, const Block& q, const Block& kv) {

@@ -62,6 +62,34 @@ void clear_rows(const TensorView& out, const TensorView& lse) {
   });
 }
 
+template <class T>
+void merge_sink_rows(const TensorView& out, const TensorView& lse, const TensorView& sink) {
+  for_each_row(out, [&](std::int64_t b, std::int64_t s, std::int64_t h) {
+    T& row = lse.at<T>(b, h, s);
+    const T logit = sink.at<float>(h);
+    if (logit == -std::numeric_limits<T>::infinity()) return;
+    const T top = std::max(row, logit);
+    const T both = top + std::log(std::exp(row - top) + std::exp(logit - top));
+    const T keep = std::exp(row - both);
+    T* to = &out.at<T>(b, s, h, 0);
+    for (std::int64_t d = 0; d < out.size(3); ++d) to[d * out.stride(3)] *= keep;
+    row = both;
+  });
+}
+
+template <class T>
+void add_sink_rows(const TensorView& lse, const TensorView& delta, const TensorView& sink, const TensorView& dsink) {
+  for (std::int64_t h = 0; h < lse.size(1); ++h) {
+    double sum = 0;
+    for (std::int64_t b = 0; b < lse.size(0); ++b) {
+      for (std::int64_t s = 0; s < lse.size(2); ++s)
+        sum += std::exp(static_cast<double>(sink.at<float>(h)) - static_cast<double>(lse.at<T>(b, h, s))) *
+               static_cast<double>(delta.at<T>(b, h, s));
+    }
+    dsink.at<T>(h) -= static_cast<T>(sum);
+  }
+}
+
 template <class Grad, class Out, class Delta>
 void delta_rows(const TensorView& dout, const TensorView& out, const TensorView& delta) {
   const std::int64_t dim = out.size(3), out_stride = out.stride(3), grad_stride = dout.stride(3);
@@ -100,6 +128,30 @@ void clear_state(const TensorView& out, const TensorView& lse) {
     clear_rows<double>(out, lse);
   else
     clear_rows<float>(out, lse);
+}
+
+void merge_sink(const TensorView& out, const TensorView& lse, const TensorView& sink) {
+  check_state(out, lse);
+  check_accumulator(lse, out.dtype, "lse");
+  ensure(sink.dtype == DType::kF32 && sink.shape == Shape({out.size(2)}), "sink logits {} {} for {} heads", name_of(sink.dtype),
+         sink.shape.text(), out.size(2));
+  if (out.elements() == 0) return;
+  if (out.dtype == DType::kF64)
+    merge_sink_rows<double>(out, lse, sink);
+  else
+    merge_sink_rows<float>(out, lse, sink);
+}
+
+void add_sink_gradient(const TensorView& lse, const TensorView& delta, const TensorView& sink, const TensorView& dsink) {
+  ensure(lse.shape == delta.shape && sink.shape == Shape({lse.size(1)}) && dsink.shape == sink.shape &&
+             sink.dtype == DType::kF32 && dsink.dtype == lse.dtype && delta.dtype == lse.dtype,
+         "sink gradient of lse {}, delta {}, sink {}, dsink {}", lse.shape.text(), delta.shape.text(), sink.shape.text(),
+         dsink.shape.text());
+  check_accumulator(lse, lse.dtype, "lse");
+  if (lse.dtype == DType::kF64)
+    add_sink_rows<double>(lse, delta, sink, dsink);
+  else
+    add_sink_rows<float>(lse, delta, sink, dsink);
 }
 
 void attention_delta(const TensorView& dout, const TensorView& out, const TensorView& delta) {

@@ -162,8 +162,14 @@ void check(const MaskConfig& c, const ConfigCheck& at) {
   check_entries(c, at);
 }
 
+void check(const AttentionDropoutConfig& c, const ConfigCheck& at) {
+  at.require("p", c.p >= 0 && c.p < 1, "must lie in [0, 1)");
+  at.require("seed", c.seed >= 0, "must be at least 0");
+}
+
 void check(const AttentionConfig& c, const ConfigCheck& at) {
   at.require("softmax_scale", !c.softmax_scale || *c.softmax_scale > 0, "must be greater than 0");
+  at.require("softcap", !c.softcap || *c.softcap > 0, "must be greater than 0; leave it out for no cap");
 }
 
 Mask to_mask(const MaskConfig& config, std::int64_t seq_q, std::int64_t seq_kv) {

@@ -73,9 +73,17 @@ struct MaskConfig {
   std::optional<std::vector<MaskConfig>> masks;
 };
 
+struct AttentionDropoutConfig {
+  double p = 0;
+  std::int64_t seed = 0;
+};
+
 struct AttentionConfig {
   MaskConfig mask;
   std::optional<double> softmax_scale;
+  std::optional<double> softcap;
+  std::optional<std::vector<double>> alibi_slopes;
+  AttentionDropoutConfig dropout;
 };
 
 template <class V>
@@ -114,14 +122,24 @@ void describe(V& v, MaskConfig& c) {
 }
 
 template <class V>
+void describe(V& v, AttentionDropoutConfig& c) {
+  v("p", c.p, "probability of dropping a query and key pair; keyed by global positions, so the same on every mesh");
+  v("seed", c.seed, "the same seed drops the same pairs");
+}
+
+template <class V>
 void describe(V& v, AttentionConfig& c) {
   v("mask", c.mask, "the mask; positions start at 0 on both sides");
   v("softmax_scale", c.softmax_scale, "factor of the scores before the softmax; absent = 1 / sqrt(head dim)");
+  v("softcap", c.softcap, "scores become softcap * tanh(score / softcap); absent = no cap");
+  v("alibi_slopes", c.alibi_slopes, "one slope per query head: slope * (k - q) is added to scores; absent = none");
+  v("dropout", c.dropout, "dropout of attention probabilities");
 }
 
 void check(const RegionConfig& c, const ConfigCheck& at);
 void check(const WindowConfig& c, const ConfigCheck& at);
 void check(const MaskConfig& c, const ConfigCheck& at);  // refuses keys of another kind, and what the kind lacks
+void check(const AttentionDropoutConfig& c, const ConfigCheck& at);
 void check(const AttentionConfig& c, const ConfigCheck& at);
 
 // Lengths are needed because a null end of a region's range means the end of its axis.

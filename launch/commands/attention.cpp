@@ -16,7 +16,7 @@ namespace dattn {
 namespace {
 
 struct Inputs {
-  TensorView q, k, v, dout;  // whole tensors, on the mapped file
+  TensorView q, k, v, dout, bias, sink;  // whole tensors, on the mapped file
   bool has_dout = false;
   AttentionShape shape;
 };
@@ -49,6 +49,19 @@ Inputs read_inputs(const SafetensorsFile& file, DType dtype) {
     in.dout = read_tensor(file, "dout", "[B,S,H,Dv]");
     check("dout", in.dout, {s.batch, s.seq_q, s.heads, s.dim_v});
   }
+  if (file.has("bias")) {
+    in.bias = read_tensor(file, "bias", "[B or 1, H or 1, S, Skv]");
+    in.shape.bias = BiasShape{in.bias.size(0) != 1, in.bias.size(1) != 1};
+    check("bias", in.bias, {in.bias.size(0) == 1 ? 1 : s.batch, in.bias.size(1) == 1 ? 1 : s.heads, s.seq_q, s.seq_kv});
+    in.bias = in.bias.transpose(1, 2);  // [B or 1, S, H or 1, Skv], as the queries lie
+  }
+  if (file.has("sink")) {
+    in.sink = file.view("sink");
+    in.shape.sink = true;
+    require(in.sink.shape == Shape({s.heads}) && in.sink.dtype == DType::kF32,
+            "{}: tensor 'sink' is {} {}; it must be fp32 [{}], one logit for each query head", file.path(),
+            name_of(in.sink.dtype), in.sink.shape.text(), s.heads);
+  }
   return in;
 }
 
@@ -70,20 +83,31 @@ void run_attention(const RunConfig& config, Communicator& world, const std::stri
   const Tensor q = take_shard(in.q, {batch, q_rows, heads.q}, config.dtype),
                k = take_shard(in.k, {batch, kv_rows, heads.kv}, config.dtype);
   const Tensor v = take_shard(in.v, {batch, kv_rows, heads.kv}, config.dtype);
-  const AttentionResult result = attention.forward(q, k, v);
+  AttentionCall call{.batch_begin = batch.begin};
+  Tensor bias;
+  if (shape.bias) {
+    bias = take_shard(in.bias,
+                      {shape.bias->per_batch ? batch : Interval{0, 1}, q_rows, shape.bias->per_head ? heads.q : Interval{0, 1}},
+                      config.dtype);
+    call.bias = bias;
+  }
+  if (shape.sink) call.sink = in.sink.slice(0, heads.q.begin, heads.q.count());
+  const AttentionResult result = attention.forward(q, k, v, call);
 
   const Plan& forward = attention.forward_plan();
   Gatherer gatherer(mesh, *forward.problem, in.shape.batch);
   const AttentionShape& whole = in.shape;
   const DType sums = accumulate_type(config.dtype);
   gatherer.add("out", result.out, {whole.batch, whole.seq_q, whole.heads, whole.dim_v}, Side::kQuery);
-  gatherer.add("lse", statistics_as_rows(result.lse), {whole.batch, whole.seq_q, whole.heads, 1}, Side::kQuery);
+  gatherer.add_by_head("lse", statistics_as_rows(result.lse), {whole.batch, whole.seq_q, whole.heads, 1});
   if (in.has_dout) {
     const Tensor dout = take_shard(in.dout, {batch, q_rows, heads.q}, config.dtype);
-    const AttentionGradients gradients = attention.backward(q, k, v, result, dout);
+    const AttentionGradients gradients = attention.backward(q, k, v, result, dout, call);
     gatherer.add("dq", gradients.dq, {whole.batch, whole.seq_q, whole.heads, whole.dim_qk}, Side::kQuery);
     gatherer.add("dk", gradients.dk, {whole.batch, whole.seq_kv, whole.kv_heads, whole.dim_qk}, Side::kKey);
     gatherer.add("dv", gradients.dv, {whole.batch, whole.seq_kv, whole.kv_heads, whole.dim_v}, Side::kKey);
+    if (shape.bias) gatherer.add_by_head("dbias", gradients.dbias, in.bias.shape);
+    if (shape.sink) gatherer.add_heads("dsink", gradients.dsink, whole.heads);
   }
   gatherer.write(out_path);
   if (world.rank() != 0) return;

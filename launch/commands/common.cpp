@@ -35,7 +35,16 @@ RunConfig load_run_config(const std::string& path, const CommonOptions& common) 
 }
 
 AttentionOptions attention_options(const RunConfig& config, std::int64_t seq_q, std::int64_t seq_kv) {
-  return {to_mask(config.attention.mask, seq_q, seq_kv), config.attention.softmax_scale, config.layout, config.strategy};
+  const AttentionConfig& attention = config.attention;
+  return {.mask = to_mask(attention.mask, seq_q, seq_kv),
+          .softmax_scale = attention.softmax_scale,
+          .layout = config.layout,
+          .strategy = config.strategy,
+          .determinism = config.determinism,
+          .softcap = attention.softcap.value_or(0),
+          .alibi_slopes = attention.alibi_slopes.value_or(std::vector<double>{}),
+          .dropout = attention.dropout.p,
+          .dropout_seed = static_cast<std::uint64_t>(attention.dropout.seed)};
 }
 
 AttentionShape shape_of(const ShapeConfig& shape, DType dtype) {

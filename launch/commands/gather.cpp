@@ -1,5 +1,7 @@
 #include "launch/commands/gather.h"
 
+#include <algorithm>
+
 #include "core/base/error.h"
 #include "core/tensor/safetensors.h"
 
@@ -35,26 +37,29 @@ TensorView statistics_as_rows(const TensorView& statistics) {
   return rows;
 }
 
-Shard Gatherer::shard_of(int rank, Side side) const {
+Shard Gatherer::shard_of(int rank, Side side, const Shape& whole) const {
   const MeshShape& mesh = mesh_.shape();
   const HeadRange heads =
       heads_of(problem_.shape.heads, problem_.shape.kv_heads, mesh.size(Axis::kTensor), mesh.coordinate(rank, Axis::kTensor));
-  return {split_evenly(batch_, mesh.size(Axis::kData), mesh.coordinate(rank, Axis::kData)),
-          problem_.shard_rows(side == Side::kKey, rank), side == Side::kQuery ? heads.q : heads.kv};
+  const auto held = [](Interval part, std::int64_t extent) {  // one for all: whoever holds any holds it
+    return extent == 1 ? Interval{0, std::min<std::int64_t>(1, part.count())} : part;
+  };
+  return {held(split_evenly(batch_, mesh.size(Axis::kData), mesh.coordinate(rank, Axis::kData)), whole[0]),
+          problem_.shard_rows(side == Side::kKey, rank), held(side == Side::kQuery ? heads.q : heads.kv, whole[2])};
 }
 
-void Gatherer::add(const std::string& name, const TensorView& own, const Shape& whole, Side side) {
+Tensor Gatherer::collect(const TensorView& own, const Shape& whole, const std::function<Shard(int rank)>& shard_of) {
   Communicator& world = mesh_.world();
   const OpLabel label{"collect"};
   const Tensor mine = to_dtype(own, own.dtype);
   if (world.rank() != 0) {
     const SendPart part{0, mine->data, static_cast<std::size_t>(mine->bytes())};
     world.exchange({&part, 1}, {}, label);
-    return;
+    return {};
   }
   Tensor all(own.dtype, whole);
   for (int rank = 0; rank < world.size(); ++rank) {
-    const Shard shard = shard_of(rank, side);
+    const Shard shard = shard_of(rank);
     Tensor theirs = Tensor::uninitialized(own.dtype, {shard.batch.count(), shard.rows.count(), shard.heads.count(), whole[3]});
     if (rank == 0) {
       copy(mine, theirs);
@@ -65,9 +70,29 @@ void Gatherer::add(const std::string& name, const TensorView& own, const Shape& 
     for_each_run(all, shard,
                  [&](const TensorView& part, std::int64_t row) { dattn::add(theirs->slice(1, row, part.size(1)), part); });
   }
-  // Adding to zero makes an lse of -inf come out right, too: each query head has one holder.
-  if (name == "lse") all = to_dtype(all->reshape({whole[0], whole[1], whole[2]}).transpose(1, 2), own.dtype);
-  collected_.emplace_back(name, std::move(all));
+  return all;
+}
+
+void Gatherer::keep(const std::string& name, Tensor whole) {
+  if (whole.defined()) collected_.emplace_back(name, std::move(whole));
+}
+
+void Gatherer::add(const std::string& name, const TensorView& own, const Shape& whole, Side side) {
+  keep(name, collect(own, whole, [&](int rank) { return shard_of(rank, side, whole); }));
+}
+
+void Gatherer::add_by_head(const std::string& name, const TensorView& own, const Shape& whole) {
+  const Tensor all = collect(own, whole, [&](int rank) { return shard_of(rank, Side::kQuery, whole); });
+  if (!all.defined()) return;
+  keep(name, to_dtype(all->transpose(1, 2), all->dtype));
+}
+
+void Gatherer::add_heads(const std::string& name, const TensorView& own, std::int64_t heads) {
+  const Shape whole{1, 1, heads, 1};
+  keep(name, collect(own.reshape({1, 1, own.size(0), 1}), whole, [&](int rank) {
+         const Interval part = shard_of(rank, Side::kQuery, {batch_, 1, heads, 1}).heads;
+         return Shard{{0, 1}, Positions::range(0, 1), part};
+       }));
 }
 
 void Gatherer::write(const std::string& path) {
@@ -76,7 +101,12 @@ void Gatherer::write(const std::string& path) {
   if (world.rank() == 0) {
     try {
       std::vector<NamedTensor> tensors;
-      for (const auto& [name, tensor] : collected_) tensors.push_back({name, tensor.view()});
+      for (const auto& [name, tensor] : collected_) {
+        TensorView view = tensor.view();
+        if (name == "lse") view = view.reshape({view.size(0), view.size(1), view.size(2)});
+        if (name == "dsink") view = view.reshape({view.size(2)});
+        tensors.push_back({name, view});
+      }
       write_safetensors(path, tensors);
     } catch (const Error& error) {
       failure = error.what();

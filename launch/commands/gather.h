@@ -1,7 +1,7 @@
 // Whole tensors from the shards of all ranks, and back: for commands that read and write files.
 #pragma once
 
-#include <map>
+#include <functional>
 #include <string>
 #include <vector>
 
@@ -21,7 +21,8 @@ struct Shard {
 Tensor take_shard(const TensorView& whole, const Shard& shard, DType dtype);
 TensorView statistics_as_rows(const TensorView& statistics);  // [B, H, S] seen as [B, S, H, 1]
 
-// Collects tensors on rank 0. Heads that several ranks hold (KV heads shared by parts of the tensor axis) are summed.
+// Collects tensors [B, S, H, X] on rank 0. What several ranks hold (KV heads shared by parts of the tensor axis, what one
+// serves for all batch rows or heads) is summed.
 class Gatherer {
  public:
   // problem: of this rank's batch rows; batch: the rows of the whole job.
@@ -29,11 +30,15 @@ class Gatherer {
 
   // Collective. `own` is this rank's shard of the tensor of shape `whole`.
   void add(const std::string& name, const TensorView& own, const Shape& whole, Side side);
-  // Collective: rank 0 writes the file ("lse" as [B, H, S]); a failure there is an error on every rank.
+  void add_by_head(const std::string& name, const TensorView& own, const Shape& whole);  // query side; kept as [B, H, S, X]
+  void add_heads(const std::string& name, const TensorView& own, std::int64_t heads);    // own: one number a query head here
+  // Collective: rank 0 writes the file ("lse" as [B, H, S], "dsink" as [H]); a failure there is an error on every rank.
   void write(const std::string& path);
 
  private:
-  Shard shard_of(int rank, Side side) const;
+  Shard shard_of(int rank, Side side, const Shape& whole) const;
+  Tensor collect(const TensorView& own, const Shape& whole, const std::function<Shard(int rank)>& shard_of);  // rank 0
+  void keep(const std::string& name, Tensor whole);
 
   const Mesh& mesh_;
   const Problem& problem_;

@@ -38,7 +38,8 @@ std::string rank_table(const Plan& plan, int rank) {
   for (std::size_t i = 0; i < plan.steps.size(); ++i) {
     const Step& step = plan.steps[i];
     const RankStep& part = mine.steps[i];
-    lines += fmt::format("  {:4} {:<15} {:<8}", i, name_of(step.verb), plan.value_name(step.out[0]));
+    lines += fmt::format("  {:4} {:<15} {:<8}", i, name_of(step.verb),
+                         plan.value_name(step.out[0] != kNoValue ? step.out[0] : step.out[1]));
     if (is_move(step.verb)) {
       std::string from;
       for (const Piece& piece : part.receives) {

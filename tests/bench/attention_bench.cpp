@@ -24,7 +24,8 @@ struct Options {
   std::int64_t seq = 2048, queries = 0, heads = 4, kv_heads = 0, dim = 64, window = 512;
   std::string dtype = "fp32", mask = "causal", kernel;
   int threads = 1, repeat = 7;
-  bool cpu_time = false;
+  bool cpu_time = false, alibi = false, invariant = false;
+  double softcap = 0, dropout = 0;
 };
 
 Tensor random_tensor(DType type, const Shape& shape, std::uint64_t seed) {
@@ -77,11 +78,19 @@ void run(const Options& o) {
   HeadMap map;
   map.group = o.heads / kv_heads;
   const double scale = 1 / std::sqrt(static_cast<double>(o.dim));
+  const std::vector<double> slopes(o.alibi ? static_cast<std::size_t>(o.heads) : 0, 0.01);
+  ScoreTerms terms;
+  terms.softcap = o.softcap;
+  terms.alibi_slopes = slopes;
+  terms.dropout.p = o.dropout;
+  terms.dropout.heads = o.heads;
   const double flops = 4.0 * static_cast<double>(area(tiles) * o.heads * o.dim);
-  const double forward = median_seconds(o, [&] { kernel.attend({q, k, v, map, tiles, scale, out, lse, false}); });
+  const double forward = median_seconds(o, [&] {
+    kernel.attend({q, k, v, map, tiles, scale, out, lse, false, terms, o.invariant});
+  });
   const double backward = median_seconds(o, [&] {
     attention_delta(dout, out, delta);
-    kernel.attend_grad({q, k, v, map, tiles, scale, dout, lse, delta, dq, dk, dv});
+    kernel.attend_grad({q, k, v, map, tiles, scale, dout, lse, delta, dq, dk, dv, terms, o.invariant});
   });
   fmt::print(
       "{{\"kernel\": \"{}\", \"seq\": {}, \"queries\": {}, \"heads\": {}, \"dim\": {}, \"dtype\": \"{}\", \"mask\": \"{}\", "
@@ -107,6 +116,10 @@ int main(int argc, char** argv) {
   app.add_option("--threads", options.threads);
   app.add_option("--repeat", options.repeat);
   app.add_option("--kernel", options.kernel, "a kernel by name instead of the first that accepts");
+  app.add_option("--softcap", options.softcap, "tanh cap of the scores; 0 = none");
+  app.add_option("--dropout", options.dropout, "probability of dropping");
+  app.add_flag("--alibi", options.alibi, "scores fall with the distance");
+  app.add_flag("--invariant", options.invariant, "bits of a row do not depend on the other rows");
   app.add_flag("--cpu-time", options.cpu_time, "processor time of all threads instead of wall time, for busy machines");
   CLI11_PARSE(app, argc, argv);
   try {

@@ -52,16 +52,20 @@ std::vector<MeshShape> meshes(int ranks) {
   return all;
 }
 
-// Choices by index: mesh, layout, mask, heads, lengths, dims.
-using Choice = std::array<std::size_t, 6>;
+// What is added to the scores or done to the probabilities.
+const std::vector<std::string> kTerms{"none", "alibi", "softcap", "dropout", "sink", "bias", "one_bias", "all"};
 
-std::vector<Choice> every_choice(const std::array<std::size_t, 6>& sizes) {
+// Choices by index: mesh, layout, mask, heads, lengths, dims, terms.
+using Choice = std::array<std::size_t, 7>;
+
+std::vector<Choice> every_choice(const std::array<std::size_t, 7>& sizes) {
   std::vector<Choice> all;
   std::size_t turn = 0;
   for (std::size_t mesh = 0; mesh < sizes[0]; ++mesh) {
     for (std::size_t layout = 0; layout < sizes[1]; ++layout) {
       for (std::size_t mask = 0; mask < sizes[2]; ++mask, ++turn) {
-        all.push_back({mesh, layout, mask, turn % sizes[3], (turn / 2 + turn) % sizes[4], (turn / 3) % sizes[5]});
+        all.push_back({mesh, layout, mask, turn % sizes[3], (turn / 2 + turn) % sizes[4], (turn / 3) % sizes[5],
+                       (turn * 5 + turn / 7) % sizes[6]});
       }
     }
   }
@@ -70,7 +74,7 @@ std::vector<Choice> every_choice(const std::array<std::size_t, 6>& sizes) {
 
 // Greedy covering of all pairs of values but those of mesh and mask, which are most of them and meet in the full sweep: each
 // choice is the best of a few that start from an uncovered pair.
-std::vector<Choice> pairwise_choice(const std::array<std::size_t, 6>& sizes) {
+std::vector<Choice> pairwise_choice(const std::array<std::size_t, 7>& sizes) {
   using Pair = std::array<std::size_t, 4>;  // dimension, value, dimension, value
   std::set<Pair> open;
   for (std::size_t a = 0; a < sizes.size(); ++a) {
@@ -85,7 +89,7 @@ std::vector<Choice> pairwise_choice(const std::array<std::size_t, 6>& sizes) {
   while (!open.empty()) {
     const Pair seed = *open.begin();
     Choice choice{};
-    std::array<bool, 6> fixed{};
+    std::array<bool, 7> fixed{};
     choice[seed[0]] = seed[1];
     choice[seed[2]] = seed[3];
     fixed[seed[0]] = fixed[seed[2]] = true;
@@ -113,12 +117,22 @@ std::vector<Choice> pairwise_choice(const std::array<std::size_t, 6>& sizes) {
   return all;
 }
 
+AttentionShape with_terms(const std::string& terms, AttentionShape shape) {
+  shape.sink = terms == "sink" || terms == "all";
+  if (terms == "bias" || terms == "all") shape.bias = BiasShape{true, true};
+  if (terms == "one_bias") shape.bias = BiasShape{false, false};
+  return shape;
+}
+
 }  // namespace
 
+std::string Case::problem_text() const {
+  return fmt::format("mask {}, batch {}, seq {} x {}, heads {}/{}, dims {}/{}, {}, terms {}", mask, shape.batch, shape.seq_q,
+                     shape.seq_kv, shape.heads, shape.kv_heads, shape.dim_qk, shape.dim_v, name_of(shape.dtype), terms);
+}
+
 std::string Case::text() const {
-  return fmt::format("{} on {}, layout {}, mask {}, batch {}, seq {} x {}, heads {}/{}, dims {}/{}, {}", strategy, mesh.text(),
-                     name_of(layout), mask, shape.batch, shape.seq_q, shape.seq_kv, shape.heads, shape.kv_heads, shape.dim_qk,
-                     shape.dim_v, name_of(shape.dtype));
+  return fmt::format("{} on {}, layout {}, {}", strategy, mesh.text(), name_of(layout), problem_text());
 }
 
 AttentionOptions options_of(const Case& one) {
@@ -126,6 +140,13 @@ AttentionOptions options_of(const Case& one) {
   options.mask = mask_named(one.mask, one.shape);
   options.layout = one.layout;
   options.strategy = one.strategy;
+  const bool all = one.terms == "all";
+  if (all || one.terms == "softcap") options.softcap = 1.5;
+  if (all || one.terms == "dropout") options.dropout = 0.3, options.dropout_seed = 11;
+  if (all || one.terms == "alibi") {
+    for (std::int64_t head = 0; head < one.shape.heads; ++head)
+      options.alibi_slopes.push_back(0.02 * static_cast<double>(head + 1));
+  }
   return options;
 }
 
@@ -189,19 +210,20 @@ std::vector<Case> sweep(const std::string& strategy, int ranks, bool full) {
     if (accepts(mesh, {.seq_q = 1, .seq_kv = 1}, {})) accepted.push_back(mesh);
   }
   if (accepted.empty()) return {};
-  const std::array<std::size_t, 6> sizes{accepted.size(), kLayouts.size(), kMasks.size(),
-                                         kHeads.size(),   kLengths.size(), kDims.size()};
+  const std::array<std::size_t, 7> sizes{accepted.size(), kLayouts.size(), kMasks.size(), kHeads.size(),
+                                         kLengths.size(), kDims.size(),    kTerms.size()};
   std::vector<Case> cases;
   for (const Choice& choice : full ? every_choice(sizes) : pairwise_choice(sizes)) {
     const Heads& heads = kHeads[choice[3]];
     const Lengths& lengths = kLengths[choice[4]];
     const Dims& dims = kDims[choice[5]];
-    const Case one{
-        strategy,
-        accepted[choice[0]],
-        kLayouts[choice[1]],
-        kMasks[choice[2]],
-        {lengths.batch, lengths.seq_q, lengths.seq_kv, heads.heads, heads.kv_heads, dims.dim_qk, dims.dim_v, dims.dtype}};
+    const Case one{strategy,
+                   accepted[choice[0]],
+                   kLayouts[choice[1]],
+                   kMasks[choice[2]],
+                   with_terms(kTerms[choice[6]], {lengths.batch, lengths.seq_q, lengths.seq_kv, heads.heads, heads.kv_heads,
+                                                  dims.dim_qk, dims.dim_v, dims.dtype}),
+                   kTerms[choice[6]]};
     if (accepts(one.mesh, one.shape, options_of(one))) cases.push_back(one);
   }
   return cases;

@@ -16,7 +16,9 @@ struct Case {
   Layout layout = Layout::kZigzag;
   std::string mask;  // a name of masks()
   AttentionShape shape;
+  std::string terms;  // of the scores, by name
 
+  std::string problem_text() const;  // mask, sizes, terms: what the right answer depends on
   std::string text() const;
 };
 

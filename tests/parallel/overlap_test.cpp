@@ -85,7 +85,7 @@ std::vector<Action> recorded(const Plan& plan, Communicator& world) {
       views.back().push_back(inputs.back().back().view());
     }
   }
-  Runner(plan, mine, mesh, kernel).run(views, 0);
+  Runner(plan, mine, mesh, kernel).run(views, {});
   return *log;
 }
 

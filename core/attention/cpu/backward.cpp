@@ -8,6 +8,7 @@
 #include <thread>
 #include <utility>
 
+#include "core/attention/cpu/band_list.h"
 #include "core/attention/cpu/drive.h"
 #include "core/base/threads.h"
 
@@ -41,13 +42,11 @@ struct Call {
   const Ops& ops;
   const AttendGradArgs& args;
   Interval hull;                          // key rows that any tile sees
-  std::vector<std::vector<Band>> blocks;  // keys counted from hull.begin
+  BandList bands;                         // keys counted from hull.begin
   std::vector<Interval> chunks_of_block;  // chunks that a block may touch; those take turns
   std::int64_t q_width, v_width;          // D and V, padded
   Turns rows;                             // [B, H, blocks]: the chunk whose turn it is to add to dq
   Turns dbias;  // [chunks, B or 1, H or 1, blocks]: whose turn it is among those that share; 0 pieces where none do
-
-  std::int64_t n_blocks() const { return static_cast<std::int64_t>(blocks.size()); }
 };
 
 // Who shares a piece of dbias: the turn of (b, h), and which of the tensor's (batch row, head) it is.
@@ -130,7 +129,7 @@ void run_piece_in_turn(Call& call, const TaskMemory& memory, std::int64_t b, std
   }
   const Share share = share_of(call.args, b, h);
   const std::int64_t shares = call.args.dbias.size(0) * call.args.dbias.size(2);
-  const std::int64_t piece = (chunk * shares + share.piece) * call.n_blocks() + block;
+  const std::int64_t piece = (chunk * shares + share.piece) * call.bands.blocks() + block;
   call.dbias.wait(piece, share.turn);
   if (!bands.empty()) run_piece(call, memory, b, h, block, bands);
   call.dbias.pass(piece, share.turn);
@@ -140,14 +139,13 @@ void run_head(Call& call, const TaskMemory& memory, std::int64_t b, std::int64_t
   const AttendGradArgs& args = call.args;
   const std::int64_t begin = chunk * kBackwardKeys, end = std::min(begin + kBackwardKeys, call.hull.count());
   std::vector<Band> bands;
-  for (std::int64_t block = 0; block < call.n_blocks(); ++block) {
-    const auto index = static_cast<std::size_t>(block);
-    const Interval chunks = call.chunks_of_block[index];
+  for (std::int64_t block = 0; block < call.bands.blocks(); ++block) {
+    const Interval chunks = call.chunks_of_block[static_cast<std::size_t>(block)];
     if (chunk < chunks.begin || chunk >= chunks.end) continue;
-    bands_in_range(call.blocks[index], begin, end, bands);
+    call.bands.in_range(block, begin, end, bands);
     run_piece_in_turn(call, memory, b, h, chunk, block, bands);
     if (args.dq.data == nullptr) continue;
-    const std::int64_t piece = (b * args.q.size(2) + h) * call.n_blocks() + block, row = block * kBackwardRows;
+    const std::int64_t piece = (b * args.q.size(2) + h) * call.bands.blocks() + block, row = block * kBackwardRows;
     call.rows.wait(piece, chunk);
     if (!bands.empty()) {
       call.ops.add_rows(memory.dq, call.q_width, static_cast<float>(args.scale), &args.dq.at<float>(b, row, h),
@@ -216,19 +214,19 @@ void attend_grad(const Path& path, const AttendGradArgs& args) {
   if (batch * seq * heads * kv_heads == 0 || args.tiles.empty()) return;
   const Ops& ops = ops_for(path, args.q.dtype);
   const Interval hull = key_hull(args.tiles, args.invariant ? kBackwardKeys : 1);
-  auto blocks = bands_by_block(args.tiles, seq, kBackwardRows, hull.begin, args.invariant);
+  BandList bands(args.tiles, seq, kBackwardRows, hull.begin, args.invariant);
   std::vector<Interval> chunks_of_block;
-  chunks_of_block.reserve(blocks.size());
-  for (const auto& block : blocks) chunks_of_block.push_back(chunks_of(block));
+  const auto n_blocks = static_cast<std::size_t>(bands.blocks()), n_turns = n_blocks * static_cast<std::size_t>(batch * heads);
+  chunks_of_block.reserve(n_blocks);
+  for (std::size_t i = 0; i < n_blocks; ++i) chunks_of_block.push_back(chunks_of(bands.block(static_cast<std::int64_t>(i))));
   const std::int64_t n_chunks = ceil_div(hull.count(), kBackwardKeys), groups = batch * kv_heads;
-  const std::size_t n_blocks = blocks.size(), n_turns = n_blocks * static_cast<std::size_t>(batch * heads);
   const std::int64_t shared = shares_dbias(args) ? n_chunks * args.dbias.size(0) * args.dbias.size(2) : 0;
   const auto first_chunk = [&](std::size_t i) { return chunks_of_block[i % n_blocks].begin; };
   Turns rows(n_turns, first_chunk), dbias(static_cast<std::size_t>(shared) * n_blocks, [](std::size_t) { return 0; });
   Call call{ops,
             args,
             hull,
-            std::move(blocks),
+            std::move(bands),
             chunks_of_block,
             padded_to(args.q.size(3), ops.lanes),
             padded_to(args.v.size(3), ops.lanes),

@@ -8,12 +8,13 @@ namespace dattn::cpu::DATTN_ISA {
 DATTN_INLINE std::int64_t smaller(std::int64_t a, std::int64_t b) { return a < b ? a : b; }
 DATTN_INLINE std::int64_t larger(std::int64_t a, std::int64_t b) { return a > b ? a : b; }
 
-// Keys that one row of a band sees, half-open; empty (begin >= end) for rows outside.
-struct KeyRange {
-  std::int64_t begin, end;
-};
+// Keys that one row of a band sees; empty (begin >= end) for rows outside.
 DATTN_INLINE KeyRange keys_of_row(const Band& band, std::int64_t row) {
   if (row < band.row_begin || row >= band.row_end) return {0, 0};
+  if (band.ranges != nullptr) {
+    const KeyRange range = band.ranges[row - band.row_begin];
+    return {larger(band.k_begin, range.begin - band.first_key), smaller(band.k_end, range.end - band.first_key)};
+  }
   return {larger(band.k_begin, row + band.lo), smaller(band.k_end, row + band.hi + 1)};
 }
 
@@ -24,8 +25,7 @@ struct StripRange {
 DATTN_INLINE StripRange keys_of_strip(const Band& band, std::int64_t first) {
   const std::int64_t begin = larger(first, band.row_begin), last = smaller(first + kStrip, band.row_end) - 1;
   if (begin > last) return {{0, 0}, {0, 0}};
-  const KeyRange upper = {larger(band.k_begin, begin + band.lo), smaller(band.k_end, begin + band.hi + 1)};
-  const KeyRange lower = {larger(band.k_begin, last + band.lo), smaller(band.k_end, last + band.hi + 1)};
+  const KeyRange upper = keys_of_row(band, begin), lower = keys_of_row(band, last);
   const bool whole = begin == first && last == first + kStrip - 1;
   return {{upper.begin, lower.end}, whole ? KeyRange{lower.begin, upper.end} : KeyRange{0, 0}};
 }

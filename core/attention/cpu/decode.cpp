@@ -3,6 +3,7 @@
 #include <cmath>
 #include <limits>
 
+#include "core/attention/cpu/band_list.h"
 #include "core/attention/cpu/drive.h"
 #include "core/base/threads.h"
 
@@ -51,7 +52,7 @@ void attend_decode(const Path& path, const AttendArgs& args) {
   const Ops& ops = ops_for(path, args.q.dtype);
   const std::int64_t batch = args.q.size(0), rows = args.q.size(1), heads = args.q.size(2), kv_heads = args.k.size(2);
   const Interval hull = key_hull(args.tiles);
-  const auto blocks = bands_by_block(args.tiles, rows, rows, hull.begin);
+  const BandList list(args.tiles, rows, rows, hull.begin, false);
   States states{ceil_div(hull.count(), kSplitKeys), rows, padded_to(args.v.size(3), ops.lanes), {}, {}, {}};
   const std::int64_t n_states = batch * heads * states.splits * rows;
   states.out = Tensor::uninitialized(DType::kF32, {n_states * states.width});
@@ -62,7 +63,7 @@ void attend_decode(const Path& path, const AttendArgs& args) {
     const std::int64_t split = task % states.splits, kv = task / states.splits % kv_heads, b = task / states.splits / kv_heads;
     const std::int64_t begin = split * kSplitKeys, count = std::min(kSplitKeys, hull.count() - begin);
     std::vector<Band> bands;
-    bands_in_range(blocks[0], begin, begin + count, bands);
+    list.in_range(0, begin, begin + count, bands);
     for (std::int64_t h = 0; h < heads; ++h) {
       if (args.heads.kv_of(h) != kv) continue;
       const std::int64_t at = states.row(b * heads + h, split, 0);

@@ -9,12 +9,6 @@
 #include "core/base/error.h"
 
 namespace dattn::cpu {
-namespace {
-
-// Bounds that cut nothing stay far outside, but small enough for the kernels to add rows to them.
-constexpr std::int64_t kFar = std::int64_t{1} << 41;
-
-}  // namespace
 
 Rows rows_of(const TensorView& view, std::int64_t b, std::int64_t begin, std::int64_t count, std::int64_t h) {
   const std::int64_t offset = b * view.stride(0) + begin * view.stride(1) + h * view.stride(2);
@@ -29,42 +23,6 @@ Interval key_hull(std::span<const Tile> tiles, std::int64_t block) {
     hull.end = std::max(hull.end, tile.rows.k.end);
   }
   return {hull.begin / block * block, hull.end};
-}
-
-std::vector<std::vector<Band>> bands_by_block(std::span<const Tile> tiles, std::int64_t seq_q, std::int64_t block_rows,
-                                              std::int64_t first_key, bool by_region) {
-  std::vector<Tile> sorted;
-  if (by_region) {
-    sorted.assign(tiles.begin(), tiles.end());
-    std::stable_sort(sorted.begin(), sorted.end(), [](const Tile& a, const Tile& b) { return a.region < b.region; });
-    tiles = sorted;
-  }
-  std::vector<std::vector<Band>> blocks(static_cast<std::size_t>(ceil_div(seq_q, block_rows)));
-  for (const Tile& tile : tiles) {
-    for (std::int64_t block = tile.rows.q.begin / block_rows; block * block_rows < tile.rows.q.end; ++block) {
-      const std::int64_t first_row = block * block_rows;
-      const auto part = restrict_to(tile.rows, {first_row, first_row + block_rows}, tile.rows.k);
-      if (!part) continue;
-      const Region local = shift(*part, -first_row, -first_key);
-      blocks[static_cast<std::size_t>(block)].push_back(
-          {local.q.begin, local.q.end, local.k.begin, local.k.end, std::max(local.lo, -kFar), std::min(local.hi, kFar),
-           tile.q_position + (part->q.begin - tile.rows.q.begin) * tile.step,
-           tile.k_position + (part->k.begin - tile.rows.k.begin) * tile.step, tile.step});
-    }
-  }
-  return blocks;
-}
-
-void bands_in_range(const std::vector<Band>& block, std::int64_t begin, std::int64_t end, std::vector<Band>& bands) {
-  bands.clear();
-  for (const Band& band : block) {
-    const Region region{{band.row_begin, band.row_end}, {band.k_begin, band.k_end}, band.lo, band.hi};
-    const auto part = restrict_to(region, region.q, {begin, end});
-    if (!part) continue;
-    bands.push_back({part->q.begin, part->q.end, part->k.begin - begin, part->k.end - begin, std::max(part->lo - begin, -kFar),
-                     std::min(part->hi - begin, kFar), band.q_position + (part->q.begin - band.row_begin) * band.step,
-                     band.k_position + (part->k.begin - band.k_begin) * band.step, band.step});
-  }
 }
 
 float base2_factor(double scale, const ScoreTerms& terms) {

@@ -1,8 +1,7 @@
-// What the forward and the backward driver share: rows of one head, bands of a block, scratch of a thread.
+// What the forward and the backward driver share: rows of one head, factors and terms, scratch of a thread.
 #pragma once
 
 #include <algorithm>
-#include <vector>
 
 #include "core/attention/cpu/ops.h"
 #include "core/attention/kernel.h"
@@ -23,15 +22,6 @@ Rows rows_of(const TensorView& view, std::int64_t b, std::int64_t begin, std::in
 
 // The smallest range of key rows that holds every tile and begins at a multiple of `block`.
 Interval key_hull(std::span<const Tile> tiles, std::int64_t block = 1);
-
-// Element i: the bands of query rows [i * block_rows, ..), with rows counted from the block's first row and keys from
-// `first_key`. In the order of the tiles or, where `by_region`, in an order that does not depend on how rows were cut:
-// by region of the mask, and inside one region ascending.
-std::vector<std::vector<Band>> bands_by_block(std::span<const Tile> tiles, std::int64_t seq_q, std::int64_t block_rows,
-                                              std::int64_t first_key, bool by_region = false);
-
-// The bands of a block inside the keys [begin, end), with keys counted from `begin`.
-void bands_in_range(const std::vector<Band>& block, std::int64_t begin, std::int64_t end, std::vector<Band>& bands);
 
 // What the kernels multiply their scores with to get exponents of 2: log2(e) where terms make true scores, else |scale| *
 // log2(e), never 0, so that a hidden score of -inf stays -inf.

@@ -89,23 +89,23 @@ constexpr std::int64_t keep_bytes(std::int64_t count) { return (count + 3 + 2 * 
 
 // Where keep_bits puts the bit of its first key; the same for all rows of a band.
 DATTN_INLINE std::int64_t first_bit(const Band& band, std::int64_t key) {
-  return band.step == 1 ? (band.k_position + key - band.k_begin) & 3 : 0;
+  return band.k_step == 1 ? (band.k_position + key - band.k_begin) & 3 : 0;
 }
 
 // One bit a key, set where it is kept: `count` keys from `key` on, for one row. Columns outside the band get any bits.
 static __attribute__((noinline)) void keep_bits(const Terms& t, const Band& band, std::int64_t row, std::int64_t key,
                                                 std::int64_t count, unsigned char* bits) {
-  const PhiloxRow from = philox_row(t, band.q_position + (row - band.row_begin) * band.step);
-  const std::int64_t position = band.k_position + (key - band.k_begin) * band.step, first = first_bit(band, key);
+  const PhiloxRow from = philox_row(t, band.q_position + (row - band.row_begin) * band.q_step);
+  const std::int64_t position = band.k_position + (key - band.k_begin) * band.k_step, first = first_bit(band, key);
   for (std::int64_t i = 0; i < first + count; i += 2 * kLanes, bits += kLanes / 4) {
     Words words[2];
-    if (band.step == 1) {
+    if (band.k_step == 1) {
       words_of_neighbours(t, from, position - first + i, words);
     } else {
       for (int half = 0; half < 2; ++half) {
-        const std::int64_t at = position + (i + half * kLanes) * band.step;
-        words[half] =
-            (Words)side_by_side(words_apart(t, from, at, 2 * band.step), words_apart(t, from, at + band.step, 2 * band.step));
+        const std::int64_t at = position + (i + half * kLanes) * band.k_step;
+        words[half] = (Words)side_by_side(words_apart(t, from, at, 2 * band.k_step),
+                                          words_apart(t, from, at + band.k_step, 2 * band.k_step));
       }
     }
     const std::uint32_t both = kept_bits(t, words[0]) | kept_bits(t, words[1]) << kLanes;

@@ -1,5 +1,6 @@
 // Forward driver. Keys and values are packed once per KV head; then one task is one block of query rows of one head,
 // which owns its rows of (out, lse). Blocks are handed out last first: under a causal mask those see most keys.
+#include "core/attention/cpu/band_list.h"
 #include "core/attention/cpu/drive.h"
 #include "core/base/threads.h"
 
@@ -48,13 +49,13 @@ void attend(const Path& path, const AttendArgs& args) {
   if (seq <= kDecodeRows && !args.invariant) return attend_decode(path, args);
   const Ops& ops = ops_for(path, args.q.dtype);
   const Interval hull = key_hull(args.tiles, args.invariant ? kForwardKeys : 1);
-  const auto blocks = bands_by_block(args.tiles, seq, kForwardRows, hull.begin, args.invariant);
+  const BandList list(args.tiles, seq, kForwardRows, hull.begin, args.invariant);
   const PackedKeys packed(ops, args, hull);
-  const auto n_blocks = static_cast<std::int64_t>(blocks.size());
+  const std::int64_t n_blocks = list.blocks();
   const std::int64_t scratch_bytes = ops.forward_scratch(args.q.size(3), args.v.size(3));
   parallel_for(batch * heads * n_blocks, [&](std::int64_t task) {
     const std::int64_t block = n_blocks - 1 - task % n_blocks, h = task / n_blocks % heads, b = task / n_blocks / heads;
-    const auto& bands = blocks[static_cast<std::size_t>(block)];
+    const auto& bands = list.block(block);
     if (bands.empty() && args.merge) return;
     const std::int64_t row = block * kForwardRows, kv = b * args.k.size(2) + args.heads.kv_of(h);
     ForwardJob job{};

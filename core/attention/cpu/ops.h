@@ -19,14 +19,22 @@ inline constexpr std::int64_t kBackwardRows = 192;  // query rows of one backwar
 inline constexpr std::int64_t kBackwardKeys = 192;  // keys of one backward task
 inline constexpr std::int64_t kDecodeRows = 4;      // up to this many query rows, keys are read once and never packed
 
+struct KeyRange {
+  std::int64_t begin, end;  // half-open
+};
+
 // Visible keys of the query rows [row_begin, row_end) of a block: max(k_begin, row + lo) <= key < min(k_end, row + hi + 1).
 // Rows count from the block's first, keys from the first packed key. Row r is at position q_position + (r - row_begin) *
-// step, key j at k_position + (j - k_begin) * step.
+// q_step, key j at k_position + (j - k_begin) * k_step.
 struct Band {
   std::int64_t row_begin, row_end;
   std::int64_t k_begin, k_end;
   std::int64_t lo, hi;
-  std::int64_t q_position, k_position, step;
+  std::int64_t q_position, k_position, q_step, k_step;
+  // Where steps differ, lo and hi cut nothing and row r sees ranges[r - row_begin], less first_key, cut to [k_begin, k_end).
+  // Begins and ends ascend.
+  const KeyRange* ranges;
+  std::int64_t first_key;
 };
 
 // ScoreTerms for the rows of one job; see terms_text.h and dropout_text.h.

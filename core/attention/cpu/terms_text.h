@@ -40,10 +40,10 @@ DATTN_INLINE Floats load_bias(const Terms& t, std::int64_t row, std::int64_t pos
 // of the softcap.
 static __attribute__((noinline)) void true_scores(const Terms& t, const Band& band, std::int64_t row, std::int64_t key,
                                                   std::int64_t count, float* scores, float* slope) {
-  const std::int64_t query = band.q_position + (row - band.row_begin) * band.step;
-  const std::int64_t position = band.k_position + (key - band.k_begin) * band.step;
+  const std::int64_t query = band.q_position + (row - band.row_begin) * band.q_step;
+  const std::int64_t position = band.k_position + (key - band.k_begin) * band.k_step;
   const bool inside = row >= band.row_begin && row < band.row_end;
-  const Floats lanes = __builtin_convertvector(lane_numbers(), Floats) * splat(static_cast<float>(band.step));
+  const Floats lanes = __builtin_convertvector(lane_numbers(), Floats) * splat(static_cast<float>(band.k_step));
   for (std::int64_t i = 0; i < count; i += kLanes) {
     Floats s = load(scores + i) * splat(t.factor);
     if (t.softcap != 0) {
@@ -51,9 +51,9 @@ static __attribute__((noinline)) void true_scores(const Terms& t, const Band& ba
       if (slope != nullptr) store(slope + i, splat(1.0f) - s * s);
       s *= splat(t.softcap);
     }
-    const std::int64_t first = position + i * band.step;
+    const std::int64_t first = position + i * band.k_step;
     if (t.slope != 0) s += splat(t.slope) * (splat(static_cast<float>(first - query)) + lanes);
-    if (t.bias != nullptr && inside) s += load_bias(t, row, first, band.step, band.k_begin - key - i, band.k_end - key - i);
+    if (t.bias != nullptr && inside) s += load_bias(t, row, first, band.k_step, band.k_begin - key - i, band.k_end - key - i);
     store(scores + i, s);
   }
 }
@@ -82,13 +82,13 @@ DATTN_INLINE void add_to_dbias(const Terms& t, const Band& band, std::int64_t ro
     const std::int64_t begin = larger(range.begin, key), end = smaller(range.end, key + kPanel);
     float* to = t.dbias + (row + r) * t.dbias_stride + band.k_position;
     std::int64_t j = begin;
-    if (band.step == 1) {
+    if (band.k_step == 1) {
       for (; j + kLanes <= end; j += kLanes) {
         float* at = to + (j - band.k_begin);
         store(at, load(at) + load(ds + (j - key)));
       }
     }
-    for (; j < end; ++j) to[(j - band.k_begin) * band.step] += ds[j - key];
+    for (; j < end; ++j) to[(j - band.k_begin) * band.k_step] += ds[j - key];
   }
 }
 

@@ -3,55 +3,14 @@
 
 #include <gtest/gtest.h>
 
-#include "core/attention/cpu/paths.h"
-#include "core/base/error.h"
-#include "core/base/threads.h"
-#include "tests/core/attention/problem.h"
+#include "tests/core/attention/every_path.h"
 
 namespace dattn {
 namespace {
 
 using namespace testing;  // NOLINT: the helpers of this folder
 
-constexpr double kFp32Tolerance = 2e-6;
-constexpr double kBf16Rounding = 1.0 / 256;  // half a unit in the last place of bf16, relative
-
-std::vector<std::string> paths_here() {
-  std::vector<std::string> names;
-  for (const char* name : {"avx512bf16", "avx512", "avx2", "portable"}) {
-    const ScopedEnv env("DATTN_CPU", name);
-    try {
-      cpu::choose_path();
-      names.emplace_back(name);
-    } catch (const Error&) {
-    }
-  }
-  return names;
-}
-
-class CpuKernel : public ::testing::TestWithParam<std::string> {
- protected:
-  CpuKernel() : env_("DATTN_CPU", GetParam().c_str()) { set_num_threads(1); }  // small problems: waking threads costs more
-  ~CpuKernel() override { set_num_threads(threads_); }
-  ScopedEnv env_;
-  int threads_ = num_threads();
-};
-
-void expect_close(const Results& a, const Results& b, double tolerance, const std::string& what) {
-  EXPECT_LE(relative_error(a.out, b.out), tolerance) << what << ": out";
-  EXPECT_LE(relative_error(a.lse, b.lse), tolerance) << what << ": lse";
-  EXPECT_LE(relative_error(a.dq, b.dq), tolerance) << what << ": dq";
-  EXPECT_LE(relative_error(a.dk, b.dk), tolerance) << what << ": dk";
-  EXPECT_LE(relative_error(a.dv, b.dv), tolerance) << what << ": dv";
-}
-
-// fp32 within 2e-6 and bf16 within 1.5 roundings of P and dS.
-void check(const Problem& p, const std::string& what) {
-  const Inputs inputs = random_inputs(p, DType::kBF16);
-  const Results wanted = run_kernel(reference_kernel(), p, inputs, DType::kF64);
-  expect_close(run_kernel(cpu_kernel(), p, inputs, DType::kF32), wanted, kFp32Tolerance, what + " fp32");
-  expect_close(run_kernel(cpu_kernel(), p, inputs, DType::kBF16), wanted, 1.5 * kBf16Rounding, what + " bf16");
-}
+class CpuKernel : public EveryPath {};
 
 TEST_P(CpuKernel, Dims) {
   const std::pair<std::int64_t, std::int64_t> dims[] = {{1, 1},   {5, 3},     {16, 16},   {40, 40},   {64, 64},
@@ -258,7 +217,7 @@ TEST_P(CpuKernel, NaNIsNotSwallowed) {
   EXPECT_FALSE(std::isnan(r.out->at<float>(0, 6, 0, 3)));
 }
 
-INSTANTIATE_TEST_SUITE_P(Path, CpuKernel, ::testing::ValuesIn(paths_here()), [](const auto& path) { return path.param; });
+DATTN_ON_EVERY_PATH(CpuKernel);
 
 TEST(CpuPath, UnknownNameIsRefused) {
   const ScopedEnv env("DATTN_CPU", "mmx");

@@ -1,0 +1,36 @@
+// Tiles as the kernels read them: bands, by block of query rows.
+#pragma once
+
+#include <memory>
+#include <span>
+#include <vector>
+
+#include "core/attention/cpu/ops.h"
+#include "core/attention/region.h"
+
+namespace dattn::cpu {
+
+// Rows of a band count from the first row of its block of `block_rows` query rows, keys from `first_key`.
+//
+// Bands stand in the order of the tiles. Invariant lists do not depend on how rows were cut into shards: bands are sorted
+// by the region of the mask they come from, and tiles of one row each, which is what make_tiles gives for unequal steps,
+// are joined to the band that they would have been with equal ones.
+class BandList {
+ public:
+  BandList(std::span<const Tile> tiles, std::int64_t seq_q, std::int64_t block_rows, std::int64_t first_key, bool invariant);
+
+  std::int64_t blocks() const { return static_cast<std::int64_t>(blocks_.size()); }
+  const std::vector<Band>& block(std::int64_t index) const { return blocks_[static_cast<std::size_t>(index)]; }
+  // The bands of a block inside the keys [begin, end), with keys counted from `begin`.
+  void in_range(std::int64_t block, std::int64_t begin, std::int64_t end, std::vector<Band>& bands) const;
+
+ private:
+  void add(const Tile& tile);
+  void add_joined(std::span<const Tile> rows, std::int64_t q_step);
+
+  std::int64_t block_rows_, first_key_;
+  std::vector<std::vector<Band>> blocks_;
+  std::vector<std::unique_ptr<KeyRange[]>> ranges_;  // what Band::ranges points to
+};
+
+}  // namespace dattn::cpu

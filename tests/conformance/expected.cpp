@@ -1,0 +1,139 @@
+#include "tests/conformance/expected.h"
+
+#include <algorithm>
+#include <cmath>
+#include <map>
+#include <mutex>
+
+#include <fmt/format.h>
+
+#include "core/attention/state.h"
+#include "core/base/philox.h"
+#include "parallel/rank_plan.h"
+
+namespace dattn::conformance {
+namespace {
+
+Tensor random_tensor(DType dtype, const Shape& shape, std::uint64_t stream) {
+  Tensor values(DType::kF32, shape);
+  for (std::int64_t i = 0; i < shape.elements(); ++i)
+    values.ptr<float>()[i] = philox_normal(7, stream, static_cast<std::uint64_t>(i));
+  return to_dtype(values, dtype);
+}
+
+// A view's part of the batch rows of a stretch; what is one for all stays whole.
+TensorView cut(const TensorView& view, Interval batch) {
+  return view.data == nullptr || view.size(0) == 1 ? view : view.slice(0, batch.begin, batch.count());
+}
+
+// Forward and backward of the whole problem by one kernel in one storage type.
+Results attend_whole(const AttentionKernel& kernel, DType dtype, const Case& one, const AttentionOptions& options,
+                     const Expected& e) {
+  const AttentionShape& s = one.shape;
+  const Tensor q = to_dtype(e.q->slice(2, e.heads.q.begin, e.heads.q.count()), dtype), k = to_dtype(e.k, dtype),
+               v = to_dtype(e.v, dtype), dout = to_dtype(e.dout->slice(2, e.heads.q.begin, e.heads.q.count()), dtype);
+  const Tensor bias = s.bias ? to_dtype(bias_part(e.bias, e.heads.q), dtype) : Tensor();
+  const TensorView sink = s.sink ? e.sink->slice(0, e.heads.q.begin, e.heads.q.count()) : TensorView();
+  const HeadMap heads{e.heads.q.begin, 0, s.heads / s.kv_heads};
+  const double scale = 1.0 / std::sqrt(static_cast<double>(s.dim_qk));
+  const auto tiles = make_tiles(compile_batch(options.mask, s.batch, s.seq_q, s.seq_kv), Positions::range(0, s.seq_q),
+                                Positions::range(0, s.seq_kv));
+  const auto terms_of = [&](Interval batch) {
+    const AttentionDropout dropout{options.dropout, options.dropout_seed, kDropoutStream, batch.begin, s.heads};
+    return ScoreTerms{options.softcap, options.alibi_slopes, cut(bias, batch), dropout};
+  };
+  const DType sums = accumulate_type(dtype);
+  Results r;
+  Tensor state(sums, dout->shape);
+  r.lse = Tensor(sums, {s.batch, e.heads.q.count(), s.seq_q});
+  clear_state(state, r.lse);
+  for (const BatchTiles& part : tiles) {
+    kernel.attend({.q = cut(q, part.batch),
+                   .k = cut(k, part.batch),
+                   .v = cut(v, part.batch),
+                   .heads = heads,
+                   .tiles = part.tiles,
+                   .scale = scale,
+                   .out = cut(state, part.batch),
+                   .lse = cut(r.lse, part.batch),
+                   .merge = true,
+                   .terms = terms_of(part.batch)});
+  }
+  if (s.sink) merge_sink(state, r.lse, sink);
+  r.out = to_dtype(state, dtype);
+  Tensor delta(sums, r.lse->shape);
+  attention_delta(dout, r.out, delta);
+  r.dq = Tensor(sums, q->shape);
+  r.dk = Tensor(sums, k->shape);
+  r.dv = Tensor(sums, v->shape);
+  if (s.bias) r.dbias = Tensor(sums, bias->shape);
+  for (const BatchTiles& part : tiles) {
+    kernel.attend_grad({.q = cut(q, part.batch),
+                        .k = cut(k, part.batch),
+                        .v = cut(v, part.batch),
+                        .heads = heads,
+                        .tiles = part.tiles,
+                        .scale = scale,
+                        .dout = cut(dout, part.batch),
+                        .lse = cut(r.lse, part.batch),
+                        .delta = cut(delta, part.batch),
+                        .dq = cut(r.dq, part.batch),
+                        .dk = cut(r.dk, part.batch),
+                        .dv = cut(r.dv, part.batch),
+                        .terms = terms_of(part.batch),
+                        .dbias = cut(r.dbias, part.batch)});
+  }
+  if (s.sink) {
+    r.dsink = Tensor(sums, sink.shape);
+    add_sink_gradient(r.lse, delta, sink, r.dsink);
+  }
+  return r;
+}
+
+Expected compute(const Case& one, int tensor_index) {
+  const AttentionShape& s = one.shape;
+  const AttentionOptions options = options_of(one);
+  Expected e;
+  e.heads = heads_of(s.heads, s.kv_heads, one.mesh.size(Axis::kTensor), tensor_index);
+  e.q = random_tensor(s.dtype, {s.batch, s.seq_q, s.heads, s.dim_qk}, 1);
+  e.k = random_tensor(s.dtype, {s.batch, s.seq_kv, s.kv_heads, s.dim_qk}, 2);
+  e.v = random_tensor(s.dtype, {s.batch, s.seq_kv, s.kv_heads, s.dim_v}, 3);
+  e.dout = random_tensor(s.dtype, {s.batch, s.seq_q, s.heads, s.dim_v}, 4);
+  if (s.bias) {
+    e.bias = random_tensor(s.dtype, {s.bias->per_batch ? s.batch : 1, s.seq_q, s.bias->per_head ? s.heads : 1, s.seq_kv}, 5);
+  }
+  if (s.sink) e.sink = random_tensor(DType::kF32, {s.heads}, 6);
+  e.exact = attend_whole(reference_kernel(), DType::kF64, one, options, e);
+  if (s.dtype == DType::kBF16) e.one_rank = attend_whole(select_kernel({s.dtype, s.dim_qk, s.dim_v}), s.dtype, one, options, e);
+  return e;
+}
+
+}  // namespace
+
+std::shared_ptr<const Expected> expected(const Case& one, int tensor_index) {
+  struct Slot {
+    std::once_flag once;
+    std::shared_ptr<const Expected> value;
+  };
+  constexpr std::size_t kMostSlots = 32;
+  static std::mutex mutex;
+  static std::map<std::string, std::shared_ptr<Slot>> slots;
+  std::shared_ptr<Slot> slot;
+  {
+    const std::lock_guard lock(mutex);
+    const std::string key = fmt::format("{} part {} of {}", one.problem_text(), tensor_index, one.mesh.size(Axis::kTensor));
+    if (slots.size() >= kMostSlots && !slots.count(key)) slots.clear();
+    std::shared_ptr<Slot>& found = slots[key];
+    if (!found) found = std::make_shared<Slot>();
+    slot = found;
+  }
+  std::call_once(slot->once, [&] { slot->value = std::make_shared<const Expected>(compute(one, tensor_index)); });
+  return slot->value;
+}
+
+TensorView bias_part(const TensorView& bias, Interval heads) {
+  return bias.size(2) == 1 ? bias.slice(2, 0, std::min<std::int64_t>(1, heads.count()))
+                           : bias.slice(2, heads.begin, heads.count());
+}
+
+}  // namespace dattn::conformance

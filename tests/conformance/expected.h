@@ -1,0 +1,31 @@
+// What a case must give: the whole problem on one device by the reference kernel in fp64, and, for bf16, by the library's own
+// kernel in the case's type, whose error is the measure of what a sharded call may have.
+#pragma once
+
+#include <memory>
+
+#include "tests/conformance/sweep.h"
+
+namespace dattn::conformance {
+
+inline constexpr std::uint64_t kDropoutStream = 9;
+
+struct Results {
+  Tensor out, lse, dq, dk, dv;  // query heads of one part of the tensor axis, all KV heads
+  Tensor dbias, dsink;          // undefined without
+};
+
+struct Expected {
+  Tensor q, k, v, dout, bias, sink;  // whole inputs, in the case's type
+  HeadRange heads;                   // of the part
+  Results exact;                     // fp64
+  Results one_rank;                  // bf16 cases
+};
+
+// The same for all ranks of a process: computed by the first that asks.
+std::shared_ptr<const Expected> expected(const Case& one, int tensor_index);
+
+// The heads of a bias [B or 1, S, H or 1, N] that serve the query heads `heads`.
+TensorView bias_part(const TensorView& bias, Interval heads);
+
+}  // namespace dattn::conformance
