@@ -5,32 +5,11 @@
 
 #include <fmt/format.h>
 
+#include "parallel/comm/decorator.h"
 #include "parallel/comm/parts.h"
 
 namespace dattn {
 namespace {
-
-// Forwards everything. The collectives stay those of Communicator, made of this object's own start() and wait(), so that
-// what a decorator does to exchanges it does to every byte of a collective too.
-class Decorator : public Communicator {
- public:
-  explicit Decorator(std::unique_ptr<Communicator> inner) : inner_(std::move(inner)) {}
-
-  int rank() const override { return inner_->rank(); }
-  int size() const override { return inner_->size(); }
-  std::string_view name() const override { return inner_->name(); }
-  Ticket start(std::span<const SendPart> sends, std::span<const RecvPart> receives, const OpLabel& label) override {
-    return inner_->start(sends, receives, label);
-  }
-  void wait(Ticket ticket) override { inner_->wait(ticket); }
-  void abort(const std::string& reason) noexcept override { inner_->abort(reason); }
-  void abort(const std::string& reason, ErrorCode code) noexcept override { inner_->abort(reason, code); }
-  JobEnd job_end() const override { return inner_->job_end(); }
-  void terminate_job(int exit_code) noexcept override { inner_->terminate_job(exit_code); }
-
- protected:
-  std::unique_ptr<Communicator> inner_;
-};
 
 // Payload of an exchange, without what goes to oneself.
 struct Payload {

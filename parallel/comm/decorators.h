@@ -1,5 +1,6 @@
 // Decorators: a communicator around a communicator; split() decorates the parts with the same sink. Collectives are made
-// of the decorated exchanges, so nothing escapes. Outermost first: counted(traced(faulty(world))).
+// of the decorated exchanges, so nothing escapes. Outermost first: counted(traced(faulty(world))), with a
+// slowed link (slowed.h) inside traced.
 #pragma once
 
 #include <atomic>
