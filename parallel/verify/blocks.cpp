@@ -20,19 +20,30 @@ Blocks::Blocks(const Plan& plan)
     query_shards_.push_back(positions_of(plan.problem->layout, shape.seq_q, mesh_.sequence_parts(), part));
     key_shards_.push_back(positions_of(plan.problem->layout, shape.seq_kv, mesh_.sequence_parts(), part));
   }
-  for (const Value& value : plan.values) {
-    const Placing& placing = value.placing;
-    const bool follows = placing.kind == Placing::Kind::kLike || placing.kind == Placing::Kind::kRotated;
-    Home home;
-    home.root = static_cast<ValueId>(homes_.size());
-    if (follows) home = homes_[static_cast<std::size_t>(placing.base)];
-    if (placing.kind == Placing::Kind::kRotated) {
-      int& back = home.back[index(placing.axis)];
-      back = around(back + placing.shift, mesh_.size(placing.axis));
-      home.rotated = home.back != Home{}.back;
-    }
-    homes_.push_back(home);
+  for (std::size_t i = 0; i < plan.values.size(); ++i) homes_.push_back(home_of(static_cast<ValueId>(i)));
+}
+
+// A value that is placed as an earlier root is has the same home: dout is gathered as q is.
+Blocks::Home Blocks::home_of(ValueId value) {
+  const Value& v = plan_.values[static_cast<std::size_t>(value)];
+  const Placing& placing = v.placing;
+  if (placing.kind == Placing::Kind::kLike) return homes_[static_cast<std::size_t>(placing.base)];
+  if (placing.kind == Placing::Kind::kRotated) {
+    Home home = homes_[static_cast<std::size_t>(placing.base)];
+    int& back = home.back[index(placing.axis)];
+    back = around(back + placing.shift, mesh_.size(placing.axis));
+    home.rotated = home.back != Home{}.back;
+    return home;
   }
+  std::vector<int> key{static_cast<int>(placing.kind), is_key_side(v.what) ? 1 : 0};
+  if (placing.kind != Placing::Kind::kShard) key.insert(key.end(), {static_cast<int>(placing.axis), placing.shift});
+  for (const ValueId from : {placing.base, placing.wanted}) {
+    if (placing.kind == Placing::Kind::kShard || from == kNoValue) continue;
+    const Home& home = homes_[static_cast<std::size_t>(from)];
+    key.push_back(home.root);
+    key.insert(key.end(), home.back.begin(), home.back.end());
+  }
+  return {roots_.try_emplace(std::move(key), value).first->second};
 }
 
 int Blocks::neighbour(int rank, Axis axis, int coordinate) const {

@@ -56,6 +56,7 @@ class Blocks {
     bool operator()(const std::vector<Interval>& a, const std::vector<Interval>& b) const;
   };
 
+  Home home_of(ValueId value);
   static std::size_t index(Axis axis) { return static_cast<std::size_t>(axis); }
   int moved(int rank, const Home& home) const;  // the rank whose block of the root it holds
   int make_block(ValueId root, int rank);
@@ -70,6 +71,7 @@ class Blocks {
   std::vector<std::array<int, kAxes.size()>> coordinates_;  // by rank
   std::array<int, kAxes.size()> strides_{};
   std::vector<Positions> query_shards_, key_shards_;
+  std::map<std::vector<int>, ValueId> roots_;  // by how they are placed
   std::vector<Home> homes_;                    // by value
   std::vector<std::vector<int>> tables_;       // by root and rank: block, or -1; empty until asked for
   std::deque<std::vector<Atom>> blocks_;       // ascending shards; references stay valid

@@ -18,6 +18,7 @@ class Form {
     check_ends();
     if (findings_.any()) return;
     for (std::size_t i = 0; i < plan_.values.size(); ++i) check_placing(static_cast<ValueId>(i));
+    if (findings_.any()) return;
     for (std::size_t i = 0; i < plan_.steps.size(); ++i) check_verb(i, plan_.steps[i]);
   }
 
@@ -104,14 +105,17 @@ class Form {
       return findings_.add(kEveryRank, index, "it does not take ({})", names);
     }
     if (step.verb == Verb::kRotate && step.shift % plan_.problem->mesh.size(step.axis) == 0) {
-      findings_.add(kEveryRank, index, "{} moves by {} on {} ranks, back to where it is", plan_.value_name(step.in[0]),
-                    step.shift, plan_.problem->mesh.size(step.axis));
+      findings_.add(kEveryRank, index, "{} moves by {} on {} ranks, back to where it is (positions {} on rank 0)",
+                    plan_.value_name(step.in[0]), step.shift, plan_.problem->mesh.size(step.axis),
+                    text_of(plan_.rows(step.in[0], 0)));
     }
     if (step.verb != Verb::kFetch) return;
     const Placing& placing = plan_.values[static_cast<std::size_t>(step.out[0])].placing;
     const bool as_placed = placing.kind == Placing::Kind::kFetched && placing.base == step.in[0] && placing.axis == step.axis &&
                            placing.shift == step.shift;
-    if (!as_placed) findings_.add(kEveryRank, index, "{} is not placed as it is fetched", plan_.value_name(step.out[0]));
+    if (as_placed) return;
+    findings_.add(kEveryRank, index, "{} is not placed as it is fetched (positions {} on rank 0)",
+                  plan_.value_name(step.out[0]), text_of(plan_.rows(step.out[0], 0)));
   }
 
   static bool takes(Verb verb, const std::vector<What>& in, const std::vector<What>& out) {
@@ -180,7 +184,7 @@ void check_order(const Plan& plan, Findings& findings) {
   for (const ValueId value : plan.inputs) written[static_cast<std::size_t>(value)] = true;
   const auto problem = [&](std::size_t step, ValueId value, const char* what) {
     findings.add(kEveryRank, step, "{} {} (positions {} on rank 0)", plan.value_name(value), what,
-                 text_of(plan.block(value, 0).rows));
+                 text_of(plan.rows(value, 0)));
   };
   const auto read = [&](ValueId value, std::size_t step) {
     if (value == kNoValue) return;

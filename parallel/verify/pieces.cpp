@@ -34,7 +34,7 @@ class Pieces {
   // Blocks with equal numbers hold equal rows.
   const Positions& rows_of(ValueId value, int rank) {
     const auto [found, fresh] = rows_.try_emplace(std::pair(value, blocks_.block(value, rank)));
-    if (fresh) found->second = plan_.block(value, rank).rows;
+    if (fresh) found->second = plan_.rows(value, rank);
     return found->second;
   }
 

@@ -82,7 +82,7 @@ class Steps {
       if (queries.count() == 0 || (queries.begin >= keys.begin * group && queries.end <= keys.end * group)) continue;
       return findings_.add(rank, index, "query heads {} of {} find only KV heads {} in {} (positions {})", text_of(queries),
                            plan_.value_name(step.in[0]), text_of(keys), plan_.value_name(step.in[1]),
-                           text_of(plan_.block(step.in[1], rank).rows));
+                           text_of(plan_.rows(step.in[1], rank)));
     }
   }
 
@@ -154,7 +154,7 @@ void check_rank(const Plan& plan, Blocks& blocks, const RankPlan& mine, Findings
     };
     if (!whole(mine.steps[i].sends, step.in[0], step.shift) || !whole(mine.steps[i].receives, step.out[0], -step.shift)) {
       findings.add(mine.rank, i, "its messages are not the whole of {} (positions {})", plan.value_name(step.in[0]),
-                   text_of(plan.block(step.in[0], mine.rank).rows));
+                   text_of(plan.rows(step.in[0], mine.rank)));
     }
   }
 }

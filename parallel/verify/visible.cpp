@@ -3,6 +3,7 @@
 // part are cut into cells, each of which must be covered once where it is visible.
 #include <algorithm>
 #include <optional>
+#include <utility>
 
 #include "parallel/verify/folds.h"
 
@@ -28,6 +29,7 @@ class Visible {
       rank_ = rank;
       shard_ = blocks_.atoms(blocks_.block(owner_, rank))[0].shard;
       near_.reset();
+      said_never_ = said_twice_ = false;
       const Interval heads = blocks_.heads(owner_, rank).q;
       if (heads.count() == 0 || blocks_.shard(key_side_, shard_).count() == 0) continue;
       if (!folds_.collect(output_, rank, shard_, heads)) {
@@ -82,11 +84,12 @@ class Visible {
     }
     std::sort(cuts.begin(), cuts.end());
     for (std::size_t i = 0; i + 1 < cuts.size(); ++i) {
-      if (!prove_heads({cuts[i], cuts[i + 1]})) return;  // the first share that is wrong is enough
+      prove_heads({cuts[i], cuts[i + 1]});
+      if (said_never_ || said_twice_) return;  // the first share that is wrong is enough
     }
   }
 
-  bool prove_heads(Interval heads) {
+  void prove_heads(Interval heads) {
     heads_ = heads;
     std::fill(ticked_.begin(), ticked_.end(), kNone);
     partly_.clear();
@@ -104,7 +107,7 @@ class Visible {
         }
       }
     }
-    if (ticks == ticked_.size() && partly_.empty()) return true;
+    if (ticks == ticked_.size() && partly_.empty()) return;
     std::stable_sort(partly_.begin(), partly_.end(), [](const Cover& a, const Cover& b) { return a.shard < b.shard; });
     auto cover = partly_.begin();
     for (int shard = 0; shard < blocks_.shards(); ++shard) {
@@ -112,27 +115,22 @@ class Visible {
       const int tick = ticked_[static_cast<std::size_t>(shard)];
       if (tick != kNone) covers_.push_back({shard, kWhole, kWhole, tick});
       for (; cover != partly_.end() && cover->shard == shard; ++cover) covers_.push_back(*cover);
-      if (!covered_once(shard)) return false;
+      if (!areas_agree(shard)) check_cells(shard);
     }
-    return true;
   }
 
   // Most shards have one cover or none, and then areas decide.
-  bool covered_once(int shard) {
+  bool areas_agree(int shard) {
     const auto visible = [&](int own, int other) {
       return area(tiles(blocks_.rows(key_side_, {shard_, own}), blocks_.rows(!key_side_, {shard, other})));
     };
-    if (covers_.size() == 1) {
-      const Cover& only = covers_[0];
-      if (only.own == kWhole && only.other == kWhole) return true;
-      if (visible(only.own, only.other) == visible(kWhole, kWhole)) return true;
-    } else if (covers_.empty() && visible(kWhole, kWhole) == 0) {
-      return true;
-    }
-    return cells_covered_once(shard);
+    if (covers_.size() > 1) return false;
+    if (covers_.empty()) return visible(kWhole, kWhole) == 0;
+    const Cover& only = covers_[0];
+    return (only.own == kWhole && only.other == kWhole) || visible(only.own, only.other) == visible(kWhole, kWhole);
   }
 
-  bool cells_covered_once(int shard) {
+  void check_cells(int shard) {
     const std::vector<std::int64_t> own_cuts = cuts(true), other_cuts = cuts(false);
     for (std::size_t i = 0; i + 1 < own_cuts.size(); ++i) {
       const Interval own{own_cuts[i], own_cuts[i + 1]};
@@ -145,12 +143,9 @@ class Visible {
         }
         if (over.size() == 1) continue;
         const std::vector<BatchTiles> wrong = tiles(own_rows, blocks_.shard(!key_side_, shard).inside({&other, 1}));
-        if (wrong.empty()) continue;
-        report(shard, wrong[0].tiles[0], over);
-        return false;
+        if (!wrong.empty()) report(shard, wrong[0].tiles[0], over);
       }
     }
-    return true;
   }
 
   std::vector<std::int64_t> cuts(bool own) const {
@@ -192,8 +187,9 @@ class Visible {
     return near;
   }
 
-  // A tile of pairs that no leaf covers, or several.
+  // A tile of pairs that no leaf covers, or several; the first of each kind on a rank.
   void report(int shard, const Tile& tile, const std::vector<const Cover*>& over) {
+    if (std::exchange(over.empty() ? said_never_ : said_twice_, true)) return;
     const auto positions = [&](std::int64_t begin, std::int64_t count) {
       return text_of(Positions({{begin, count, tile.step}}));
     };
@@ -203,8 +199,9 @@ class Visible {
     const std::string pairs = key_side_ ? fmt::format("positions {} are seen by query positions {}", keys, queries)
                                         : fmt::format("positions {} see key positions {}", queries, keys);
     if (!over.empty()) {
-      const Leaf &first = folds_.leaves()[static_cast<std::size_t>(over[0]->leaf)],
-                 &again = folds_.leaves()[static_cast<std::size_t>(over[1]->leaf)];
+      const auto leaf = [&](std::size_t i) { return &folds_.leaves()[static_cast<std::size_t>(over[i]->leaf)]; };
+      const auto [before_it, it] = leaf(0)->step <= leaf(1)->step ? std::pair(leaf(0), leaf(1)) : std::pair(leaf(1), leaf(0));
+      const Leaf &first = *before_it, &again = *it;
       const std::string made = plan_.value_name(plan_.steps[again.step].out[key_side_ ? 1 : 0]);
       const std::string before = first.step == again.step && first.rank == again.rank
                                      ? "one attend arrives over two ways"
@@ -228,7 +225,8 @@ class Visible {
   bool key_side_;
   ValueId owner_;  // the input that the output lies like
   int rank_ = 0;
-  int shard_ = 0;  // the rank's own
+  int shard_ = 0;                                 // the rank's own
+  bool said_never_ = false, said_twice_ = false;  // of this rank
   Interval heads_;
   std::vector<int> ticked_;    // by shard of the other side: the first leaf that has the whole of it
   std::vector<Cover> partly_;  // all else
