@@ -140,7 +140,7 @@ const Placing& Plan::placing(ValueId value) const {
 }
 
 std::vector<Interval> Plan::wanted(const Placing& fetched, int rank) const {
-  const Positions queries = block(fetched.wanted, rank).rows;
+  const Positions queries = rows(fetched.wanted, rank);
   std::vector<Interval> seen;
   for (const BatchRegions& part : problem->mask) {
     const std::vector<Interval> more = seen_keys(part.regions, queries);
@@ -161,33 +161,38 @@ HeadRange Plan::heads(ValueId value, int rank) const {
 }
 
 Block Plan::block(ValueId value, int rank) const {
+  const Placing& placing = values[static_cast<std::size_t>(value)].placing;
+  const auto on = [&](int back) {
+    const int parts = problem->mesh.size(placing.axis), own = problem->mesh.coordinate(rank, placing.axis);
+    return problem->mesh.neighbour(rank, placing.axis, around(own - back, parts));
+  };
+  if (placing.kind == Placing::Kind::kLike) return block(placing.base, rank);
+  if (placing.kind == Placing::Kind::kRotated) return block(placing.base, on(placing.shift));
+  return {rows(value, rank), heads(value, rank)};
+}
+
+Positions Plan::rows(ValueId value, int rank) const {
   const MeshShape& mesh = problem->mesh;
   const Value& v = values[static_cast<std::size_t>(value)];
   const Placing& placing = v.placing;
+  if (placing.kind == Placing::Kind::kShard) return problem->shard_rows(is_key_side(v.what), rank);
+  if (placing.kind == Placing::Kind::kLike) return rows(placing.base, rank);
   const int coordinate = mesh.coordinate(rank, placing.axis), parts = mesh.size(placing.axis);
-  const auto base_on = [&](int other) { return block(placing.base, mesh.neighbour(rank, placing.axis, other)); };
-  switch (placing.kind) {
-    case Placing::Kind::kShard: return {problem->shard_rows(is_key_side(v.what), rank), heads(value, rank)};
-    case Placing::Kind::kLike: return block(placing.base, rank);
-    case Placing::Kind::kRotated: return base_on(around(coordinate - placing.shift, parts));
-    case Placing::Kind::kGathered:
-    case Placing::Kind::kHeadSplit: {
-      std::vector<Positions> rows;
-      for (int i = 0; i < parts; ++i) rows.push_back(base_on(i).rows);
-      return {merge_rows(rows), heads(value, rank)};
+  const auto base_on = [&](int other) { return rows(placing.base, mesh.neighbour(rank, placing.axis, other)); };
+  if (placing.kind == Placing::Kind::kRotated) return base_on(around(coordinate - placing.shift, parts));
+  if (placing.kind == Placing::Kind::kFetched) {
+    const std::vector<Interval> seen = wanted(placing, rank);
+    std::vector<Run> runs;
+    for (int i = 0; i < parts; ++i) {
+      if (!placing.comes_from(i, coordinate, parts)) continue;
+      const Positions part = base_on(i).inside(seen);
+      runs.insert(runs.end(), part.runs().begin(), part.runs().end());
     }
-    case Placing::Kind::kFetched: {
-      const std::vector<Interval> seen = wanted(placing, rank);
-      std::vector<Run> runs;
-      for (int i = 0; i < parts; ++i) {
-        if (!placing.comes_from(i, coordinate, parts)) continue;
-        const Positions part = base_on(i).rows.inside(seen);
-        runs.insert(runs.end(), part.runs().begin(), part.runs().end());
-      }
-      return {Positions(runs), heads(value, rank)};
-    }
+    return Positions(runs);
   }
-  return {};
+  std::vector<Positions> parts_of_axis;  // gathered, or split by heads
+  for (int i = 0; i < parts; ++i) parts_of_axis.push_back(base_on(i));
+  return merge_rows(parts_of_axis);
 }
 
 std::string Plan::value_name(ValueId value) const {

@@ -117,6 +117,7 @@ struct Plan {
   std::vector<ValueId> outputs;  // forward: result; backward: dq, dkv
 
   Block block(ValueId value, int rank) const;
+  Positions rows(ValueId value, int rank) const;                         // of its block
   HeadRange heads(ValueId value, int rank) const;                        // of its block
   const Placing& placing(ValueId value) const;                           // where it is placed like another value, that one's
   std::vector<Interval> wanted(const Placing& fetched, int rank) const;  // the keys that the rank's queries see

@@ -35,25 +35,31 @@ class RankPlanner {
   RankPlanner(const Plan& plan, int rank) : plan_(plan), problem_(*plan.problem) { result_.rank = rank; }
 
   RankPlan make() {
-    for (std::size_t i = 0; i < plan_.values.size(); ++i) {
-      result_.blocks.push_back(plan_.block(static_cast<ValueId>(i), result_.rank));
-    }
-    for (const Step& step : plan_.steps) {
-      RankStep mine;
-      if (is_move(step.verb)) plan_move(step, mine);
-      if (step.verb == Verb::kAttend || step.verb == Verb::kAttendGrad) plan_attend(step, mine);
-      result_.steps.push_back(std::move(mine));
-    }
+    for (const Step& step : plan_.steps) result_.steps.push_back(make_step(step));
     count_memory();
+    for (std::size_t i = 0; i < plan_.values.size(); ++i) {
+      block(static_cast<ValueId>(i));
+      result_.blocks.push_back(std::move(blocks_[static_cast<ValueId>(i)]));
+    }
     return std::move(result_);
   }
 
+  RankStep make_step(const Step& step) {
+    RankStep mine;
+    if (is_move(step.verb)) plan_move(step, mine);
+    if (step.verb == Verb::kAttend || step.verb == Verb::kAttendGrad) plan_attend(step, mine);
+    return mine;
+  }
+
  private:
-  const Block& block(ValueId value) const { return result_.blocks[static_cast<std::size_t>(value)]; }
+  const Block& block(ValueId value) {
+    const auto found = blocks_.find(value);
+    return found != blocks_.end() ? found->second : blocks_.emplace(value, plan_.block(value, result_.rank)).first->second;
+  }
   What what(ValueId value) const { return plan_.values[static_cast<std::size_t>(value)].what; }
 
   // The block of a value on another rank of the axis. Gathered rows are the same on all of them.
-  Block block_on(ValueId value, int rank, Axis axis) const {
+  Block block_on(ValueId value, int rank, Axis axis) {
     const Placing& placing = plan_.placing(value);
     const bool gathered = placing.kind == Placing::Kind::kGathered || placing.kind == Placing::Kind::kHeadSplit;
     if (gathered && placing.axis == axis) return {block(value).rows, plan_.heads(value, rank)};
@@ -61,7 +67,7 @@ class RankPlanner {
   }
 
   // Of a fetched value on another rank of the axis, the part that comes from this rank's rows.
-  Block fetched_on(const Placing& placing, int rank) const {
+  Block fetched_on(const Placing& placing, int rank) {
     const int parts = problem_.mesh.size(placing.axis);
     const int peer = problem_.mesh.coordinate(rank, placing.axis), own = problem_.mesh.coordinate(result_.rank, placing.axis);
     const Block& mine = block(placing.base);
@@ -155,12 +161,17 @@ class RankPlanner {
 
   const Plan& plan_;
   const Problem& problem_;
+  std::map<ValueId, Block> blocks_;  // as far as they were asked for
   RankPlan result_;
 };
 
 }  // namespace
 
 RankPlan make_rank_plan(const Plan& plan, int rank) { return RankPlanner(plan, rank).make(); }
+
+RankStep make_rank_step(const Plan& plan, std::size_t step, int rank) {
+  return RankPlanner(plan, rank).make_step(plan.steps[step]);
+}
 
 std::vector<BatchTiles> make_tiles(const CompiledMask& mask, const Positions& queries, const Positions& keys) {
   std::vector<BatchTiles> all;

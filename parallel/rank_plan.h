@@ -51,6 +51,7 @@ struct RankPlan {
 };
 
 RankPlan make_rank_plan(const Plan& plan, int rank);
+RankStep make_rank_step(const Plan& plan, std::size_t step, int rank);  // of one step only, without the rest of the plan
 std::vector<BatchTiles> make_tiles(const CompiledMask& mask, const Positions& queries, const Positions& keys);
 std::int64_t piece_bytes(std::span<const Field> fields, std::int64_t batch, const Piece& piece);
 

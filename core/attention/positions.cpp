@@ -22,6 +22,8 @@ std::vector<Interval> join(std::vector<Interval> ranges) {
 }
 
 Positions::Positions(const std::vector<Run>& runs) {
+  runs_.reserve(runs.size());
+  rows_.reserve(runs.size());
   for (const Run& run : runs) {
     if (run.count == 0) continue;
     ensure(run.count > 0 && run.step > 0, "a run of positions has count {} and step {}", run.count, run.step);
