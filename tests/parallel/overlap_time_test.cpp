@@ -87,7 +87,7 @@ Measured measure(const Plan& plan, const Machine& machine) {
     Runner runner(plan, mine, mesh, kernel);
     world.barrier({});
     const auto begin = Clock::now();
-    runner.run(views, 0);
+    runner.run(views, {});
     seconds[rank] = seconds_since(begin);
     measured.traces[rank] = nlohmann::json::parse(fmt::format("[{}]", trace->json_events()));
   });
