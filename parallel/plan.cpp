@@ -119,13 +119,15 @@ bool Placing::comes_from(int peer, int own, int parts) const {
   return peer != own && (shift == 0 || peer == around(own - shift, parts));
 }
 
-Positions Problem::shard_rows(bool key_side, int rank) const {
+Positions Problem::shard_rows(bool key_side, int rank) const { return part_rows(key_side, mesh.sequence_index(rank)); }
+
+Positions Problem::part_rows(bool key_side, int part) const {
   const std::int64_t length = key_side ? shape.seq_kv : shape.seq_q;
-  const int parts = mesh.sequence_parts(), index = mesh.sequence_index(rank);
-  if (layout != Layout::kBalanced) return positions_of(layout, length, parts, index);
+  const int parts = mesh.sequence_parts();
+  if (layout != Layout::kBalanced) return positions_of(layout, length, parts, part);
   // Keys lie where their queries lie, or, in cross-attention of unequal lengths, in order.
-  if (!key_side || shape.seq_q == shape.seq_kv) return balanced[static_cast<std::size_t>(index)];
-  return positions_of(Layout::kContiguous, length, parts, index);
+  if (!key_side || shape.seq_q == shape.seq_kv) return balanced[static_cast<std::size_t>(part)];
+  return positions_of(Layout::kContiguous, length, parts, part);
 }
 
 Shape field_shape(const Field& field, std::int64_t batch, std::int64_t rows, std::int64_t heads) {

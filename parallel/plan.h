@@ -83,7 +83,8 @@ struct Problem {
   MeshShape mesh;
   std::vector<Positions> balanced;  // layout balanced: rows of every place along the sequence
 
-  Positions shard_rows(bool key_side, int rank) const;  // what the layout gives to the rank
+  Positions part_rows(bool key_side, int part) const;   // what the layout gives to a place along the sequence
+  Positions shard_rows(bool key_side, int rank) const;  // and to a rank
 };
 
 // The rows and heads a rank holds of a value.

@@ -15,10 +15,9 @@ Blocks::Blocks(const Plan& plan)
   for (int rank = 0; rank < mesh_.ranks(); ++rank) {
     for (const Axis axis : kAxes) coordinates_[static_cast<std::size_t>(rank)][index(axis)] = mesh_.coordinate(rank, axis);
   }
-  const AttentionShape& shape = plan.problem->shape;
   for (int part = 0; part < mesh_.sequence_parts(); ++part) {
-    query_shards_.push_back(positions_of(plan.problem->layout, shape.seq_q, mesh_.sequence_parts(), part));
-    key_shards_.push_back(positions_of(plan.problem->layout, shape.seq_kv, mesh_.sequence_parts(), part));
+    query_shards_.push_back(plan.problem->part_rows(false, part));
+    key_shards_.push_back(plan.problem->part_rows(true, part));
   }
   for (std::size_t i = 0; i < plan.values.size(); ++i) homes_.push_back(home_of(static_cast<ValueId>(i)));
 }

@@ -259,7 +259,7 @@ void check_layout(const Plan& plan, Findings& findings) {
   for (const bool key_side : {false, true}) {
     const std::int64_t length = key_side ? problem.shape.seq_kv : problem.shape.seq_q;
     std::vector<Positions> shards;
-    for (int i = 0; i < parts; ++i) shards.push_back(positions_of(problem.layout, length, parts, i));
+    for (int i = 0; i < parts; ++i) shards.push_back(problem.part_rows(key_side, i));
     const std::string fault = partition_fault(shards, length);
     if (!fault.empty())
       findings.add(kEveryRank, kNoStep, "layout {}: {} {}", name_of(problem.layout), key_side ? "key" : "query", fault);

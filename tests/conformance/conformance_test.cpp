@@ -34,20 +34,30 @@ bool full_sweep() {
 
 class Conformance : public testing::TestWithParam<Group> {};
 
-TEST_P(Conformance, EqualsTheReference) {
-  const std::vector<Case> cases = sweep(GetParam().strategy, GetParam().ranks, full_sweep());
-  ASSERT_FALSE(cases.empty());
+void run_cases(const std::vector<Case>& cases, int ranks) {
   for (const Case& one : cases) {
     std::mutex mutex;
     std::string problems;
-    run_thread_ranks(GetParam().ranks, {}, [&](Communicator& world) {
+    run_thread_ranks(ranks, {}, [&](Communicator& world) {
       const std::string mine = run_case(one, world);
       const std::lock_guard lock(mutex);
       problems += mine;
     });
     EXPECT_TRUE(problems.empty()) << problems;
   }
-  RecordProperty("cases", static_cast<int>(cases.size()));
+  testing::Test::RecordProperty("cases", static_cast<int>(cases.size()));
+}
+
+TEST_P(Conformance, EqualsTheReference) {
+  const std::vector<Case> cases = sweep(GetParam().strategy, GetParam().ranks, full_sweep());
+  ASSERT_FALSE(cases.empty());
+  run_cases(cases, GetParam().ranks);
+}
+
+// 200 random cases by default, 2,000 in the full sweep.
+TEST(ConformanceRandom, EqualsTheReference) {
+  for (const int ranks : {1, 2, 3, 4, 5, 6, 7, 8})
+    run_cases(random_cases(ranks, full_sweep() ? 250 : 25, 20261124 + static_cast<std::uint64_t>(ranks)), ranks);
 }
 
 INSTANTIATE_TEST_SUITE_P(Sweep, Conformance, testing::ValuesIn(groups()), [](const auto& group) {

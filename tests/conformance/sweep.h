@@ -31,6 +31,9 @@ AttentionOptions options_of(const Case& one);
 // dimensions in turn; otherwise a choice in which every pair of values of two dimensions occurs, but those of mesh and mask.
 std::vector<Case> sweep(const std::string& strategy, int ranks, bool full);
 
+// A random case: any strategy, mesh of `ranks` ranks, layout, mask, sizes, terms; kept where the strategy accepts it.
+std::vector<Case> random_cases(int ranks, std::size_t count, std::uint64_t seed);
+
 // Runs one case on the ranks of `world` and returns what this rank found wrong, or an empty string.
 std::string run_case(const Case& one, Communicator& world);
 

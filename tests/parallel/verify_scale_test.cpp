@@ -77,7 +77,7 @@ std::vector<Scale> thousands() {
   if (std::getenv("DATTN_SCALE") == nullptr) return {};
   return {{"ring", {1, 4096, 1, 1}, 1 << 20, 60},       {"grid", {1, 32, 16, 8}, 1 << 20, 10},
           {"double_ring", {64, 64, 1, 1}, 1 << 20, 60}, {"hybrid", {1, 512, 1, 8}, 1 << 20, 60},
-          {"ring_q", {1, 4096, 1, 1}, 1 << 20, 60},     {"fetch", {1, 512, 1, 8}, 1 << 20, 60, Mask::window(5000, 0)}};
+          {"ring_q", {1, 4096, 1, 1}, 1 << 20, 60},     {"fetch", {1, 64, 1, 8}, 1 << 20, 60, Mask::window(5000, 0)}};
 }
 
 GTEST_ALLOW_UNINSTANTIATED_PARAMETERIZED_TEST(VerifyScale);

@@ -1,0 +1,118 @@
+// determinism: invariant gives the same bits on every mesh, layout and number of threads: out, lse and all gradients of one
+// call, put together from the shards of each mesh, equal those of one rank bit for bit.
+#include <cstring>
+#include <map>
+#include <mutex>
+
+#include <gtest/gtest.h>
+
+#include "core/base/threads.h"
+#include "parallel/comm/thread.h"
+#include "tests/conformance/expected.h"
+#include "tests/parallel/mesh_of.h"
+
+namespace dattn::conformance {
+namespace {
+
+// Copies a shard [B, rows, heads, X] to its place in the whole.
+void place(const TensorView& shard, const Positions& rows, Interval heads, const TensorView& whole) {
+  const std::vector<std::int64_t> list = rows.list();
+  for (std::size_t row = 0; row < list.size(); ++row) {
+    copy(shard.slice(1, static_cast<std::int64_t>(row), 1), whole.slice(1, list[row], 1).slice(2, heads.begin, heads.count()));
+  }
+}
+
+Tensor take(const TensorView& whole, const Positions& rows, Interval heads) {
+  Tensor part = Tensor::uninitialized(whole.dtype, {whole.size(0), rows.count(), heads.count(), whole.size(3)});
+  const std::vector<std::int64_t> list = rows.list();
+  for (std::size_t row = 0; row < list.size(); ++row) {
+    copy(whole.slice(1, list[row], 1).slice(2, heads.begin, heads.count()), part->slice(1, static_cast<std::int64_t>(row), 1));
+  }
+  return part;
+}
+
+struct Sharding {
+  MeshShape mesh;
+  Layout layout = Layout::kZigzag;
+  int threads = 1;
+};
+
+using Whole = std::map<std::string, Tensor>;
+
+Whole run(Case one, const Sharding& setup) {
+  one.mesh = setup.mesh;
+  one.layout = setup.layout;
+  AttentionOptions options = options_of(one);
+  options.strategy = "auto";
+  options.determinism = Determinism::kInvariant;
+  Case alone = one;
+  alone.mesh = {};
+  const auto inputs = expected(alone, 0);
+  const AttentionShape& s = one.shape;
+  const DType sums = accumulate_type(s.dtype);
+  Whole whole;
+  whole.emplace("out", Tensor(s.dtype, {s.batch, s.seq_q, s.heads, s.dim_v}));
+  whole.emplace("lse", Tensor(sums, {s.batch, s.seq_q, s.heads, 1}));
+  whole.emplace("dq", Tensor(sums, inputs->q->shape));
+  whole.emplace("dk", Tensor(sums, inputs->k->shape));
+  whole.emplace("dv", Tensor(sums, inputs->v->shape));
+  std::mutex mutex;
+  run_thread_ranks(setup.mesh.ranks(), {}, [&](Communicator& world) {
+    set_num_threads(setup.threads);
+    const Mesh mesh(world, setup.mesh);
+    ShardedAttention attention(mesh, s, options);
+    const Positions &q_rows = attention.q_positions(), &kv_rows = attention.kv_positions();
+    const HeadRange heads = attention.heads();
+    const Tensor q = take(inputs->q, q_rows, heads.q), k = take(inputs->k, kv_rows, heads.kv),
+                 v = take(inputs->v, kv_rows, heads.kv), dout = take(inputs->dout, q_rows, heads.q);
+    const AttentionCall call{.dropout_stream = kDropoutStream};
+    const AttentionResult result = attention.forward(q, k, v, call);
+    const AttentionGradients gradients = attention.backward(q, k, v, result, dout, call);
+    TensorView lse = result.lse->transpose(1, 2);
+    lse.shape = Shape{lse.size(0), lse.size(1), lse.size(2), 1};
+    lse.strides[3] = 1;
+    const std::lock_guard lock(mutex);
+    place(result.out, q_rows, heads.q, whole.at("out"));
+    place(lse, q_rows, heads.q, whole.at("lse"));
+    place(gradients.dq, q_rows, heads.q, whole.at("dq"));
+    place(gradients.dk, kv_rows, heads.kv, whole.at("dk"));
+    place(gradients.dv, kv_rows, heads.kv, whole.at("dv"));
+  });
+  return whole;
+}
+
+class Invariant : public testing::TestWithParam<const char*> {};
+
+TEST_P(Invariant, SameBitsOnEveryMeshLayoutAndThreadCount) {
+  const std::vector<Sharding> setups{{mesh_of(1, 2, 1, 1)},
+                                     {mesh_of(1, 3, 1, 1), Layout::kStriped},
+                                     {mesh_of(1, 2, 2, 1), Layout::kContiguous},
+                                     {mesh_of(1, 1, 4, 1), Layout::kBalanced, 2},
+                                     {mesh_of(1, 2, 1, 2), Layout::kStriped, 2},
+                                     {mesh_of(1, 2, 2, 1, 2), Layout::kZigzag},
+                                     {mesh_of(1, 1, 1, 2), Layout::kZigzag, 2}};
+  for (const DType dtype : {DType::kF32, DType::kBF16}) {
+    const Case one{"invariant", {}, Layout::kZigzag, GetParam(), {2, 301, 301, 4, 2, 24, 16, dtype}, "none"};
+    for (const std::string terms : {"none", "dropout"}) {
+      Case with = one;
+      with.terms = terms;
+      const Whole alone = run(with, {mesh_of(1, 1, 1, 1)});
+      for (const Sharding& setup : setups) {
+        for (const auto& [name, tensor] : run(with, setup)) {
+          const Tensor& wanted = alone.at(name);
+          ASSERT_EQ(std::memcmp(tensor->data, wanted->data, static_cast<std::size_t>(wanted->bytes())), 0)
+              << name << " on " << setup.mesh.text() << ", layout " << name_of(setup.layout) << ", " << setup.threads
+              << " threads, " << name_of(dtype) << ", terms " << terms;
+        }
+      }
+    }
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(Masks, Invariant,
+                         testing::Values("full", "causal", "window", "documents", "regions", "global", "padding", "blocks",
+                                         "per_row"),
+                         [](const auto& mask) { return std::string(mask.param); });
+
+}  // namespace
+}  // namespace dattn::conformance
