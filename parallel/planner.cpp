@@ -239,11 +239,12 @@ class Planner {
     }
     drop([&](const Draft& draft) {
       if (!fetches(draft) || (draft.settled && draft.candidate.forward_bytes <= most * draft.candidate.balance)) return false;
-      if (!std::exchange(told, true))
-        rejected_.push_back({draft.candidate.text(),
-                             fmt::format("receives {:.0f} % of the bytes of the best that moves whole blocks, balance {:.2f}, "
-                                         "and holds all fetched keys at once; name the strategy to have it",
-                                         draft.candidate.forward_bytes / most * kClearlyFewer * 100, draft.candidate.balance)});
+      if (std::exchange(told, true)) return true;
+      const std::string uneven = draft.settled ? fmt::format(" at balance {:.2f}", draft.candidate.balance) : "";
+      rejected_.push_back({draft.candidate.text(),
+                           fmt::format("receives {:.0f} % of the bytes of the best that moves whole blocks{}, and holds all "
+                                       "fetched keys at once; name the strategy to have it",
+                                       cost(draft) / most * kClearlyFewer * 100, uneven)});
       return true;
     });
   }
