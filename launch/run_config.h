@@ -7,12 +7,14 @@
 #include <utility>
 
 #include "core/base/dtype.h"
+#include "core/base/error.h"
 #include "core/config/attention_config.h"
 #include "core/config/config.h"
 #include "core/nn/model_config.h"
 #include "parallel/attention.h"
 #include "parallel/layout.h"
 #include "parallel/mesh.h"
+#include "parallel/planner.h"
 #include "plugins/train/train_config.h"
 
 namespace dattn {
@@ -28,6 +30,12 @@ struct ConfigNames<Layout> {
 template <>
 struct ConfigNames<DType> {
   static constexpr std::array<std::pair<std::string_view, DType>, 2> kAll{{{"fp32", DType::kF32}, {"bf16", DType::kBF16}}};
+};
+
+template <>
+struct ConfigNames<Objective> {
+  static constexpr std::array<std::pair<std::string_view, Objective>, 2> kAll{
+      {{"bytes", Objective::kBytes}, {"time", Objective::kTime}}};
 };
 
 template <>
@@ -48,8 +56,15 @@ struct MeshConfig {
   int ulysses = 1;
   int rows = 1;
   RingConfig ring;
+  std::optional<int> ranks;
 
+  // For meshes that are given by their axes, or have been planned.
   MeshShape shape() const {
+    ensure(!ranks, "the mesh of {} ranks has not been planned", ranks.value_or(0));
+    return axes();
+  }
+  int job_ranks() const { return ranks.value_or(axes().ranks()); }
+  MeshShape axes() const {
     MeshShape mesh;
     mesh.set(Axis::kData, data);
     mesh.set(Axis::kRingOuter, ring.outer);
@@ -76,11 +91,15 @@ struct CommConfig {
   double timeout_s = 60;
 };
 
+inline constexpr Layout kDefaultLayout = Layout::kZigzag;
+
 struct RunConfig {
   AttentionConfig attention;
   MeshConfig mesh;
-  Layout layout = Layout::kZigzag;
+  std::optional<Layout> layout;
   std::string strategy = "auto";
+  std::optional<Objective> objective;
+  std::string machine;
   DType dtype = DType::kF32;
   Determinism determinism = Determinism::kRepeatable;
   int threads = 0;
@@ -114,6 +133,7 @@ void describe(V& v, MeshConfig& c) {
   v("ulysses", c.ulysses, "ranks that share out the sequence and, inside attention, the heads");
   v("rows", c.rows, "ranks that share out the sequence and gather queries (strategies grid, tree, allgather)");
   v("ring", c.ring, "ranks that share out the sequence and pass keys and values around; a number, or {inner, outer}");
+  v("ranks", c.ranks, "ranks of the whole job, in place of ulysses, rows and ring: the planner shapes them");
 }
 
 template <class V>
@@ -136,8 +156,12 @@ template <class V>
 void describe(V& v, RunConfig& c) {
   v("attention", c.attention, "the mask and the terms of the scores");
   v("mesh", c.mesh, "ranks along each axis; the product equals the ranks of the job");
-  v("layout", c.layout, "which positions each part of the sequence holds");
+  v("layout", c.layout, "which positions each part of the sequence holds; absent = zigzag, or the planner's");
   v("strategy", c.strategy, "how keys and values travel: auto, or a file of parallel/strategies");
+  v("objective", c.objective,
+    "what the planner makes least: bytes received, or time on the machine; absent = time where a machine is named, but "
+    "strategy auto on a mesh given by its axes is then not planned");
+  v("machine", c.machine, "machine file for the planner (configs/machines); relative to this file");
   v("dtype", c.dtype, "storage type; sums are kept in fp32");
   v("determinism", c.determinism,
     "off or repeatable: same mesh, same bits; invariant: attention has the same bits on every mesh and layout");
@@ -155,6 +179,11 @@ inline void check(const MeshConfig& c, const ConfigCheck& at) {
   at.require("ulysses", c.ulysses >= 1, "must be at least 1");
   at.require("rows", c.rows >= 1, "must be at least 1");
   at.require("ring", c.ring.inner >= 1 && c.ring.outer >= 1, "must be at least 1");
+  if (!c.ranks) return;
+  at.require("ranks", c.ulysses == 1 && c.rows == 1 && c.ring.inner == 1 && c.ring.outer == 1,
+             "stands in place of ulysses, rows and ring; give either it or those");
+  at.require("ranks", *c.ranks >= 1 && *c.ranks % (c.data * c.tensor) == 0, "must be a multiple of data {} x tensor {}", c.data,
+             c.tensor);
 }
 
 inline void check(const ShapeConfig& c, const ConfigCheck& at) {
@@ -170,7 +199,10 @@ inline void check(const CommConfig& c, const ConfigCheck& at) {
   at.require("timeout_s", c.timeout_s > 0, "must be greater than 0");
 }
 
-inline void check(const RunConfig& c, const ConfigCheck& at) { at.require("threads", c.threads >= 0, "must be at least 0"); }
+inline void check(const RunConfig& c, const ConfigCheck& at) {
+  at.require("threads", c.threads >= 0, "must be at least 0");
+  at.require("objective", c.objective != Objective::kTime || !c.machine.empty(), "needs the machine: give machine: FILE");
+}
 
 // The text of configs/SCHEMA.md.
 inline std::string run_config_schema() {

@@ -17,6 +17,7 @@ struct Strategy {
   std::string_view summary;                              // one line for help texts
   Support (*accepts)(const Problem& problem) = nullptr;  // why not: names the nearest supported choice
   ValueId (*write)(PlanBuilder& plan) = nullptr;         // returns the result value
+  bool automatic = true;                                 // whether the planner may choose it
 };
 
 // Refuses a mesh with ranks on a sequence axis that the strategy has no use for.

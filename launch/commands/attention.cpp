@@ -11,6 +11,7 @@
 #include "core/tensor/safetensors.h"
 #include "launch/commands/commands.h"
 #include "launch/commands/gather.h"
+#include "launch/commands/planning.h"
 
 namespace dattn {
 namespace {
@@ -65,11 +66,18 @@ Inputs read_inputs(const SafetensorsFile& file, DType dtype) {
   return in;
 }
 
-void run_attention(const RunConfig& config, Communicator& world, const std::string& in_path, const std::string& out_path,
+// The batch rows of the first data coordinate, which has most.
+AttentionShape with_batch_of_first(AttentionShape shape, int data) {
+  shape.batch = split_evenly(shape.batch, data, 0).count();
+  return shape;
+}
+
+void run_attention(const RunConfig& unplanned, Communicator& world, const std::string& in_path, const std::string& out_path,
                    bool json) {
   const auto start = std::chrono::steady_clock::now();
   const SafetensorsFile file(in_path);
-  const Inputs in = read_inputs(file, config.dtype);
+  const Inputs in = read_inputs(file, unplanned.dtype);
+  const RunConfig config = resolve_mesh(unplanned, with_batch_of_first(in.shape, unplanned.mesh.data));
   const Mesh mesh(world, config.mesh.shape());
   const Interval batch = split_evenly(in.shape.batch, config.mesh.data, mesh.coordinate(Axis::kData));
   AttentionShape shape = in.shape;
@@ -113,7 +121,7 @@ void run_attention(const RunConfig& config, Communicator& world, const std::stri
   if (world.rank() != 0) return;
   Json done{{"event", "done"},
             {"strategy", forward.strategy},
-            {"layout", name_of(config.layout)},
+            {"layout", name_of(forward.problem->layout)},
             {"mask", forward.problem->mask_text},
             {"dtype", name_of(config.dtype)},
             {"accumulator", name_of(sums)}};

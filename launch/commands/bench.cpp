@@ -8,7 +8,7 @@
 
 #include "core/base/error.h"
 #include "core/base/threads.h"
-#include "launch/commands/commands.h"
+#include "launch/commands/planning.h"
 #include "parallel/attention.h"
 
 namespace dattn {
@@ -136,7 +136,10 @@ Command add_bench(CLI::App& app) {
 
   return [attention, bench, comm_options, comm_repeat] {
     if (attention->parsed()) {
-      const auto load = [&] { return config_of(*bench); };
+      const auto load = [&] {
+        const RunConfig config = config_of(*bench);
+        return resolve_mesh(config, shape_of(bench->shape, config.dtype));
+      };
       return run_with_config(bench->common, load,
                              [&](const RunConfig& config, Communicator& world) { bench_attention(*bench, config, world); });
     }

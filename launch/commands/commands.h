@@ -57,7 +57,8 @@ RunConfig run_folder_config(const std::string& path, const CommonOptions& common
 // Standard normal numbers, another set for each stream: what `bench` and `doctor` compute on.
 Tensor random_tensor(DType dtype, const Shape& shape, std::uint64_t stream);
 
-// Costs of a plan over all ranks, as `plan` and `attention` report them.
+// Costs of a plan over all ranks, or on large meshes over a sample of them (then `sampled_ranks` says of how many), as `plan`
+// and `attention` report them.
 Json plan_costs(const Plan& forward, const Plan& gradient);
 
 }  // namespace dattn

@@ -6,9 +6,16 @@
 
 #include "core/base/philox.h"
 #include "launch/commands/commands.h"
+#include "parallel/cost_model.h"
 #include "parallel/rank_plan.h"
 
 namespace dattn {
+namespace {
+
+constexpr int kCountedRanks = 512;  // the costs of larger meshes are those of a sample,
+constexpr int kSampledRanks = 32;   // of so many ranks
+
+}  // namespace
 
 void CommonOptions::declare(CLI::App& command, bool with_config) {
   command.add_flag("--json", json, "JSON lines on stdout, each with an `event`");
@@ -26,10 +33,11 @@ void print_line(const std::string& line) {
 
 RunConfig load_run_config(const std::string& path, const CommonOptions& common) {
   RunConfig config = load_config<RunConfig>(path, common.set);
-  const bool path_on_command_line =
-      std::any_of(common.set.begin(), common.set.end(), [](const std::string& set) { return set.rfind("data.path=", 0) == 0; });
-  if (!config.data.path.empty() && !path_on_command_line) {
-    config.data.path = (std::filesystem::absolute(path).parent_path() / config.data.path).lexically_normal().string();
+  const std::filesystem::path folder = std::filesystem::absolute(path).parent_path();
+  for (const auto& [key, file] : {std::pair{"data.path=", &config.data.path}, std::pair{"machine=", &config.machine}}) {
+    const auto sets = [key = std::string_view(key)](const std::string& set) { return set.rfind(key, 0) == 0; };
+    if (file->empty() || std::any_of(common.set.begin(), common.set.end(), sets)) continue;
+    *file = (folder / *file).lexically_normal().string();
   }
   return config;
 }
@@ -38,7 +46,7 @@ AttentionOptions attention_options(const RunConfig& config, std::int64_t seq_q, 
   const AttentionConfig& attention = config.attention;
   return {.mask = to_mask(attention.mask, seq_q, seq_kv),
           .softmax_scale = attention.softmax_scale,
-          .layout = config.layout,
+          .layout = config.layout.value_or(kDefaultLayout),
           .strategy = config.strategy,
           .determinism = config.determinism,
           .softcap = attention.softcap.value_or(0),
@@ -83,13 +91,15 @@ Tensor random_tensor(DType dtype, const Shape& shape, std::uint64_t stream) {
 
 Json plan_costs(const Plan& forward, const Plan& gradient) {
   const int ranks = forward.problem->mesh.ranks();
+  const std::vector<int> counted = sample(ranks, ranks <= kCountedRanks ? ranks : kSampledRanks);
+  const auto count = static_cast<double>(counted.size());
   Json bytes, bytes_max, stats;
   double flops_sum = 0, flops_max = 0;
   std::int64_t peak = 0;
   for (const auto& [name, plan] : {std::pair{"forward", &forward}, std::pair{"backward", &gradient}}) {
     double sum = 0, statistics = 0;
     std::int64_t most = 0;
-    for (int rank = 0; rank < ranks; ++rank) {
+    for (const int rank : counted) {
       const RankCost cost = make_rank_plan(*plan, rank).cost;
       sum += static_cast<double>(cost.bytes_received);
       statistics += static_cast<double>(cost.stats_bytes);
@@ -97,16 +107,18 @@ Json plan_costs(const Plan& forward, const Plan& gradient) {
       peak = std::max(peak, cost.peak_memory);
       if (plan == &forward) flops_sum += cost.flops, flops_max = std::max(flops_max, cost.flops);
     }
-    bytes[name] = std::llround(sum / ranks);
-    stats[name] = std::llround(statistics / ranks);
+    bytes[name] = std::llround(sum / count);
+    stats[name] = std::llround(statistics / count);
     bytes_max[name] = most;
   }
-  return {{"bytes_per_rank", bytes},
-          {"bytes_max", bytes_max},
-          {"stats_bytes", stats},
-          {"flops_per_rank", flops_sum / ranks},
-          {"balance", flops_max > 0 ? flops_sum / ranks / flops_max : 1.0},
-          {"peak_memory_bytes", peak}};
+  Json costs{{"bytes_per_rank", bytes},
+             {"bytes_max", bytes_max},
+             {"stats_bytes", stats},
+             {"flops_per_rank", flops_sum / count},
+             {"balance", flops_max > 0 ? flops_sum / count / flops_max : 1.0},
+             {"peak_memory_bytes", peak}};
+  if (counted.size() < static_cast<std::size_t>(ranks)) costs["sampled_ranks"] = counted.size();
+  return costs;
 }
 
 }  // namespace dattn

@@ -5,7 +5,7 @@
 #include <memory>
 
 #include "core/base/error.h"
-#include "launch/commands/commands.h"
+#include "launch/commands/planning.h"
 #include "plugins/train/checkpoint.h"
 #include "plugins/train/run_folder.h"
 
@@ -40,7 +40,7 @@ Command add_generate(CLI::App& app) {
   return [options] {
     const auto load = [&] {
       check(options->generate.sampling);
-      return run_folder_config(options->run, options->common);
+      return resolve_mesh(run_folder_config(options->run, options->common));
     };
     return run_with_config(options->common, load, [&](const RunConfig& config, Communicator& world) {
       const bool first = world.rank() == 0, streams = first && !options->common.json;

@@ -20,7 +20,7 @@ Command add_mesh_ranks(CLI::App& app) {
   return [options] {
     const RunConfig config = options->command == "generate" ? run_folder_config(options->config, options->common)
                                                             : load_run_config(options->config, options->common);
-    std::printf("%d\n", config.mesh.shape().ranks());
+    std::printf("%d\n", config.mesh.job_ranks());
     return 0;
   };
 }

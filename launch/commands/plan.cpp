@@ -1,12 +1,15 @@
-// dattn plan CONFIG: what an attention call of this config does on every rank, without running it.
+// dattn plan CONFIG: what an attention call of this config does on every rank, and why it was planned so, without running it.
+#include <chrono>
+#include <cmath>
 #include <cstdio>
 #include <memory>
 
 #include <fmt/format.h>
 
 #include "core/base/error.h"
-#include "launch/commands/commands.h"
+#include "launch/commands/planning.h"
 #include "launch/commands/simulate.h"
+#include "parallel/lower_bound.h"
 #include "parallel/rank_plan.h"
 #include "parallel/strategy.h"
 #include "parallel/verify.h"
@@ -14,13 +17,45 @@
 namespace dattn {
 namespace {
 
-// Sizes of the call: the config's `shape`, or those of the model that it trains.
-AttentionShape planned_shape(const RunConfig& config) {
-  if (config.shape) return shape_of(*config.shape, config.dtype);
-  const ModelConfig model = resolve(config.model);
-  const std::int64_t batch = split_evenly(config.train.batch, config.mesh.data, 0).count();
-  return {batch,          config.train.seq_len, config.train.seq_len, model.heads,
-          model.kv_heads, model.head_dim,       model.head_dim,       config.dtype};
+constexpr int kTabledRanks = 16;  // of larger meshes only the ranks asked for are printed
+
+// What runs, and what the planner says about it.
+struct Planned {
+  Plan forward, gradient;
+  Choice choice;  // what runs, where the planner was asked to choose; else what it would have taken
+  bool is_choice = false;
+  double time_s = 0;  // forward and backward
+  bool simulated = false;
+  double planning_s = 0;
+};
+
+Planned plan_config(const RunConfig& config) {
+  const auto start = std::chrono::steady_clock::now();
+  const AttentionShape shape = planned_shape(config);
+  const std::optional<Machine> machine = machine_of(config);
+  PlanRequest request = plan_request(config, shape, machine);
+  AttentionOptions options = request.options;
+  Planned planned;
+  planned.is_choice = is_planned(config);
+  if (!planned.is_choice) {
+    request.options.strategy = "auto";
+    request.memory_bytes = 0;
+  }
+  planned.choice = plan_attention(request);
+  MeshShape mesh = request.mesh;
+  if (planned.is_choice) {
+    const Candidate& chosen = planned.choice.chosen;
+    mesh = chosen.mesh;
+    options.strategy = chosen.strategy;
+    options.layout = chosen.layout;
+    planned.time_s = chosen.time_s;
+    planned.simulated = chosen.simulated;
+  }
+  planned.planning_s = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+  planned.forward = make_plan(mesh, shape, options);
+  planned.gradient = backward(planned.forward);
+  if (!planned.is_choice) planned.time_s = assess(request, mesh, planned.forward.strategy).time_s;
+  return planned;
 }
 
 std::size_t tiles_of(const RankStep& step) {
@@ -84,12 +119,31 @@ Json prove(const Plan& forward, const Plan& gradient) {
   return pairs;
 }
 
-void print_text(const Plan& forward, const Plan& gradient, const Json& costs) {
-  const Problem& problem = *forward.problem;
-  fmt::print("strategy {}, mesh {}, layout {}, mask {}\n\nforward\n{}\nbackward\n{}\n", forward.strategy, problem.mesh.text(),
-             name_of(problem.layout), problem.mask_text, forward.text(), gradient.text());
-  for (int rank = 0; rank < problem.mesh.ranks(); ++rank) fmt::print("{}", rank_table(forward, rank));
-  fmt::print("\n");
+// What plans are judged by; bytes_per_rank is in `costs` already.
+void add_judgement(const Planned& planned, Json& costs) {
+  const Problem& problem = *planned.forward.problem;
+  const double least = lower_bound_bytes(problem.shape, problem.mesh);
+  costs["lower_bound_bytes"] = std::llround(least);
+  costs["ratio"] = ratio_over(costs["bytes_per_rank"]["forward"].get<double>(), least);
+  costs["time_s"] = planned.time_s > 0 ? Json(planned.time_s) : Json();
+  if (planned.time_s > 0) costs["time_by"] = planned.simulated ? "simulation" : "estimate";
+  costs["planning_s"] = planned.planning_s;
+}
+
+void print_text(const Planned& planned, const Json& costs, const std::optional<int>& rank) {
+  const Problem& problem = *planned.forward.problem;
+  fmt::print("strategy {}, mesh {}, layout {}, mask {}\n\n", planned.forward.strategy, problem.mesh.text(),
+             name_of(problem.layout), problem.mask_text);
+  fmt::print("{}\n{}\n", planned.is_choice ? "planned" : "as given; on this mesh the planner would take",
+             explain(planned.choice));
+  fmt::print("forward\n{}\nbackward\n{}\n", planned.forward.text(), planned.gradient.text());
+  const int ranks = problem.mesh.ranks();
+  if (rank) {
+    fmt::print("{}\n", rank_table(planned.forward, *rank));
+  } else if (ranks <= kTabledRanks) {
+    for (int each = 0; each < ranks; ++each) fmt::print("{}", rank_table(planned.forward, each));
+    fmt::print("\n");
+  }
   for (const auto& [key, value] : costs.items()) fmt::print("{:<18} {}\n", key, value.dump());
 }
 
@@ -101,6 +155,7 @@ Command add_plan(CLI::App& app) {
     CommonOptions common;
     std::string config;
     bool verify = false;
+    std::optional<int> rank;
     SimulateOptions simulation;
   };
   const auto options = std::make_shared<Options>();
@@ -109,34 +164,40 @@ Command add_plan(CLI::App& app) {
       ->required();
   command->add_flag("--verify", options->verify,
                     "prove that every visible pair is attended exactly once, and all that follows");
+  command->add_option("--rank", options->rank, "print the steps of this rank (default: of all, up to 16)")
+      ->check(CLI::NonNegativeNumber);
   options->simulation.declare(*command);
   options->common.declare(*command, true);
   return [options] {
-    const RunConfig config = load_run_config(options->config, options->common);
-    const AttentionShape shape = planned_shape(config);
-    const Plan forward = make_plan(config.mesh.shape(), shape, attention_options(config, shape.seq_q, shape.seq_kv));
-    const Plan gradient = backward(forward);
+    const Planned planned = plan_config(load_run_config(options->config, options->common));
+    const Plan &forward = planned.forward, &gradient = planned.gradient;
+    const Problem& problem = *forward.problem;
+    require(!options->rank || *options->rank < problem.mesh.ranks(), "--rank {}: the mesh has {} ranks, numbered from 0",
+            options->rank.value_or(0), problem.mesh.ranks());
     if (options->simulation.wanted() && !options->common.json) {
       if (options->verify) prove(forward, gradient);
       print_simulation(simulate_plans(options->simulation, forward, gradient), forward);
       return 0;
     }
     Json costs = plan_costs(forward, gradient);
+    add_judgement(planned, costs);
     if (options->verify) {
       costs["verified_pairs"] = prove(forward, gradient);
       costs["verified"] = true;
     }
     if (options->simulation.wanted()) costs["simulate"] = simulate_plans(options->simulation, forward, gradient);
     if (!options->common.json) {
-      print_text(forward, gradient, costs);
+      print_text(planned, costs, options->rank);
       return 0;
     }
-    Json done{{"event", "done"},
-              {"strategy", forward.strategy},
-              {"layout", name_of(config.layout)},
-              {"mask", forward.problem->mask_text}};
-    for (const Axis axis : kAxes) done["mesh"][std::string(name_of(axis))] = forward.problem->mesh.size(axis);
+    Json done{
+        {"event", "done"}, {"strategy", forward.strategy}, {"layout", name_of(problem.layout)}, {"mask", problem.mask_text}};
+    for (const Axis axis : kAxes) done["mesh"][std::string(name_of(axis))] = problem.mesh.size(axis);
     done.update(costs);
+    Json said = to_json(planned.choice);
+    done["rejected"] = said["rejected"];
+    said.erase("rejected");
+    done[planned.is_choice ? "planned" : "planner_prefers"] = said;
     done["steps"] = {{"forward", steps_json(forward)}, {"backward", steps_json(gradient)}};
     print_json(done);
     return 0;

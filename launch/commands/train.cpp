@@ -2,7 +2,7 @@
 #include <filesystem>
 #include <memory>
 
-#include "launch/commands/commands.h"
+#include "launch/commands/planning.h"
 #include "plugins/train/trainer.h"
 
 namespace dattn {
@@ -19,12 +19,12 @@ Command add_train(CLI::App& app) {
   command->add_flag("--resume", options->resume, "continue the newest checkpoint of the run folder instead of starting afresh");
   options->common.declare(*command, true);
   return [options] {
-    const auto load = [&] { return load_run_config(options->config, options->common); };
+    const auto load = [&] { return resolve_mesh(load_run_config(options->config, options->common)); };
     return run_with_config(options->common, load, [&](const RunConfig& config, Communicator& world) {
       TrainJob job;
       job.mesh = config.mesh.shape();
       job.attention = config.attention;
-      job.layout = config.layout;
+      job.layout = config.layout.value_or(kDefaultLayout);
       job.strategy = config.strategy;
       job.dtype = config.dtype;
       job.data = config.data;

@@ -27,7 +27,8 @@ Strategy invariant_strategy() {
             }
             return {};
           },
-          [](PlanBuilder& plan) { return plan.finish(plan.attend(plan.q(), plan.gather_sequence(plan.kv()))); }};
+          [](PlanBuilder& plan) { return plan.finish(plan.attend(plan.q(), plan.gather_sequence(plan.kv()))); },
+          false};
 }
 
 }  // namespace dattn

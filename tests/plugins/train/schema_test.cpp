@@ -35,5 +35,15 @@ TEST(Schema, AWholeConfig) {
   EXPECT_EQ(config.train.seq_len, 512);
 }
 
+TEST(Schema, RanksStandInPlaceOfAxes) {
+  const auto config = parse_config_as<RunConfig>("mesh: {ranks: 8, tensor: 2}\nobjective: bytes\n", "t.yaml");
+  EXPECT_EQ(config.mesh.job_ranks(), 8);
+  EXPECT_THROW(config.mesh.shape(), Error);  // not planned yet
+  for (const char* bad : {"mesh: {ranks: 8, ulysses: 2}", "mesh: {ranks: 8, rows: 2}", "mesh: {ranks: 8, ring: 2}",
+                          "mesh: {ranks: 6, data: 4}", "mesh: {ranks: 0}", "objective: time"}) {
+    EXPECT_THROW(parse_config_as<RunConfig>(bad, "t.yaml"), Error) << bad;
+  }
+}
+
 }  // namespace
 }  // namespace dattn

@@ -1,0 +1,33 @@
+// From a config to what the planner is asked, and back: meshes given as `mesh: {ranks: n}` become axes here.
+#pragma once
+
+#include <optional>
+
+#include "launch/commands/commands.h"
+#include "parallel/planner.h"
+
+namespace dattn {
+
+// Sizes of the call: the config's `shape`, or those of the model that it trains.
+AttentionShape planned_shape(const RunConfig& config);
+
+std::optional<Machine> machine_of(const RunConfig& config);
+
+// Whether the planner chooses: where the ranks alone are given, or an objective is.
+bool is_planned(const RunConfig& config);
+
+// `machine` must outlive the request.
+PlanRequest plan_request(const RunConfig& config, const AttentionShape& shape, const std::optional<Machine>& machine);
+
+// The config with the chosen axes, strategy and layout in place of what asked for them. The same on every rank.
+RunConfig with_choice(RunConfig config, const Candidate& chosen);
+
+// The config as it runs: planned where is_planned, else with the default layout.
+RunConfig resolve_mesh(const RunConfig& config, const AttentionShape& shape);
+RunConfig resolve_mesh(const RunConfig& config);  // for planned_shape
+
+// What the planner says, as text and for --json.
+std::string explain(const Choice& choice);
+Json to_json(const Choice& choice);
+
+}  // namespace dattn

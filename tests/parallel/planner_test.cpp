@@ -1,0 +1,257 @@
+// The planner: its costs against those of plans, what it chooses, and what it says about the rest.
+#include "parallel/planner.h"
+
+#include <algorithm>
+#include <chrono>
+#include <iostream>
+
+#include <fmt/format.h>
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+#include <rapidcheck/gtest.h>
+
+#include "core/base/error.h"
+#include "parallel/cost_model.h"
+#include "parallel/lower_bound.h"
+#include "parallel/rank_plan.h"
+#include "parallel/simulate.h"
+#include "tests/parallel/mesh_of.h"
+
+namespace dattn {
+namespace {
+
+using ::testing::HasSubstr;
+
+PlanRequest request_of(std::int64_t heads, std::int64_t kv_heads, int ranks, const Mask& mask = Mask::causal()) {
+  PlanRequest request;
+  request.shape = {1, 131072, 131072, heads, kv_heads, 128, 128, DType::kBF16};
+  request.options.mask = mask;
+  request.ranks = ranks;
+  return request;
+}
+
+// Nodes of eight, as an H100 cluster's but in round numbers.
+Machine cluster() {
+  Machine machine;
+  machine.ranks_per_node = 8;
+  machine.memory_bytes = 80'000'000'000;
+  machine.flops = {5e13, 1e15};
+  machine.memory_bandwidth = 3e12;
+  machine.kernel_latency_s = 5e-6;
+  machine.links.inside = {3e-6, 450e9, std::nullopt};
+  machine.links.between = Link{6e-6, 50e9, 400e9};
+  return machine;
+}
+
+std::string refusal(const PlanRequest& request) {
+  try {
+    plan_attention(request);
+  } catch (const Error& error) {
+    EXPECT_EQ(error.code(), ErrorCode::kBadInput);
+    return error.what();
+  }
+  return "accepted";
+}
+
+struct Means {
+  double forward = 0, backward = 0, balance = 0;
+};
+
+Means exact(const Plan& plan) {
+  Means means;
+  const Plan gradient = backward(plan);
+  const int ranks = plan.problem->mesh.ranks();
+  double flops = 0, most = 0;
+  for (int rank = 0; rank < ranks; ++rank) {
+    const RankCost cost = make_rank_plan(plan, rank).cost;
+    means.forward += static_cast<double>(cost.bytes_received) / ranks;
+    means.backward += static_cast<double>(make_rank_plan(gradient, rank).cost.bytes_received) / ranks;
+    flops += cost.flops / ranks;
+    most = std::max(most, cost.flops);
+  }
+  means.balance = most > 0 ? flops / most : 1;
+  return means;
+}
+
+RC_GTEST_PROP(Planner, ClosedFormsAreTheMeansOfPlans, ()) {
+  const std::int64_t group = *rc::gen::inRange(1, 4), kv_heads = *rc::gen::inRange(1, 5);
+  const int tensor = kv_heads % 2 == 0 ? *rc::gen::element(1, 2) : 1;
+  const MeshShape mesh = mesh_of(1, *rc::gen::inRange(1, 6), *rc::gen::element(1, 1, 2, 3), tensor, *rc::gen::element(1, 1, 2),
+                                 *rc::gen::element(1, 1, 2));
+  const std::int64_t unit = 2 * mesh.sequence_parts();
+  const std::int64_t seq_q = unit * *rc::gen::inRange(1, 5);
+  const bool crosses = *rc::gen::arbitrary<bool>();
+  AttentionShape shape{2, seq_q, crosses ? unit * *rc::gen::inRange(1, 5) : seq_q, group * kv_heads, kv_heads,
+                       8, 16,    *rc::gen::element(DType::kF32, DType::kBF16)};
+  PlanRequest request;
+  request.shape = shape;
+  request.mesh = mesh;
+  request.options.mask = *rc::gen::element(Mask::full(), Mask::causal(), Mask::window(7, 2));
+  request.options.layout = *rc::gen::element(Layout::kZigzag, Layout::kContiguous, Layout::kStriped, Layout::kBalanced);
+  const auto problem = make_problem(mesh, shape, request.options);
+  for (const Strategy& strategy : strategies()) {
+    if (!strategy.accepts(*problem).ok) continue;
+    RC_LOG() << strategy.name << " on " << mesh.text() << " mask " << problem->mask_text << " layout "
+             << name_of(request.options.layout) << "\n";
+    const Means means = exact(write_plan(strategy, problem));
+    const Candidate candidate = assess(request, mesh, std::string(strategy.name));
+    if (request.options.layout != Layout::kBalanced) {  // whose blocks need not divide
+      RC_ASSERT(std::abs(candidate.forward_bytes - means.forward) <= 1e-9 * means.forward);
+      RC_ASSERT(std::abs(candidate.backward_bytes - means.backward) <= 1e-9 * means.backward);
+    }
+    // Heads and rows need not have their slowest rank together, and KV heads are not work.
+    RC_ASSERT(candidate.balance <= means.balance + 1e-9);
+    if (shape.heads % (mesh.size(Axis::kUlysses) * tensor) == 0) RC_ASSERT(std::abs(candidate.balance - means.balance) < 1e-9);
+  }
+}
+
+TEST(Planner, StaysNearTheLowerBound) {
+  for (const auto& [heads, kv_heads] : {std::pair{32, 8}, {32, 32}, {64, 8}, {40, 8}, {48, 4}}) {
+    for (int ranks = 8; ranks <= 512; ranks *= 2) {
+      for (const Mask& mask : {Mask::causal(), Mask::full()}) {
+        const Choice choice = plan_attention(request_of(heads, kv_heads, ranks, mask));
+        SCOPED_TRACE(fmt::format("H {} K {} P {}: {}", heads, kv_heads, ranks, choice.chosen.text()));
+        EXPECT_LE(choice.ratio, 1.12);
+        EXPECT_GE(choice.ratio, 1.0 - 1e-9);
+        EXPECT_GE(choice.chosen.balance, 0.5);
+        EXPECT_EQ(choice.chosen.mesh.ranks(), ranks);
+        ASSERT_TRUE(choice.runner_up.has_value());
+        EXPECT_NE(choice.runner_up->mesh, choice.chosen.mesh);
+      }
+    }
+  }
+}
+
+TEST(Planner, ReferencePoints) {
+  const double unit = 131072.0 * 128 * 2;
+  for (const auto& [ranks, bytes] : {std::pair{8, 8.75}, {64, 2.84}, {256, 1.46}, {512, 0.98}}) {
+    EXPECT_NEAR(plan_attention(request_of(32, 8, ranks)).chosen.forward_bytes / unit, bytes, 0.006) << ranks;
+  }
+}
+
+TEST(Planner, PlansThousandsOfRanksAtOnce) {
+  const Machine machine = cluster();
+  for (const Mask& mask : {Mask::causal(), Mask::full(), Mask::window(1024, 0)}) {
+    for (const Objective objective : {Objective::kBytes, Objective::kTime}) {
+      PlanRequest request = request_of(32, 8, 4096, mask);
+      request.objective = objective;
+      request.machine = &machine;
+      const auto start = std::chrono::steady_clock::now();
+      const Choice choice = plan_attention(request);
+      const double seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+      std::cout << fmt::format("4096 ranks, {}, {}: {:.1f} ms, {}\n", mask.text(),
+                               objective == Objective::kTime ? "time" : "bytes", seconds * 1e3, choice.chosen.text());
+      EXPECT_LT(seconds, 0.5);  // 50 ms on an idle machine
+      EXPECT_EQ(choice.chosen.mesh.ranks(), 4096);
+    }
+  }
+}
+
+TEST(Planner, SaysWhyNot) {
+  PlanRequest request = request_of(32, 8, 64);
+  const Choice choice = plan_attention(request);
+  // As many forward bytes as hybrid on ring 8 x ulysses 8, fewer backward.
+  EXPECT_EQ(choice.chosen.text(), "grid on ring 4 x rows 2 x ulysses 8, layout zigzag");
+  ASSERT_FALSE(choice.rejected.empty());
+  EXPECT_EQ(choice.rejected[0].what, "ulysses 64");
+  EXPECT_THAT(choice.rejected[0].why, HasSubstr("only 32 query heads"));
+
+  request.memory_bytes = choice.chosen.peak_memory - 1;
+  const Choice smaller = plan_attention(request);
+  EXPECT_LE(smaller.chosen.peak_memory, request.memory_bytes);
+  EXPECT_NE(smaller.chosen.text(), choice.chosen.text());
+  const auto told = [&](const Rejected& one) { return one.what == choice.chosen.text(); };
+  EXPECT_EQ(std::count_if(smaller.rejected.begin(), smaller.rejected.end(), told), 1);
+  request.memory_bytes = 1;
+  EXPECT_THAT(refusal(request), HasSubstr(fmt::format("needs {} bytes of memory, a rank has 1", choice.chosen.peak_memory)));
+}
+
+TEST(Planner, RefusesWhatItCannotPlan) {
+  PlanRequest request = request_of(32, 8, 6);
+  request.mesh.set(Axis::kTensor, 4);
+  EXPECT_THAT(refusal(request), HasSubstr("mesh.ranks 6 is no multiple of data 1 x tensor 4; use one, for example 8"));
+  request = request_of(32, 8, 16);
+  request.objective = Objective::kTime;
+  EXPECT_THAT(refusal(request), HasSubstr("give machine: FILE"));
+  Machine node = cluster();
+  node.links.between.reset();
+  request.machine = &node;
+  EXPECT_THAT(refusal(request), HasSubstr("one node of 8"));
+  request = request_of(32, 8, 16);
+  request.options.strategy = "rings";
+  EXPECT_THAT(refusal(request), HasSubstr("unknown strategy 'rings'"));
+}
+
+TEST(Planner, KeepsWhatIsGiven) {
+  PlanRequest request = request_of(32, 8, 64);
+  request.mesh.set(Axis::kTensor, 2);
+  request.mesh.set(Axis::kData, 4);
+  request.options.strategy = "ring";
+  request.options.layout = Layout::kStriped;
+  request.fixed_layout = true;
+  const Choice choice = plan_attention(request);
+  EXPECT_EQ(choice.chosen.text(), "ring on data 4 x ring 8 x tensor 2, layout striped");
+  EXPECT_FALSE(choice.runner_up.has_value());
+}
+
+// On a mesh that is given, auto is what it stands for without a planner.
+TEST(Planner, AgreesWithAutoOnAGivenMesh) {
+  for (const MeshShape& mesh : {mesh_of(1, 8, 1, 1), mesh_of(1, 1, 8, 1), mesh_of(1, 4, 2, 1), mesh_of(1, 4, 1, 1, 2),
+                                mesh_of(1, 2, 1, 1, 1, 4), mesh_of(1, 1, 1, 1)}) {
+    PlanRequest request = request_of(32, 8, 0);
+    request.ranks.reset();
+    request.mesh = mesh;
+    const Choice choice = plan_attention(request);
+    EXPECT_EQ(choice.chosen.strategy, choose_strategy(mesh)) << mesh.text();
+    EXPECT_EQ(choice.chosen.mesh, mesh);
+    if (mesh.size(Axis::kRing) > 1) {
+      EXPECT_FALSE(choice.rejected.empty());
+    }
+  }
+}
+
+TEST(Planner, FetchesWhereTheMaskHidesMost) {
+  const Choice causal = plan_attention(request_of(32, 8, 64));
+  bool told = false;
+  for (const Rejected& one : causal.rejected) told = told || one.what.find("fetch") == 0;
+  EXPECT_TRUE(told);
+  const Choice window = plan_attention(request_of(32, 8, 64, Mask::window(1024, 0)));
+  EXPECT_TRUE(window.chosen.strategy == "fetch" || window.chosen.strategy == "halo") << window.chosen.text();
+  EXPECT_EQ(window.chosen.layout, Layout::kContiguous);
+  EXPECT_LT(window.ratio, 0.1);
+}
+
+// Contiguous rows of a causal mask are uneven: the planner keeps away from them unless told to.
+TEST(Planner, SharesOutTheWork) {
+  PlanRequest request = request_of(32, 8, 64);
+  EXPECT_GT(plan_attention(request).chosen.balance, 0.99);
+  request.options.layout = Layout::kContiguous;
+  request.fixed_layout = true;
+  EXPECT_LT(plan_attention(request).chosen.balance, 0.7);
+}
+
+TEST(Planner, TimesAreSimulatedWhereThatIsQuick) {
+  const Machine machine = cluster();
+  PlanRequest request = request_of(32, 8, 16);
+  request.objective = Objective::kTime;
+  request.machine = &machine;
+  const Choice choice = plan_attention(request);
+  EXPECT_TRUE(choice.chosen.simulated);
+  AttentionOptions options = request.options;
+  options.strategy = choice.chosen.strategy;
+  options.layout = choice.chosen.layout;
+  const Plan plan = make_plan(choice.chosen.mesh, request.shape, options);
+  EXPECT_DOUBLE_EQ(simulate(plan, machine).time_s + simulate(backward(plan), machine).time_s, choice.chosen.time_s);
+  ASSERT_TRUE(choice.runner_up.has_value());
+  if (choice.runner_up->simulated) {
+    EXPECT_LE(choice.chosen.time_s, choice.runner_up->time_s);
+  }
+  const Candidate estimate = assess(request, choice.chosen.mesh, choice.chosen.strategy);
+  EXPECT_FALSE(estimate.simulated);
+  EXPECT_NEAR(estimate.time_s / choice.chosen.time_s, 1, 0.5);
+  request.ranks = 512;
+  EXPECT_FALSE(plan_attention(request).chosen.simulated);
+}
+
+}  // namespace
+}  // namespace dattn
