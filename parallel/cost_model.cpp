@@ -143,9 +143,11 @@ TransferLists counted_transfers(const Strategy& strategy, const Problem& problem
         for (const Piece& piece : mine.steps[i].receives) {
           if (piece.peer == problem.mesh.coordinate(rank, step.axis)) continue;
           if (piece.peer != std::exchange(peer, piece.peer)) transfer.messages += 1.0 / static_cast<double>(ranks.size());
-          for (const Field& field : message_fields(step.verb, plan->values[static_cast<std::size_t>(step.out[0])].what, problem.shape)) {
+          for (const Field& field :
+               message_fields(step.verb, plan->values[static_cast<std::size_t>(step.out[0])].what, problem.shape)) {
             if (field.statistic) continue;
-            transfer.bytes += static_cast<double>(piece_bytes({&field, 1}, problem.shape.batch, piece)) / static_cast<double>(ranks.size());
+            transfer.bytes +=
+                static_cast<double>(piece_bytes({&field, 1}, problem.shape.batch, piece)) / static_cast<double>(ranks.size());
           }
         }
       }

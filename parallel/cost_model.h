@@ -8,7 +8,7 @@
 #include <vector>
 
 #include "parallel/machine.h"
-#include "parallel/plan.h"
+#include "parallel/strategy.h"
 
 namespace dattn {
 

@@ -27,8 +27,7 @@ Strategy invariant_strategy() {
             }
             return {};
           },
-          [](PlanBuilder& plan) { return plan.finish(plan.attend(plan.q(), plan.gather_sequence(plan.kv()))); },
-          false};
+          [](PlanBuilder& plan) { return plan.finish(plan.attend(plan.q(), plan.gather_sequence(plan.kv()))); }, false};
 }
 
 }  // namespace dattn

@@ -121,6 +121,8 @@ void append_moves(std::vector<FaultKind>& all) {
   all.push_back({"SumIsCopied", "arrive twice|never arrive", [](const Plan& plan) {
                    return at_each_step(plan, [](Plan& p, std::size_t i) {
                      const Verb verb = std::exchange(p.steps[i].verb, Verb::kGather);
+                     const Placing& from = p.placing(p.steps[i].in[0]);
+                     if (from.kind == Placing::Kind::kFetched && from.shift != 0) return false;  // one rank's: nothing to sum
                      return verb == Verb::kCombine || verb == Verb::kReduceScatter;
                    });
                  }});

@@ -50,7 +50,7 @@ TEST_P(VerifyScale, ProvesManyRanksInTime) {
   EXPECT_LT(backward_s, GetParam().seconds);
 }
 
-// A thousandth of the work may not hide a wrong hop: one rank of thousands is enough to be found.
+// However many ranks there are, a state that one attend forgets is found.
 TEST_P(VerifyScale, FindsALostHop) {
   Plan plan = plan_of(GetParam());
   for (std::size_t i = plan.steps.size(); i-- > 0;) {
@@ -77,10 +77,9 @@ std::vector<Scale> thousands() {
   if (std::getenv("DATTN_SCALE") == nullptr) return {};
   return {{"ring", {1, 4096, 1, 1}, 1 << 20, 60},       {"grid", {1, 32, 16, 8}, 1 << 20, 10},
           {"double_ring", {64, 64, 1, 1}, 1 << 20, 60}, {"hybrid", {1, 512, 1, 8}, 1 << 20, 60},
-          {"ring_q", {1, 4096, 1, 1}, 1 << 20, 60},     {"fetch", {1, 64, 1, 8}, 1 << 20, 60, Mask::window(5000, 0)}};
+          {"ring_q", {1, 4096, 1, 1}, 1 << 20, 60},     {"fetch", {1, 512, 1, 8}, 1 << 20, 150, Mask::window(5000, 0)}};
 }
 
-GTEST_ALLOW_UNINSTANTIATED_PARAMETERIZED_TEST(VerifyScale);
 INSTANTIATE_TEST_SUITE_P(Thousands, VerifyScale, testing::ValuesIn(thousands()),
                          [](const auto& scale) { return scale.param.strategy; });
 
