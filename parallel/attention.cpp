@@ -135,7 +135,11 @@ struct DistributedAttention::Impl {
 };
 
 DistributedAttention::DistributedAttention(const Mesh& mesh, const AttentionShape& shape, const AttentionOptions& options)
-    : impl_(new Impl{mesh, shape, options, {}, {}}) {}
+    : impl_(new Impl{mesh, shape, options, {}, {}}) {
+  AttentionShape one = shape;
+  one.batch = 1;
+  make_plan(mesh.shape(), one, options);  // what is refused is refused here, before any work
+}
 DistributedAttention::~DistributedAttention() = default;
 
 Tensor DistributedAttention::forward(int layer, const TensorView& q, const TensorView& k, const TensorView& v) {

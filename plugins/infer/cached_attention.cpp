@@ -95,7 +95,8 @@ Tensor CachedAttention::forward(int layer_index, const TensorView& q, const Tens
                  .tiles = tiles,
                  .scale = options_.scale,
                  .out = out,
-                 .lse = lse});
+                 .lse = lse,
+                 .terms = {.softcap = options_.softcap, .alibi_slopes = options_.alibi_slopes}});
   }
   return gather_heads(merge_over_ring(std::move(out), std::move(lse)), q.size(2));
 }

@@ -30,6 +30,8 @@ class CachedAttention final : public Attention {
     std::int64_t kv_heads = 1;
     std::int64_t dim = 64;
     double scale = 0;  // 0: 1 / sqrt(dim)
+    double softcap = 0;
+    std::vector<double> alibi_slopes = {};
     Mask mask = Mask::causal();
     std::int64_t window = 0;  // positions the model was made for: the mask is compiled for this many
     DType dtype = DType::kF32;

@@ -38,6 +38,8 @@ CachedAttention::Options attention_of(const CheckpointReader& reader, const Mode
                                    .kv_heads = model.kv_heads,
                                    .dim = model.head_dim,
                                    .scale = config.softmax_scale.value_or(0),
+                                   .softcap = config.softcap.value_or(0),
+                                   .alibi_slopes = config.alibi_slopes.value_or(std::vector<double>{}),
                                    .window = window_of(reader, model),
                                    .dtype = dtype_from(value_of(reader, "dtype"))};
   options.mask = to_mask(config.mask, options.window, options.window);

@@ -52,13 +52,20 @@ AttentionOptions attention_options(const TrainJob& job) {
   return {.mask = to_mask(job.attention.mask, job.train.seq_len, job.train.seq_len),
           .softmax_scale = job.attention.softmax_scale,
           .layout = job.layout,
-          .strategy = job.strategy};
+          .strategy = job.strategy,
+          .determinism = job.determinism,
+          .softcap = job.attention.softcap.value_or(0),
+          .alibi_slopes = job.attention.alibi_slopes.value_or(std::vector<double>{})};
 }
 
 // Which positions this rank holds, by the layout and, where that looks at it, the mask.
 Positions own_positions(const Mesh& mesh, const TrainJob& job) {
+  require(job.attention.dropout.p == 0,
+          "attention.dropout.p is {}, which only `dattn attention` takes; to train, set model.dropout",
+          job.attention.dropout.p);
   const AttentionShape shape{.seq_q = job.train.seq_len, .seq_kv = job.train.seq_len};
-  return make_problem(mesh.shape(), shape, attention_options(job))->shard_rows(false, mesh.rank());
+  const AttentionOptions options{.mask = attention_options(job).mask, .layout = job.layout};
+  return make_problem(mesh.shape(), shape, options)->shard_rows(false, mesh.rank());
 }
 
 Schedule schedule_of(const TrainConfig& train) {

@@ -11,6 +11,7 @@
 
 #include "core/config/attention_config.h"
 #include "core/nn/model_config.h"
+#include "parallel/attention.h"
 #include "parallel/layout.h"
 #include "parallel/mesh.h"
 #include "plugins/train/report.h"
@@ -24,6 +25,7 @@ struct TrainJob {
   AttentionConfig attention;
   Layout layout = Layout::kZigzag;
   std::string strategy = "auto";
+  Determinism determinism = Determinism::kRepeatable;
   DType dtype = DType::kF32;
   DataConfig data;
   ModelConfig model;  // vocab is taken from the text

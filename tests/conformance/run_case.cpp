@@ -38,12 +38,13 @@ double relative_error(const TensorView& got, const TensorView& want, std::int64_
   return std::sqrt(difference / std::max(norm, 0.0625 * static_cast<double>(std::max<std::int64_t>(1, a->elements() * terms))));
 }
 
-// Empty where the error is at most 2e-6 (fp32), 1e-12 (fp64) or, in bf16, 1.5 times that of the kernel on one rank.
+// Empty where the error is at most 2e-6 (fp32), 1e-12 (fp64) or, in bf16, 8e-3 (two units of its last place)
+// or 1.5 times that of the kernel on one rank.
 std::string compare(const char* name, const TensorView& got, const TensorView& want, const TensorView& one_rank,
                     std::int64_t terms = 1) {
   const double error = relative_error(got, want, terms);
   double allowed = got.dtype == DType::kF64 ? 1e-12 : 2e-6;
-  if (one_rank.data != nullptr) allowed = std::max(4e-3, 1.5 * relative_error(one_rank, want, terms));
+  if (one_rank.data != nullptr) allowed = std::max(8e-3, 1.5 * relative_error(one_rank, want, terms));
   return error <= allowed ? "" : fmt::format("{}: relative error {:.3e}, allowed {:.3e}\n", name, error, allowed);
 }
 
@@ -113,7 +114,8 @@ std::string run_case(const Case& one, Communicator& world) {
   const Interval local_q{0, heads.q.count()};
   check("out", result.out, &Results::out, q_rows, local_q);
   check("dq", gradients.dq, &Results::dq, q_rows, local_q);
-  check("dk", gradients.dk, &Results::dk, kv_rows, heads.kv);
+  const std::int64_t rows_a_key = std::max<std::int64_t>(1, one.shape.seq_q / std::max<std::int64_t>(1, one.shape.seq_kv));
+  check("dk", gradients.dk, &Results::dk, kv_rows, heads.kv, rows_a_key);  // of one key alone: a sum of what cancels
   check("dv", gradients.dv, &Results::dv, kv_rows, heads.kv);
   if (one.shape.bias) check("dbias", gradients.dbias, &Results::dbias, q_rows, {0, e.exact.dbias->size(2)}, one.shape.dim_v);
   const Tensor lse = shard_of(as_rows(e.exact.lse), q_rows, local_q);

@@ -51,7 +51,7 @@ RC_GTEST_PROP(LowerBound, NoStrategyReceivesLess, ()) {
   options.mask = Mask::full();
   const auto problem = make_problem(mesh, shape, options);
   for (const Strategy& strategy : strategies()) {
-    if (!strategy.accepts(*problem).ok) continue;
+    if (!strategy.automatic || !strategy.accepts(*problem).ok) continue;
     const bool fetches = strategy.name == "fetch" || strategy.name == "halo";
     const auto transfers = transfers_of(strategy.name, shape, mesh, fetches ? seen_rows(*problem) : SeenRows{});
     RC_ASSERT(transfers.has_value());

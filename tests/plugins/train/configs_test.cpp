@@ -13,7 +13,7 @@ TEST(Configs, AreReadAndCanBeBuilt) {
   const auto root = std::filesystem::path(__FILE__).parent_path().parent_path().parent_path().parent_path();
   int files = 0;
   for (const auto& entry : std::filesystem::recursive_directory_iterator(root / "configs")) {
-    if (entry.path().extension() != ".yaml") continue;
+    if (entry.path().extension() != ".yaml" || entry.path().parent_path().filename() == "machines") continue;
     ++files;
     SCOPED_TRACE(entry.path().string());
     RunConfig config;

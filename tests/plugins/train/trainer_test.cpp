@@ -46,6 +46,26 @@ const std::vector<double>& reference_losses(std::int64_t batch) {
 
 class Meshes : public testing::TestWithParam<Variant> {};
 
+// Softcap and ALiBi change the losses, and are the same on every mesh; determinism invariant is taken.
+TEST(Training, ScoreTermsHoldOnEveryMesh) {
+  const auto losses_of = [](const MeshShape& mesh, bool terms, Determinism determinism) {
+    const TemporaryFolder folder;
+    TrainJob job = job_of({.name = "terms", .mesh = mesh}, folder);
+    job.determinism = determinism;
+    if (terms) {
+      job.attention.softcap = 2.0;
+      job.attention.alibi_slopes = std::vector<double>(static_cast<std::size_t>(job.model.heads), 0.05);
+    }
+    return train_on_threads(job).losses;
+  };
+  const std::vector<double> alone = losses_of({}, true, Determinism::kRepeatable);
+  EXPECT_NE(alone, losses_of({}, false, Determinism::kRepeatable));
+  for (const Determinism determinism : {Determinism::kRepeatable, Determinism::kInvariant}) {
+    const std::vector<double> spread = losses_of(mesh_of(1, 2, 2, 1), true, determinism);
+    for (std::size_t step = 0; step < alone.size(); ++step) EXPECT_NEAR(spread[step], alone[step], 1e-5 * alone[step]);
+  }
+}
+
 TEST_P(Meshes, LossesAgreeWithOneRank) {
   const TemporaryFolder folder;
   const std::vector<double> losses = train_on_threads(job_of(GetParam(), folder)).losses;
