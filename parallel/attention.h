@@ -40,7 +40,7 @@ struct AttentionShape {
   std::int64_t dim_v = 64;
   DType dtype = DType::kF32;
   std::optional<BiasShape> bias = {};  // present: every call brings a bias
-  bool sink = false;              // every call brings sink logits
+  bool sink = false;                   // every call brings sink logits
 };
 
 // off and repeatable: same mesh, same bits (all kernels of this build are repeatable). invariant: the same bits on every

@@ -95,7 +95,8 @@ TEST(AttentionConfig, Refusals) {
   EXPECT_THAT(refusal("mask: {kind: causal, left: 3}"),
               HasSubstr("a.yaml:1:28: mask.left is '3'; it belongs to mask kind window, but mask.kind is causal"));
   EXPECT_THAT(refusal("mask: {kind: window, cu_seqlens: [0, 1]}"), HasSubstr("mask.cu_seqlens belongs to mask kind documents"));
-  EXPECT_THAT(refusal("mask: {kind: casual}"), HasSubstr("mask.kind is 'casual', not one of: full, causal, causal_bottom_right, window"));
+  EXPECT_THAT(refusal("mask: {kind: casual}"),
+              HasSubstr("mask.kind is 'casual', not one of: full, causal, causal_bottom_right, window"));
   EXPECT_THAT(refusal("mask: {kind: window, left: -2}"), HasSubstr("mask.left is '-2'"));
   EXPECT_THAT(refusal("mask: {kind: documents}"), HasSubstr("cu_seqlens is missing"));
   EXPECT_THAT(refusal("mask: {kind: documents, cu_seqlens: [0, 5, 3]}"), HasSubstr("entry 1 is 5 and entry 2 is 3"));
