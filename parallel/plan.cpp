@@ -199,6 +199,7 @@ Positions Plan::rows(ValueId value, int rank) const {
 
 std::string Plan::value_name(ValueId value) const {
   if (value == kNoValue) return "-";
+  if (value < 0 || value >= static_cast<ValueId>(values.size())) return fmt::format("value {}", value);  // of a broken plan
   const What what = values[static_cast<std::size_t>(value)].what;
   int number = 0;
   for (ValueId i = 0; i < value; ++i) number += values[static_cast<std::size_t>(i)].what == what ? 1 : 0;
