@@ -131,6 +131,15 @@ std::shared_ptr<const Expected> expected(const Case& one, int tensor_index) {
   return slot->value;
 }
 
+Tensor shard_of(const TensorView& whole, const Positions& rows, Interval heads) {
+  Tensor part = Tensor::uninitialized(whole.dtype, {whole.size(0), rows.count(), heads.count(), whole.size(3)});
+  const std::vector<std::int64_t> list = rows.list();
+  for (std::size_t row = 0; row < list.size(); ++row) {
+    copy(whole.slice(1, list[row], 1).slice(2, heads.begin, heads.count()), part->slice(1, static_cast<std::int64_t>(row), 1));
+  }
+  return part;
+}
+
 TensorView bias_part(const TensorView& bias, Interval heads) {
   return bias.size(2) == 1 ? bias.slice(2, 0, std::min<std::int64_t>(1, heads.count()))
                            : bias.slice(2, heads.begin, heads.count());

@@ -25,6 +25,9 @@ struct Expected {
 // The same for all ranks of a process: computed by the first that asks.
 std::shared_ptr<const Expected> expected(const Case& one, int tensor_index);
 
+// Rows `rows` and heads `heads` of a whole tensor [B, S, H, X].
+Tensor shard_of(const TensorView& whole, const Positions& rows, Interval heads);
+
 // The heads of a bias [B or 1, S, H or 1, N] that serve the query heads `heads`.
 TensorView bias_part(const TensorView& bias, Interval heads);
 

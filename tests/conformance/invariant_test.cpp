@@ -22,15 +22,6 @@ void place(const TensorView& shard, const Positions& rows, Interval heads, const
   }
 }
 
-Tensor take(const TensorView& whole, const Positions& rows, Interval heads) {
-  Tensor part = Tensor::uninitialized(whole.dtype, {whole.size(0), rows.count(), heads.count(), whole.size(3)});
-  const std::vector<std::int64_t> list = rows.list();
-  for (std::size_t row = 0; row < list.size(); ++row) {
-    copy(whole.slice(1, list[row], 1).slice(2, heads.begin, heads.count()), part->slice(1, static_cast<std::int64_t>(row), 1));
-  }
-  return part;
-}
-
 struct Sharding {
   MeshShape mesh;
   Layout layout = Layout::kZigzag;
@@ -63,8 +54,8 @@ Whole run(Case one, const Sharding& setup) {
     ShardedAttention attention(mesh, s, options);
     const Positions &q_rows = attention.q_positions(), &kv_rows = attention.kv_positions();
     const HeadRange heads = attention.heads();
-    const Tensor q = take(inputs->q, q_rows, heads.q), k = take(inputs->k, kv_rows, heads.kv),
-                 v = take(inputs->v, kv_rows, heads.kv), dout = take(inputs->dout, q_rows, heads.q);
+    const Tensor q = shard_of(inputs->q, q_rows, heads.q), k = shard_of(inputs->k, kv_rows, heads.kv),
+                 v = shard_of(inputs->v, kv_rows, heads.kv), dout = shard_of(inputs->dout, q_rows, heads.q);
     const AttentionCall call{.dropout_stream = kDropoutStream};
     const AttentionResult result = attention.forward(q, k, v, call);
     const AttentionGradients gradients = attention.backward(q, k, v, result, dout, call);

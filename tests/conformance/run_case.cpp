@@ -12,16 +12,6 @@
 namespace dattn::conformance {
 namespace {
 
-// Rows `rows` and heads `heads` of a whole tensor [B, S, H, X].
-Tensor shard_of(const TensorView& whole, const Positions& rows, Interval heads) {
-  Tensor part = Tensor::uninitialized(whole.dtype, {whole.size(0), rows.count(), heads.count(), whole.size(3)});
-  const std::vector<std::int64_t> list = rows.list();
-  for (std::size_t row = 0; row < list.size(); ++row) {
-    copy(whole.slice(1, list[row], 1).slice(2, heads.begin, heads.count()), part->slice(1, static_cast<std::int64_t>(row), 1));
-  }
-  return part;
-}
-
 // |got - want| / |want| over all elements, both read as fp64. Where the right answer is (nearly) zero by cancellation, as
 // in the gradient of a row that sees one key, the error is relative to a quarter of the size of the terms that cancel: `terms`
 // products of unit size in each element.
