@@ -1,6 +1,7 @@
 #include "parallel/attention.h"
 
 #include <map>
+#include <utility>
 
 #include "core/attention/state.h"
 #include "core/base/error.h"
@@ -122,15 +123,22 @@ struct DistributedAttention::Impl {
   const Mesh& mesh;
   AttentionShape shape;
   AttentionOptions options;
-  std::map<std::int64_t, ShardedAttention> by_batch;
-  std::map<int, AttentionResult> saved;  // by layer, until its backward
+  std::map<std::pair<std::int64_t, bool>, ShardedAttention> by_kind;  // batch size; whether dropout applies
+  std::map<int, AttentionResult> saved;                               // by layer, until its backward
 
-  ShardedAttention& for_batch(std::int64_t batch) {
-    const auto found = by_batch.find(batch);
-    if (found != by_batch.end()) return found->second;
+  ShardedAttention& at(const AttentionSite& site, std::int64_t batch) {
+    const std::pair kind{batch, site.training && options.dropout > 0};
+    const auto found = by_kind.find(kind);
+    if (found != by_kind.end()) return found->second;
     AttentionShape with_batch = shape;
     with_batch.batch = batch;
-    return by_batch.emplace(batch, ShardedAttention(mesh, with_batch, options)).first->second;
+    AttentionOptions chosen = options;
+    if (!kind.second) chosen.dropout = 0;
+    return by_kind.emplace(kind, ShardedAttention(mesh, with_batch, chosen)).first->second;
+  }
+
+  static AttentionCall call_of(const AttentionSite& site) {
+    return {.layer = site.layer, .dropout_stream = site.dropout_stream, .batch_begin = site.batch_begin};
   }
 };
 
@@ -142,18 +150,18 @@ DistributedAttention::DistributedAttention(const Mesh& mesh, const AttentionShap
 }
 DistributedAttention::~DistributedAttention() = default;
 
-Tensor DistributedAttention::forward(int layer, const TensorView& q, const TensorView& k, const TensorView& v) {
-  AttentionResult result = impl_->for_batch(q.size(0)).forward(q, k, v, {.layer = layer});
+Tensor DistributedAttention::forward(const AttentionSite& site, const TensorView& q, const TensorView& k, const TensorView& v) {
+  AttentionResult result = impl_->at(site, q.size(0)).forward(q, k, v, Impl::call_of(site));
   Tensor out = result.out.clone();
-  impl_->saved[layer] = std::move(result);
+  impl_->saved[site.layer] = std::move(result);
   return out;
 }
 
-Attention::Gradients DistributedAttention::backward(int layer, const TensorView& q, const TensorView& k, const TensorView& v,
-                                                    const TensorView& dout) {
-  const auto saved = impl_->saved.find(layer);
-  ensure(saved != impl_->saved.end(), "attention of layer {} has a backward without a forward", layer);
-  AttentionGradients gradients = impl_->for_batch(q.size(0)).backward(q, k, v, saved->second, dout, {.layer = layer});
+Attention::Gradients DistributedAttention::backward(const AttentionSite& site, const TensorView& q, const TensorView& k,
+                                                    const TensorView& v, const TensorView& dout) {
+  const auto saved = impl_->saved.find(site.layer);
+  ensure(saved != impl_->saved.end(), "attention of layer {} has a backward without a forward", site.layer);
+  AttentionGradients gradients = impl_->at(site, q.size(0)).backward(q, k, v, saved->second, dout, Impl::call_of(site));
   impl_->saved.erase(saved);
   return {std::move(gradients.dq), std::move(gradients.dk), std::move(gradients.dv)};
 }

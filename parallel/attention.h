@@ -117,12 +117,14 @@ class ShardedAttention {
 // The attention of a model's layers on a mesh: what the transformer calls through core's Attention.
 class DistributedAttention final : public Attention {
  public:
-  // shape.batch is ignored: plans are made, and kept, for each batch size that arrives.
+  // shape.batch is ignored: plans are made, and kept, for each batch size that arrives. Dropout is for training only: other
+  // calls have plans without it.
   DistributedAttention(const Mesh& mesh, const AttentionShape& shape, const AttentionOptions& options);
   ~DistributedAttention() override;
 
-  Tensor forward(int layer, const TensorView& q, const TensorView& k, const TensorView& v) override;
-  Gradients backward(int layer, const TensorView& q, const TensorView& k, const TensorView& v, const TensorView& dout) override;
+  Tensor forward(const AttentionSite& site, const TensorView& q, const TensorView& k, const TensorView& v) override;
+  Gradients backward(const AttentionSite& site, const TensorView& q, const TensorView& k, const TensorView& v,
+                     const TensorView& dout) override;
   void drop(int layer) override;
 
  private:

@@ -14,9 +14,9 @@ std::size_t end_of_bucket(std::span<const TensorView> tensors, std::size_t first
   return end;
 }
 
-void all_reduce_bucket(Communicator& group, std::span<const TensorView> tensors, const OpLabel& label) {
+void all_reduce_bucket(Communicator& group, std::span<const TensorView> tensors, const OpLabel& label, AllReduce all_reduce) {
   if (tensors.size() == 1) {
-    if (!tensors[0].empty()) group.all_reduce_sum(tensors[0], label);
+    if (!tensors[0].empty()) all_reduce(group, tensors[0], label);
     return;
   }
   std::int64_t elements = 0;
@@ -31,18 +31,18 @@ void all_reduce_bucket(Communicator& group, std::span<const TensorView> tensors,
     }
   };
   for_each_slot([](const TensorView& tensor, const TensorView& slot) { copy(tensor, slot); });
-  group.all_reduce_sum(bucket, label);
+  all_reduce(group, bucket, label);
   for_each_slot([](const TensorView& tensor, const TensorView& slot) { copy(slot, tensor); });
 }
 
 }  // namespace
 
 void all_reduce_in_buckets(Communicator& group, std::span<const TensorView> tensors, std::int64_t bucket_bytes,
-                           const OpLabel& label) {
+                           const OpLabel& label, AllReduce all_reduce) {
   if (group.size() == 1) return;
   for (std::size_t first = 0; first < tensors.size();) {
     const std::size_t end = end_of_bucket(tensors, first, bucket_bytes);
-    all_reduce_bucket(group, tensors.subspan(first, end - first), label);
+    all_reduce_bucket(group, tensors.subspan(first, end - first), label, all_reduce);
     first = end;
   }
 }

@@ -26,13 +26,22 @@ class GradientSync {
 
   // Mesh and parameters must outlive this. A tensor larger than a bucket travels alone, without a copy.
   GradientSync(const Mesh& mesh, std::span<Parameter* const> parameters, std::int64_t bucket_bytes = kBucketBytes);
+  virtual ~GradientSync() = default;
+
+  // Called after each backward of a step: the gradients hold what the pieces so far added up to.
+  virtual void piece_done() {}
 
   // Sums the gradients over all ranks that share them, in place. Verbs "gradient_tensor" and "gradient".
-  void sum();
+  virtual void sum();
 
   // This rank's share of the squared norm of the summed gradients: added over the world, every element of the model
   // counts once, whatever is replicated or held twice.
   double squared_norm_share() const;
+
+ protected:
+  const Mesh& mesh() const { return mesh_; }
+  std::span<Parameter* const> parameters() const { return parameters_; }
+  std::int64_t bucket_bytes() const { return bucket_bytes_; }
 
  private:
   void sum_over_tensor();
@@ -43,9 +52,15 @@ class GradientSync {
   std::int64_t bucket_bytes_;
 };
 
+// Sums a contiguous fp32 tensor over a group, in place.
+using AllReduce = void (*)(Communicator& group, const TensorView& data, const OpLabel& label);
+inline void sum_in_rank_order(Communicator& group, const TensorView& data, const OpLabel& label) {
+  group.all_reduce_sum(data, label);
+}
+
 // Sums every tensor of the list over the group, in place, in buckets of at most `bucket_bytes` (or one tensor). Fp32,
 // contiguous, shapes equal on every rank.
 void all_reduce_in_buckets(Communicator& group, std::span<const TensorView> tensors, std::int64_t bucket_bytes,
-                           const OpLabel& label);
+                           const OpLabel& label, AllReduce all_reduce = sum_in_rank_order);
 
 }  // namespace dattn

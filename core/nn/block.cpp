@@ -14,6 +14,13 @@ Dropout at_site(const Pass& pass, int layer, int half) {
   return dropout;
 }
 
+AttentionSite attention_site(const Pass& pass, int layer) {
+  AttentionSite site = pass.site;
+  site.layer = layer;
+  site.dropout_stream += static_cast<std::uint64_t>(layer);
+  return site;
+}
+
 // [N, heads * D] seen as [B, S, heads, D].
 TensorView as_heads(const TensorView& rows, const Pass& pass) {
   return rows.reshape({pass.batch, pass.seq, rows.size(1) / pass.head_dim, pass.head_dim});
@@ -34,7 +41,7 @@ Tensor enter_half(const Norm& norm, const Pass& pass, const TensorView& x, Tenso
 void enter_half_backward(const Norm& norm, const Pass& pass, Tensor dh, const TensorView& x, const TensorView& stats,
                          const TensorView& dx) {
   const Tensor dnormed = pass.boundary.enter_backward(std::move(dh), pass.batch * pass.seq);
-  norm_backward(norm, x, stats, dnormed, dx);
+  norm_backward(norm, x, stats, dnormed, dx, pass.rows.tree);
 }
 
 // dx [R, M] -> gradient of the half's row-cut product, [N, M] in the compute type
@@ -45,29 +52,29 @@ Tensor leave_half_backward(const Pass& pass, const Dropout& dropout, const Tenso
 
 Tensor attention_forward(const TransformerBlock& block, int layer, const Pass& pass, Activations& keep) {
   keep.h0 = enter_half(block.attention_norm, pass, keep.x0, keep.stats0);
-  keep.q = linear_forward(block.q, keep.h0, pass.compute);  // [N, H D]
-  keep.k = linear_forward(block.k, keep.h0, pass.compute);  // [N, K D]
-  keep.v = linear_forward(block.v, keep.h0, pass.compute);
+  keep.q = linear_forward(block.q, keep.h0, pass.compute, pass.rows.tree);  // [N, H D]
+  keep.k = linear_forward(block.k, keep.h0, pass.compute, pass.rows.tree);  // [N, K D]
+  keep.v = linear_forward(block.v, keep.h0, pass.compute, pass.rows.tree);
   const TensorView q = as_heads(keep.q, pass), k = as_heads(keep.k, pass), v = as_heads(keep.v, pass);
   if (pass.rope.defined()) {
     rope_apply(q, pass.rope, false);
     rope_apply(k, pass.rope, false);
   }
-  keep.o = pass.attention.forward(layer, q, k, v);                     // [B, S, H, D]
-  Tensor y = linear_forward(block.out, as_rows(keep.o), DType::kF32);  // [N, M]
-  return pass.boundary.leave(std::move(y), pass.batch * pass.seq);     // [R, M]
+  keep.o = pass.attention.forward(attention_site(pass, layer), q, k, v);               // [B, S, H, D]
+  Tensor y = linear_forward(block.out, as_rows(keep.o), DType::kF32, pass.rows.tree);  // [N, M]
+  return pass.boundary.leave(std::move(y), pass.batch * pass.seq);                     // [R, M]
 }
 
 void attention_backward(const TransformerBlock& block, int layer, const Pass& pass, Activations& keep, const TensorView& dx) {
   const Tensor dy = leave_half_backward(pass, at_site(pass, layer, 0), dx, block.out_bias);  // [N, M]
-  linear_backward_weights(block.out, as_rows(keep.o), dy);
+  linear_backward_weights(block.out, as_rows(keep.o), dy, pass.rows.tree);
   Tensor dout = Tensor::uninitialized(DType::kF32, as_rows(keep.o).shape);  // [N, H D]
-  linear_backward_input(block.out, dy, dout, false);
+  linear_backward_input(block.out, dy, dout, false, pass.rows.tree);
   keep.o = {};
   dout = to_compute(std::move(dout), pass.compute);
 
   const TensorView q = as_heads(keep.q, pass), k = as_heads(keep.k, pass), v = as_heads(keep.v, pass);
-  Attention::Gradients gradients = pass.attention.backward(layer, q, k, v, as_heads(dout, pass));
+  Attention::Gradients gradients = pass.attention.backward(attention_site(pass, layer), q, k, v, as_heads(dout, pass));
   for (Tensor* done : {&keep.q, &keep.k, &keep.v}) *done = {};
   if (pass.rope.defined()) {
     rope_apply(gradients.dq, pass.rope, true);
@@ -76,8 +83,8 @@ void attention_backward(const TransformerBlock& block, int layer, const Pass& pa
   Tensor dh = Tensor::uninitialized(DType::kF32, keep.h0->shape);  // [N, M]
   const auto through = [&](const Linear& linear, Tensor gradient, bool accumulate) {
     const Tensor rounded = to_compute(std::move(gradient), pass.compute);
-    linear_backward_weights(linear, keep.h0, as_rows(rounded));
-    linear_backward_input(linear, as_rows(rounded), dh, accumulate);
+    linear_backward_weights(linear, keep.h0, as_rows(rounded), pass.rows.tree);
+    linear_backward_input(linear, as_rows(rounded), dh, accumulate, pass.rows.tree);
   };
   through(block.q, std::move(gradients.dq), false);
   through(block.k, std::move(gradients.dk), true);
@@ -88,32 +95,32 @@ void attention_backward(const TransformerBlock& block, int layer, const Pass& pa
 
 Tensor mlp_forward(const TransformerBlock& block, const Pass& pass, Activations& keep) {
   keep.h1 = enter_half(block.mlp_norm, pass, keep.x1, keep.stats1);
-  keep.up = linear_forward(block.up, keep.h1, pass.compute);  // [N, F]
-  if (block.gated()) keep.gate = linear_forward(block.gate, keep.h1, pass.compute);
+  keep.up = linear_forward(block.up, keep.h1, pass.compute, pass.rows.tree);  // [N, F]
+  if (block.gated()) keep.gate = linear_forward(block.gate, keep.h1, pass.compute, pass.rows.tree);
   const Tensor a = block.gated() ? swiglu_forward(keep.gate, keep.up) : gelu_forward(keep.up);  // [N, F]
-  Tensor y = linear_forward(block.down, a, DType::kF32);                                        // [N, M]
+  Tensor y = linear_forward(block.down, a, DType::kF32, pass.rows.tree);                        // [N, M]
   return pass.boundary.leave(std::move(y), pass.batch * pass.seq);                              // [R, M]
 }
 
 void mlp_backward(const TransformerBlock& block, int layer, const Pass& pass, Activations& keep, const TensorView& dx) {
   const Tensor dy = leave_half_backward(pass, at_site(pass, layer, 1), dx, block.down_bias);  // [N, M]
   Tensor da = Tensor::uninitialized(DType::kF32, keep.up->shape);                             // [N, F]
-  linear_backward_input(block.down, dy, da, false);
+  linear_backward_input(block.down, dy, da, false, pass.rows.tree);
   Tensor dh = Tensor::uninitialized(DType::kF32, keep.h1->shape);  // [N, M]
   if (block.gated()) {
     const SwigluGradients g = swiglu_backward(keep.gate, keep.up, da);
     for (Tensor* done : {&keep.gate, &keep.up, &da}) *done = {};
-    linear_backward_weights(block.down, g.a, dy);
-    linear_backward_weights(block.up, keep.h1, g.dup);
-    linear_backward_weights(block.gate, keep.h1, g.dgate);
-    linear_backward_input(block.up, g.dup, dh, false);
-    linear_backward_input(block.gate, g.dgate, dh, true);
+    linear_backward_weights(block.down, g.a, dy, pass.rows.tree);
+    linear_backward_weights(block.up, keep.h1, g.dup, pass.rows.tree);
+    linear_backward_weights(block.gate, keep.h1, g.dgate, pass.rows.tree);
+    linear_backward_input(block.up, g.dup, dh, false, pass.rows.tree);
+    linear_backward_input(block.gate, g.dgate, dh, true, pass.rows.tree);
   } else {
     const GeluGradients g = gelu_backward(keep.up, da);
     for (Tensor* done : {&keep.up, &da}) *done = {};
-    linear_backward_weights(block.down, g.a, dy);
-    linear_backward_weights(block.up, keep.h1, g.du);
-    linear_backward_input(block.up, g.du, dh, false);
+    linear_backward_weights(block.down, g.a, dy, pass.rows.tree);
+    linear_backward_weights(block.up, keep.h1, g.du, pass.rows.tree);
+    linear_backward_input(block.up, g.du, dh, false, pass.rows.tree);
   }
   keep.h1 = {};
   enter_half_backward(block.mlp_norm, pass, std::move(dh), keep.x1, keep.stats1, dx);

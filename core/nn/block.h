@@ -47,9 +47,10 @@ struct Pass {
   std::int64_t seq = 0;       // S
   std::int64_t head_dim = 0;  // D
   DType compute = DType::kF32;
-  TokenRows rows;   // of the residual stream
-  Dropout dropout;  // without its site
-  Tensor rope;      // rope_table, or undefined
+  TokenRows rows;      // of the residual stream
+  Dropout dropout;     // without its site
+  AttentionSite site;  // without its layer; dropout_stream is that of layer 0
+  Tensor rope;         // rope_table, or undefined
 };
 
 // x [R, M] -> [R, M]. Activations are left in `keep`; Attention holds what it saved for this layer.

@@ -1,6 +1,8 @@
 #include "core/nn/embedding.h"
 
 #include <cstring>
+#include <map>
+#include <vector>
 
 #include "core/nn/vector_math.h"
 
@@ -16,14 +18,31 @@ DATTN_VECTORIZED void add_row(const float* from, float* to, std::int64_t dim) {
 
 // gradient[index(row)] += dx[row], in row order whatever the number of threads; rows of a negative index are left out.
 template <class Index>
-void scatter_add(const TensorView& dx, const TensorView& gradient, const Index& index) {
+void scatter_add(const TensorView& dx, Interval rows, const TensorView& gradient, const Index& index) {
   const std::int64_t dim = dx.size(1);
   parallel_blocks(dim, kColumns, [&](std::int64_t begin, std::int64_t end) {
-    for (std::int64_t row = 0; row < dx.size(0); ++row) {
+    for (std::int64_t row = rows.begin; row < rows.end; ++row) {
       const std::int64_t target = index(row);
       if (target >= 0) add_row(dx.ptr<float>() + row * dim + begin, gradient.ptr<float>() + target * dim + begin, end - begin);
     }
   });
+}
+
+// The same in the order of a tree, whose sums hold only the targets that occur.
+template <class Index>
+void scatter_add_by_tree(const TensorView& dx, const TensorView& gradient, const Index& index, const RowTree& tree) {
+  std::map<std::int64_t, std::int64_t> places;  // of each target among the sums
+  std::vector<std::int64_t> place;              // of each row's target, or -1
+  for (std::int64_t row = 0; row < dx.size(0); ++row) {
+    const std::int64_t target = index(row);
+    place.push_back(target < 0 ? -1 : places.emplace(target, static_cast<std::int64_t>(places.size())).first->second);
+  }
+  const Tensor sums = Tensor::uninitialized(DType::kF32, {static_cast<std::int64_t>(places.size()), dx.size(1)});
+  tree_sum(0, tree.leaves.size(), sums, [&](std::size_t i, const TensorView& to, bool accumulate) {
+    if (!accumulate) fill_zero(to);
+    scatter_add(dx, tree.leaves[i], to, [&](std::int64_t row) { return place[static_cast<std::size_t>(row)]; });
+  });
+  for (const auto& [target, from] : places) add(sums->slice(0, from, 1), gradient.slice(0, target, 1));
 }
 
 // The row of the slice that a token has, or -1.
@@ -50,8 +69,13 @@ Tensor embedding_forward(const Parameter& table, std::span<const std::int32_t> t
   return x;
 }
 
-void embedding_backward(Parameter& table, std::span<const std::int32_t> tokens, const TensorView& dx) {
-  scatter_add(dx, table.gradient, [&](std::int64_t row) { return slice_row(table, tokens[static_cast<std::size_t>(row)]); });
+void embedding_backward(Parameter& table, std::span<const std::int32_t> tokens, const TensorView& dx, const RowTree& tree) {
+  const TensorView& gradient = table.gradient2.defined() ? table.gradient2 : table.gradient;
+  const auto target = [&](std::int64_t row) { return slice_row(table, tokens[static_cast<std::size_t>(row)]); };
+  if (tree.empty())
+    scatter_add(dx, {0, dx.size(0)}, gradient, target);
+  else
+    scatter_add_by_tree(dx, gradient, target, tree);
 }
 
 void position_forward(const Parameter& table, const TokenRows& rows, const TensorView& x) {
@@ -64,7 +88,7 @@ void position_forward(const Parameter& table, const TokenRows& rows, const Tenso
 }
 
 void position_backward(Parameter& table, const TokenRows& rows, const TensorView& dx) {
-  scatter_add(dx, table.gradient, [&](std::int64_t row) { return rows.position(row); });
+  scatter_add(dx, {0, rows.count}, table.gradient, [&](std::int64_t row) { return rows.position(row); });
 }
 
 }  // namespace dattn

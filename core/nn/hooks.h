@@ -14,20 +14,28 @@
 
 namespace dattn {
 
+// Which call of attention it is: the key of what is saved for backward, and of dropout.
+struct AttentionSite {
+  int layer = 0;
+  bool training = false;             // probabilities are dropped where the attention was made to do so
+  std::uint64_t dropout_stream = 0;  // of step and layer, below 2^32
+  std::int64_t batch_begin = 0;      // global number of the first batch row
+};
+
 // Attention of one layer. Saves what its backward needs until that is called (or until drop()).
 class Attention {
  public:
   virtual ~Attention() = default;
   // q [B, S, H, D], k and v [B, S, K, D], storage type of the run; returns out [B, S, H, D] in that type.
-  virtual Tensor forward(int layer, const TensorView& q, const TensorView& k, const TensorView& v) = 0;
+  virtual Tensor forward(const AttentionSite& site, const TensorView& q, const TensorView& k, const TensorView& v) = 0;
   struct Gradients {
     Tensor dq, dk, dv;  // fp32, shapes of q, k, v
   };
-  // q, k, v are the tensors of the forward call (the caller keeps or recomputes them); dout [B, S, H, D].
-  virtual Gradients backward(int layer, const TensorView& q, const TensorView& k, const TensorView& v,
+  // site, q, k and v are those of the forward call (the caller keeps or recomputes them); dout [B, S, H, D].
+  virtual Gradients backward(const AttentionSite& site, const TensorView& q, const TensorView& k, const TensorView& v,
                              const TensorView& dout) = 0;
   // Forgets what forward saved: no backward of that call will come (evaluation, generation, recomputation).
-  virtual void drop(int) {}
+  virtual void drop(int /*layer*/) {}
 };
 
 // The border between the residual stream and the parts of a block that are cut over the tensor axis. On one rank both

@@ -1,5 +1,7 @@
 #include "core/nn/linear.h"
 
+#include <algorithm>
+
 #include "core/nn/matmul.h"
 #include "core/nn/vector_math.h"
 
@@ -8,6 +10,10 @@ namespace {
 
 constexpr std::int64_t kColumns = 64;   // features whose sums one thread carries
 constexpr std::int64_t kBlock = 16384;  // elements converted at a time
+
+// What is multiplied at a time with a tree. They shape products: other values, other bits.
+constexpr std::int64_t kLeafColumns = 256;    // outputs
+constexpr std::int64_t kWeightBlock = 65536;  // elements of a weight's gradient
 
 DATTN_VECTORIZED void round_block(const float* from, BFloat16* to, std::int64_t count) {
   for (std::int64_t i = 0; i < count; ++i) store(to[i], from[i]);
@@ -23,10 +29,44 @@ DATTN_VECTORIZED void sum_block(const T* x, std::int64_t rows, std::int64_t row_
 }
 
 template <class T>
-void column_sums(const TensorView& x, const TensorView& sums) {
+void column_sums(const TensorView& x, const TensorView& sums, const RowTree& tree) {
   parallel_blocks(x.size(1), kColumns, [&](std::int64_t begin, std::int64_t end) {
-    sum_block(x.ptr<T>() + begin, x.size(0), x.stride(0), sums.ptr<float>() + begin, end - begin);
+    const auto sum_rows = [&](Interval rows, float* to) {
+      sum_block(x.ptr<T>() + rows.begin * x.stride(0) + begin, rows.count(), x.stride(0), to, end - begin);
+    };
+    if (tree.empty()) return sum_rows({0, x.size(0)}, sums.ptr<float>() + begin);
+    const Tensor total = Tensor::uninitialized(DType::kF32, {end - begin});
+    tree_sum(0, tree.leaves.size(), total, [&](std::size_t i, const TensorView& to, bool accumulate) {
+      if (!accumulate) fill_zero(to);
+      sum_rows(tree.leaves[i], to.ptr<float>());
+    });
+    add(total, sums.slice(0, begin, end - begin));
   });
+}
+
+// y [rows, columns] = x w (+ bias), or += without, in pieces of one leaf's rows and some columns: fixed shapes, each on one
+// thread. Blocks of columns, so that a single leaf keeps all threads busy.
+void leaf_products(const RowTree& tree, const TensorView& x, const TensorView& w, const TensorView& y,
+                   const MatmulOptions& options) {
+  const auto leaves = static_cast<std::int64_t>(tree.leaves.size());
+  const std::int64_t columns = y.size(1), blocks = (columns + kLeafColumns - 1) / kLeafColumns;
+  parallel_for(leaves * blocks, [&](std::int64_t i) {
+    const Interval rows = tree.leaves[static_cast<std::size_t>(i / blocks)];
+    const std::int64_t begin = i % blocks * kLeafColumns, count = std::min(kLeafColumns, columns - begin);
+    MatmulOptions mine = options;
+    mine.one_thread = true;
+    if (mine.bias != nullptr) mine.bias += begin;
+    matmul(x.slice(0, rows.begin, rows.count()), w.slice(1, begin, count),
+           y.slice(0, rows.begin, rows.count()).slice(1, begin, count), mine);
+  });
+}
+
+// Calls body(begin, count) for blocks of rows of a weight [out, in]: as many as leave the sums of all levels of a tree in a
+// core's second-level cache.
+template <class Body>
+void for_weight_blocks(const Shape& weight, const Body& body) {
+  const std::int64_t block = std::clamp<std::int64_t>(kWeightBlock / std::max<std::int64_t>(1, weight[1]), 16, 64);
+  parallel_blocks(weight[0], block, [&](std::int64_t begin, std::int64_t end) { body(begin, end - begin); });
 }
 
 }  // namespace
@@ -50,29 +90,55 @@ Tensor to_compute(Tensor x, DType type) {
   return storage.defined() ? std::move(storage) : std::move(x);
 }
 
-void add_column_sums(const TensorView& x, const TensorView& sums) {
+void add_column_sums(const TensorView& x, const TensorView& sums, const RowTree& tree) {
   if (x.dtype == DType::kBF16)
-    column_sums<BFloat16>(x, sums);
+    column_sums<BFloat16>(x, sums, tree);
   else
-    column_sums<float>(x, sums);
+    column_sums<float>(x, sums, tree);
 }
 
-Tensor linear_forward(const Linear& layer, const TensorView& x, DType result) {
+void leaf_product(const TensorView& dy, const TensorView& x, const TensorView& to, bool accumulate) {
+  for_weight_blocks(to.shape, [&](std::int64_t begin, std::int64_t count) {
+    matmul(dy.slice(1, begin, count).transpose(0, 1), x, to.slice(0, begin, count),
+           {.accumulate = accumulate, .one_thread = true});
+  });
+}
+
+Tensor linear_forward(const Linear& layer, const TensorView& x, DType result, const RowTree& tree) {
   Tensor rounded;
   const TensorView weight = as_compute(layer.weight->value, x.dtype, rounded);
   Tensor y = Tensor::uninitialized(result, {x.size(0), weight.size(0)});
-  matmul(x, weight.transpose(0, 1), y, {.bias = layer.bias != nullptr ? layer.bias->value.ptr<float>() : nullptr});
+  const MatmulOptions options{.bias = layer.bias != nullptr ? layer.bias->value.ptr<float>() : nullptr};
+  if (tree.empty())
+    matmul(x, weight.transpose(0, 1), y, options);
+  else
+    leaf_products(tree, x, weight.transpose(0, 1), y, options);
   return y;
 }
 
-void linear_backward_weights(const Linear& layer, const TensorView& x, const TensorView& dy) {
-  matmul(dy.transpose(0, 1), x, layer.weight->gradient, {.accumulate = true});
-  if (layer.bias != nullptr) add_column_sums(dy, layer.bias->gradient);
+void linear_backward_weights(const Linear& layer, const TensorView& x, const TensorView& dy, const RowTree& tree) {
+  if (layer.bias != nullptr) add_column_sums(dy, layer.bias->gradient, tree);
+  const TensorView& gradient = layer.weight->gradient;
+  if (tree.empty()) return matmul(dy.transpose(0, 1), x, gradient, {.accumulate = true});
+  for_weight_blocks(gradient.shape, [&](std::int64_t begin, std::int64_t count) {
+    const Tensor total = Tensor::uninitialized(DType::kF32, {count, gradient.size(1)});
+    tree_sum(0, tree.leaves.size(), total, [&](std::size_t i, const TensorView& to, bool accumulate) {
+      const Interval rows = tree.leaves[i];
+      matmul(dy.slice(0, rows.begin, rows.count()).slice(1, begin, count).transpose(0, 1), x.slice(0, rows.begin, rows.count()),
+             to, {.accumulate = accumulate, .one_thread = true});
+    });
+    add(total, gradient.slice(0, begin, count));
+  });
 }
 
-void linear_backward_input(const Linear& layer, const TensorView& dy, const TensorView& dx, bool accumulate) {
+void linear_backward_input(const Linear& layer, const TensorView& dy, const TensorView& dx, bool accumulate,
+                           const RowTree& tree) {
   Tensor rounded;
-  matmul(dy, as_compute(layer.weight->value, dy.dtype, rounded), dx, {.accumulate = accumulate});
+  const TensorView weight = as_compute(layer.weight->value, dy.dtype, rounded);
+  if (tree.empty())
+    matmul(dy, weight, dx, {.accumulate = accumulate});
+  else
+    leaf_products(tree, dy, weight, dx, {.accumulate = accumulate});
 }
 
 }  // namespace dattn

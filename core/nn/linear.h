@@ -4,6 +4,7 @@
 #pragma once
 
 #include "core/nn/parameter.h"
+#include "core/nn/row_tree.h"
 
 namespace dattn {
 
@@ -12,12 +13,17 @@ struct Linear {
   Parameter* bias = nullptr;    // [out], or none
 };
 
+// With a tree, products are taken leaf by leaf and sums over rows in its order.
+
 // y [N, out] in type `result`; x [N, in] fp32 or bf16, the type that the product is computed in.
-Tensor linear_forward(const Linear& layer, const TensorView& x, DType result);
+Tensor linear_forward(const Linear& layer, const TensorView& x, DType result, const RowTree& tree = {});
 // Adds to the gradients: dW += dy^T x, db += sum over rows of dy. dy [N, out] in the type of x.
-void linear_backward_weights(const Linear& layer, const TensorView& x, const TensorView& dy);
+void linear_backward_weights(const Linear& layer, const TensorView& x, const TensorView& dy, const RowTree& tree = {});
 // dx [N, in] fp32 = dy W, or dx += dy W.
-void linear_backward_input(const Linear& layer, const TensorView& dy, const TensorView& dx, bool accumulate);
+void linear_backward_input(const Linear& layer, const TensorView& dy, const TensorView& dx, bool accumulate,
+                           const RowTree& tree = {});
+// to [out, in] fp32 = dy^T x, or += that, of one leaf: x [n, in], dy [n, out].
+void leaf_product(const TensorView& dy, const TensorView& x, const TensorView& to, bool accumulate);
 
 // x itself where it has the type already, else a rounded copy.
 Tensor to_compute(Tensor x, DType type);
@@ -25,6 +31,6 @@ Tensor to_compute(Tensor x, DType type);
 TensorView as_compute(const TensorView& x, DType type, Tensor& storage);
 
 // sums [M] fp32 += sum over rows of x [N, M]. The order does not depend on the number of threads.
-void add_column_sums(const TensorView& x, const TensorView& sums);
+void add_column_sums(const TensorView& x, const TensorView& sums, const RowTree& tree = {});
 
 }  // namespace dattn

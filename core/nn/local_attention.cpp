@@ -8,8 +8,9 @@
 
 namespace dattn {
 
-LocalAttention::LocalAttention(Mask mask, std::optional<HeadMap> heads, std::optional<double> softmax_scale)
-    : mask_(std::move(mask)), heads_(heads), scale_(softmax_scale) {}
+LocalAttention::LocalAttention(Mask mask, std::optional<HeadMap> heads, std::optional<double> softmax_scale,
+                               const AttentionDropout& dropout)
+    : mask_(std::move(mask)), heads_(heads), scale_(softmax_scale), dropout_(dropout) {}
 
 const std::vector<Tile>& LocalAttention::tiles_of(std::int64_t seq) {
   auto found = tiles_.find(seq);
@@ -29,7 +30,16 @@ double LocalAttention::scale_of(const TensorView& q) const {
   return scale_.value_or(1.0 / std::sqrt(static_cast<double>(q.size(3))));
 }
 
-Tensor LocalAttention::forward(int layer, const TensorView& q, const TensorView& k, const TensorView& v) {
+ScoreTerms LocalAttention::terms_of(const AttentionSite& site) const {
+  ScoreTerms terms;
+  if (!site.training) return terms;
+  terms.dropout = dropout_;
+  terms.dropout.stream = site.dropout_stream;
+  terms.dropout.batch_begin = site.batch_begin;
+  return terms;
+}
+
+Tensor LocalAttention::forward(const AttentionSite& site, const TensorView& q, const TensorView& k, const TensorView& v) {
   const DType sums = accumulate_type(q.dtype);
   Tensor out(sums, {q.size(0), q.size(1), q.size(2), v.size(3)});
   Tensor lse(sums, {q.size(0), q.size(2), q.size(1)});
@@ -42,17 +52,18 @@ Tensor LocalAttention::forward(int layer, const TensorView& q, const TensorView&
                  .tiles = tiles_of(q.size(1)),
                  .scale = scale_of(q),
                  .out = out,
-                 .lse = lse});
+                 .lse = lse,
+                 .terms = terms_of(site)});
   }
   Tensor result = to_dtype(out, q.dtype);
-  saved_[layer] = {sums == q.dtype ? std::move(out) : result.clone(), std::move(lse)};
+  saved_[site.layer] = {sums == q.dtype ? std::move(out) : result.clone(), std::move(lse)};
   return result;
 }
 
-Attention::Gradients LocalAttention::backward(int layer, const TensorView& q, const TensorView& k, const TensorView& v,
-                                              const TensorView& dout) {
-  const auto found = saved_.find(layer);
-  ensure(found != saved_.end(), "attention backward of layer {} without its forward", layer);
+Attention::Gradients LocalAttention::backward(const AttentionSite& site, const TensorView& q, const TensorView& k,
+                                              const TensorView& v, const TensorView& dout) {
+  const auto found = saved_.find(site.layer);
+  ensure(found != saved_.end(), "attention backward of layer {} without its forward", site.layer);
   const Saved saved = std::move(found->second);
   saved_.erase(found);
   const DType sums = accumulate_type(q.dtype);
@@ -72,7 +83,8 @@ Attention::Gradients LocalAttention::backward(int layer, const TensorView& q, co
                     .delta = delta,
                     .dq = gradients.dq,
                     .dk = gradients.dk,
-                    .dv = gradients.dv});
+                    .dv = gradients.dv,
+                    .terms = terms_of(site)});
   return gradients;
 }
 

@@ -139,6 +139,22 @@ void by_widening(const TensorView& a, const TensorView& b, const TensorView& c, 
   copy(wide_c, c);
 }
 
+// The matrix library starts no threads while this lives.
+class OneThread {
+ public:
+  explicit OneThread(bool wanted) : before_(wanted ? num_threads() : 0) {
+    if (wanted) set_num_threads(1);
+  }
+  ~OneThread() {
+    if (before_ > 0) set_num_threads(before_);
+  }
+  OneThread(const OneThread&) = delete;
+  OneThread& operator=(const OneThread&) = delete;
+
+ private:
+  int before_;
+};
+
 // c = bias in every row, or 0.
 void fill_rows(const TensorView& c, const float* bias) {
   for (std::int64_t i = 0; i < c.size(0); ++i) {
@@ -164,6 +180,7 @@ void matmul(const TensorView& a, const TensorView& b, const TensorView& c, const
     if (!options.accumulate) fill_rows(c, options.bias);
     return;
   }
+  const OneThread alone(options.one_thread);
   const bool all_f32 = a.dtype == DType::kF32 && c.dtype == DType::kF32;
   if (all_f32 && (options.bias == nullptr || c.size(0) <= kFewRows)) {
     if (options.bias != nullptr) fill_rows(c, options.bias);

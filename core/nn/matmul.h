@@ -9,6 +9,7 @@ namespace dattn {
 struct MatmulOptions {
   const float* bias = nullptr;  // [n], added to every row of c
   bool accumulate = false;      // c += a b instead of c = a b; fp32 c and no bias only
+  bool one_thread = false;      // on the calling thread alone: the same bits whatever number of threads the rank has
 };
 
 // c [m, n] = a [m, k] b [k, n]. a and b: both fp32 or both bf16, one stride of each is 1 (so transposes cost nothing);

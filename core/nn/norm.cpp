@@ -1,6 +1,8 @@
 #include "core/nn/norm.h"
 
+#include <algorithm>
 #include <cmath>
+#include <vector>
 
 #include "core/nn/vector_math.h"
 
@@ -57,6 +59,12 @@ DATTN_VECTORIZED void add_row(const float* from, float* to, std::int64_t dim) {
   for (std::int64_t j = 0; j < dim; ++j) to[j] += from[j];
 }
 
+std::vector<Interval> blocks_of(std::int64_t rows) {
+  std::vector<Interval> blocks;
+  for (std::int64_t begin = 0; begin < rows; begin += kRows) blocks.push_back({begin, std::min(rows, begin + kRows)});
+  return blocks;
+}
+
 }  // namespace
 
 Tensor norm_forward(const Norm& norm, const TensorView& x, const TensorView& stats) {
@@ -72,22 +80,35 @@ Tensor norm_forward(const Norm& norm, const TensorView& x, const TensorView& sta
   return y;
 }
 
-void norm_backward(const Norm& norm, const TensorView& x, const TensorView& stats, const TensorView& dy, const TensorView& dx) {
-  const std::int64_t dim = x.size(1), blocks = (x.size(0) + kRows - 1) / kRows;
+void norm_backward(const Norm& norm, const TensorView& x, const TensorView& stats, const TensorView& dy, const TensorView& dx,
+                   const RowTree& tree) {
+  const std::int64_t dim = x.size(1);
   const float* w = norm.weight->value.ptr<float>();
-  Tensor partial(DType::kF32, {blocks, 2, dim});  // sums of dw and db by block of rows, added up in order below
-  parallel_blocks(x.size(0), kRows, [&](std::int64_t begin, std::int64_t end) {
-    float* sums = partial.ptr<float>() + begin / kRows * 2 * dim;
-    for (std::int64_t row = begin; row < end; ++row) {
+  const std::vector<Interval> blocks = tree.empty() ? blocks_of(x.size(0)) : tree.leaves;
+  const auto count = static_cast<std::int64_t>(blocks.size());
+  Tensor partial(DType::kF32, {count, 2, dim});  // sums of dw and db by block of rows
+  parallel_for(count, [&](std::int64_t block) {
+    float* sums = partial.ptr<float>() + block * 2 * dim;
+    const Interval rows = blocks[static_cast<std::size_t>(block)];
+    for (std::int64_t row = rows.begin; row < rows.end; ++row) {
       backward_row(norm, x.ptr<float>() + row * dim, w, stats.ptr<float>() + 2 * row, dy.ptr<float>() + row * dim,
                    dx.ptr<float>() + row * dim, sums, sums + dim, dim);
     }
   });
-  for (std::int64_t block = 0; block < blocks; ++block) {
-    const float* sums = partial.ptr<float>() + block * 2 * dim;
+  const auto add_to_gradients = [&](const float* sums) {
     add_row(sums, norm.weight->gradient.ptr<float>(), dim);
     if (norm.bias != nullptr) add_row(sums + dim, norm.bias->gradient.ptr<float>(), dim);
+  };
+  if (tree.empty()) {
+    for (std::int64_t block = 0; block < count; ++block) add_to_gradients(partial.ptr<float>() + block * 2 * dim);
+    return;
   }
+  const Tensor total(DType::kF32, {2, dim});
+  tree_sum(0, blocks.size(), total, [&](std::size_t i, const TensorView& to, bool accumulate) {
+    if (!accumulate) fill_zero(to);
+    add_row(partial.ptr<float>() + static_cast<std::int64_t>(i) * 2 * dim, to.ptr<float>(), 2 * dim);
+  });
+  add_to_gradients(total.ptr<float>());
 }
 
 }  // namespace dattn

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "core/nn/parameter.h"
+#include "core/nn/row_tree.h"
 
 namespace dattn {
 
@@ -15,7 +16,8 @@ struct Norm {
 
 // y [R, M]; stats [R, 2] receives the mean (0 for rmsnorm) and the reciprocal standard deviation of each row.
 Tensor norm_forward(const Norm& norm, const TensorView& x, const TensorView& stats);
-// dx [R, M] += gradient through the norm; adds to the gradients of weight and bias.
-void norm_backward(const Norm& norm, const TensorView& x, const TensorView& stats, const TensorView& dy, const TensorView& dx);
+// dx [R, M] += gradient through the norm; adds to the gradients of weight and bias, in the order of a tree if given one.
+void norm_backward(const Norm& norm, const TensorView& x, const TensorView& stats, const TensorView& dy, const TensorView& dx,
+                   const RowTree& tree = {});
 
 }  // namespace dattn

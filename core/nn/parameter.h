@@ -22,6 +22,8 @@ struct Parameter {
   std::string name;     // stable, e.g. "blocks.3.attention.q.weight"
   Tensor value;         // fp32; this part's slice
   Tensor gradient;      // fp32; same shape
+  Tensor gradient2;     // fp32; of a second use (a tied token table), where the sums of the two must be kept apart until each
+                        // is whole; else undefined
   Shape global_shape;   // of the whole tensor, on every part
   int cut_axis = 0;     // the axis that is cut over the tensor axis; whole tensors hold all of axis 0
   Interval held;        // rows of cut_axis in `value`, numbered globally; may be empty, may overlap with other parts'

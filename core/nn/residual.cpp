@@ -100,7 +100,7 @@ Tensor residual_forward(const Dropout& dropout, const TokenRows& rows, const Ten
 Tensor residual_backward(const Dropout& dropout, const TokenRows& rows, const TensorView& dy, Parameter* bias) {
   Tensor branch = to_dtype(dy, DType::kF32);
   dropout_apply(dropout, rows, branch);
-  if (bias != nullptr) add_column_sums(branch, bias->gradient);
+  if (bias != nullptr) add_column_sums(branch, bias->gradient, rows.tree);
   return branch;
 }
 

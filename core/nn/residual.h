@@ -6,6 +6,7 @@
 #include <span>
 
 #include "core/nn/parameter.h"
+#include "core/nn/row_tree.h"
 
 namespace dattn {
 
@@ -15,6 +16,7 @@ struct TokenRows {
   std::int64_t count = 0;
   std::span<const std::int64_t> positions;  // [S], of each sequence row
   std::int64_t batch_begin = 0;             // global number of the first batch row
+  RowTree tree = {};                        // the order of sums over them
 
   std::int64_t batch_row(std::int64_t row) const {
     return batch_begin + (begin + row) / static_cast<std::int64_t>(positions.size());

@@ -178,6 +178,8 @@ struct Transformer::Impl {
                         ? token_table
                         : builder.cut("output.weight", {config.vocab, config.dim}, 0, 1, ranges.vocab, Builder::kDeviation);
     storage = std::move(builder.parameters);
+    ensure(o.leaves == 0 || o.part.count == 1, "sums in the order of a tree with {} model parts", o.part.count);
+    if (o.leaves > 0 && config.tied) token_table->gradient2 = Tensor(DType::kF32, token_table->value->shape);
     for (Parameter& parameter : storage) parameters.push_back(&parameter);
   }
 
@@ -186,7 +188,11 @@ struct Transformer::Impl {
   Tensor embed(const TokenBatch& batch, const Pass& pass) const;
   Tensor blocks_without_gradient(const Pass& pass, Tensor x) const;
   Tensor enter_head(const Pass& pass, const TensorView& x, Tensor& stats) const;
-  double head(const TokenBatch& batch, const TensorView& h, const TensorView& dh) const;
+  double head(const TokenBatch& batch, const Pass& pass, const TensorView& h, const TensorView& dh) const;
+  double head_by_tree(const TokenBatch& batch, const RowTree& tree, const TensorView& h, const TensorView& dh) const;
+  template <class Weights>
+  double head_piece(const TokenBatch& batch, Interval rows, const TensorView& h, const TensorView& dh, const RowTree& tree,
+                    const Weights& weights) const;
   double forward_backward(const TokenBatch& batch) const;
   void embed_backward(const TokenBatch& batch, const Pass& pass, Tensor dx) const;
 };
@@ -220,7 +226,13 @@ Pass Transformer::Impl::begin(const TokenBatch& batch, bool train) const {
   pass.compute = options.compute;
   const std::int64_t rows = pass.batch * pass.seq;
   pass.rows = {boundary.residual_begin(rows), boundary.residual_rows(rows), batch.positions, batch.batch_begin};
+  if (options.leaves > 0) {
+    ensure(batch.batch == 1 && rows % options.leaves == 0, "{} rows of {} positions in {} leaves", batch.batch, pass.seq,
+           options.leaves);
+    pass.rows.tree = folded_rows(rows, options.leaves);
+  }
   pass.dropout = {train ? config.dropout : 0.0, options.seed, batch.step, 0};
+  pass.site = {0, train, batch.step * static_cast<std::uint64_t>(config.layers), batch.batch_begin};
   if (config.position == "rope") pass.rope = rope_table(batch.positions, config.head_dim, config.rope_base);
   return pass;
 }
@@ -236,7 +248,7 @@ Tensor Transformer::Impl::embed(const TokenBatch& batch, const Pass& pass) const
 void Transformer::Impl::embed_backward(const TokenBatch& batch, const Pass& pass, Tensor dx) const {
   dropout_apply(pass.dropout, pass.rows, dx);
   if (position_table != nullptr) position_backward(*position_table, pass.rows, dx);
-  embedding_backward(*token_table, batch.tokens, boundary.leave_backward(std::move(dx), pass.batch * pass.seq));
+  embedding_backward(*token_table, batch.tokens, boundary.leave_backward(std::move(dx), pass.batch * pass.seq), pass.rows.tree);
 }
 
 Tensor Transformer::Impl::blocks_without_gradient(const Pass& pass, Tensor x) const {
@@ -256,23 +268,52 @@ Tensor Transformer::Impl::enter_head(const Pass& pass, const TensorView& x, Tens
 
 // h [N, M] -> the loss; with dh [N, M] fp32, its gradient too. By pieces of the rows, so that logits [n, V] stay small;
 // the pieces are equal on every part.
-double Transformer::Impl::head(const TokenBatch& batch, const TensorView& h, const TensorView& dh) const {
-  const bool gradient = dh.data != nullptr;
+double Transformer::Impl::head(const TokenBatch& batch, const Pass& pass, const TensorView& h, const TensorView& dh) const {
+  if (!pass.rows.tree.empty()) return head_by_tree(batch, pass.rows.tree, h, dh);
   const std::int64_t widest = split_evenly(config.vocab, options.part.count, 0).count();
   const std::int64_t piece = std::max<std::int64_t>(1, kLogits / widest);
   double total = 0.0;
   for (std::int64_t begin = 0; begin < h.size(0); begin += piece) {
-    const std::int64_t count = std::min(piece, h.size(0) - begin);
-    const TensorView rows = h.slice(0, begin, count);
-    Tensor logits = linear_forward(output, rows, DType::kF32);  // [n, V]
-    const auto targets = batch.targets.subspan(static_cast<std::size_t>(begin), static_cast<std::size_t>(count));
-    total += cross_entropy(logits, ranges.vocab.begin, targets, batch.loss_scale, vocabulary, gradient);
-    if (!gradient) continue;
-    const Tensor dlogits = to_compute(std::move(logits), options.compute);
-    linear_backward_weights(output, rows, dlogits);
-    linear_backward_input(output, dlogits, dh.slice(0, begin, count), false);
+    const Interval rows{begin, std::min(begin + piece, h.size(0))};
+    total += head_piece(batch, rows, h, dh, {},
+                        [&](const TensorView& x, const TensorView& dlogits) { linear_backward_weights(output, x, dlogits); });
   }
   return total;
+}
+
+// The pieces are the leaves of a tree.
+double Transformer::Impl::head_by_tree(const TokenBatch& batch, const RowTree& tree, const TensorView& h,
+                                       const TensorView& dh) const {
+  std::vector<double> losses(tree.leaves.size());
+  const auto leaf = [&](std::size_t i, const TensorView& to, bool accumulate) {
+    const Interval rows = tree.leaves[i];
+    losses[i] = head_piece(batch, rows, h, dh, RowTree{{{0, rows.count()}}},
+                           [&](const TensorView& x, const TensorView& dlogits) { leaf_product(dlogits, x, to, accumulate); });
+  };
+  if (dh.data != nullptr) {
+    const Tensor total = Tensor::uninitialized(DType::kF32, output.weight->gradient->shape);
+    tree_sum(0, losses.size(), total, leaf);
+    add(total, output.weight->gradient);
+  } else {
+    for (std::size_t i = 0; i < losses.size(); ++i) leaf(i, {}, false);
+  }
+  return tree_sum(losses);
+}
+
+// Some rows' loss. With dh, their rows of it; weights(x, dlogits) is to add to the gradient of the output layer.
+template <class Weights>
+double Transformer::Impl::head_piece(const TokenBatch& batch, Interval rows, const TensorView& h, const TensorView& dh,
+                                     const RowTree& tree, const Weights& weights) const {
+  const bool gradient = dh.data != nullptr;
+  const TensorView x = h.slice(0, rows.begin, rows.count());
+  Tensor logits = linear_forward(output, x, DType::kF32, tree);  // [n, V]
+  const auto targets = batch.targets.subspan(static_cast<std::size_t>(rows.begin), static_cast<std::size_t>(rows.count()));
+  const double loss = cross_entropy(logits, ranges.vocab.begin, targets, batch.loss_scale, vocabulary, gradient);
+  if (!gradient) return loss;
+  const Tensor dlogits = to_compute(std::move(logits), options.compute);
+  weights(x, dlogits);
+  linear_backward_input(output, dlogits, dh.slice(0, rows.begin, rows.count()), false, tree);
+  return loss;
 }
 
 double Transformer::Impl::forward_backward(const TokenBatch& batch) const {
@@ -293,10 +334,10 @@ double Transformer::Impl::forward_backward(const TokenBatch& batch) const {
   Tensor stats;
   Tensor h = enter_head(pass, x, stats);
   Tensor dh = Tensor::uninitialized(DType::kF32, h->shape);
-  const double loss = head(batch, h, dh);
+  const double loss = head(batch, pass, h, dh);
   h = {};
   Tensor dx(DType::kF32, x->shape);
-  norm_backward(norm, x, stats, boundary.enter_backward(std::move(dh), pass.batch * pass.seq), dx);
+  norm_backward(norm, x, stats, boundary.enter_backward(std::move(dh), pass.batch * pass.seq), dx, pass.rows.tree);
   x = {};
 
   for (std::size_t i = blocks.size(); i-- > 0;) {
@@ -326,7 +367,10 @@ Parameter& Transformer::parameter(std::string_view name) const {
 }
 
 void Transformer::zero_gradients() {
-  for (Parameter* parameter : impl_->parameters) fill_zero(parameter->gradient);
+  for (Parameter* parameter : impl_->parameters) {
+    fill_zero(parameter->gradient);
+    if (parameter->gradient2.defined()) fill_zero(parameter->gradient2);
+  }
 }
 
 double Transformer::forward_backward(const TokenBatch& batch) { return impl_->forward_backward(batch); }
@@ -336,7 +380,7 @@ double Transformer::loss(const TokenBatch& batch) {
   const Pass pass = impl_->begin(batch, false);
   const Tensor x = impl_->blocks_without_gradient(pass, impl_->embed(batch, pass));
   Tensor stats;
-  return impl_->head(batch, impl_->enter_head(pass, x, stats), {});
+  return impl_->head(batch, pass, impl_->enter_head(pass, x, stats), {});
 }
 
 Tensor Transformer::logits(const TokenBatch& batch, std::span<const std::int64_t> rows) {

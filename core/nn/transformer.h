@@ -39,6 +39,8 @@ struct TransformerOptions {
                                 // stream, parameters and gradients stay fp32
   Recompute recompute = Recompute::kNone;
   std::uint64_t seed = 1;  // initial values and dropout
+  int leaves = 0;          // here, of the kLeaves of a sequence, whose sums follow the tree of row_tree.h; one part and
+                           // batches of one row then. 0: any fixed order
 };
 
 // The heads, hidden units and vocabulary that a part holds, numbered globally.
@@ -62,6 +64,8 @@ class Transformer {
   const PartRanges& ranges() const;                   // of this part
   std::span<Parameter* const> parameters() const;     // stable order, equal on every part
   Parameter& parameter(std::string_view name) const;  // throws Error(kBadInput) for an unknown one
+  // Gradients by the tree are sums over one row's leaves here. Those of a tied token table are two then, each to be summed
+  // over the sequence on its own: gradient and gradient2.
   void zero_gradients();
 
   // The sum of the losses of this rank's targets, times batch.loss_scale; equal on every part (so sum it over the

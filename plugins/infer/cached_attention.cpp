@@ -72,8 +72,8 @@ void CachedAttention::append(Layer& layer, const TensorView& k, const TensorView
   layer.length = first + count;
 }
 
-Tensor CachedAttention::forward(int layer_index, const TensorView& q, const TensorView& k, const TensorView& v) {
-  Layer& layer = layers_[static_cast<std::size_t>(layer_index)];
+Tensor CachedAttention::forward(const AttentionSite& site, const TensorView& q, const TensorView& k, const TensorView& v) {
+  Layer& layer = layers_[static_cast<std::size_t>(site.layer)];
   const std::int64_t first = layer.length, count = q.size(1), heads = heads_.q.count();
   ensure(q.size(0) == 1, "the cache serves one sequence, got a batch of {}", q.size(0));
   require(first + count <= options_.window,
@@ -143,7 +143,7 @@ Tensor CachedAttention::gather_heads(const TensorView& own, std::int64_t heads) 
   return result;
 }
 
-Attention::Gradients CachedAttention::backward(int, const TensorView&, const TensorView&, const TensorView&,
+Attention::Gradients CachedAttention::backward(const AttentionSite&, const TensorView&, const TensorView&, const TensorView&,
                                                const TensorView&) {
   fail(ErrorCode::kInternal, "attention with a cache has no backward");
 }

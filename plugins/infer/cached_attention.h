@@ -40,8 +40,9 @@ class CachedAttention final : public Attention {
 
   // The queries of a call stand behind what the layer holds already: their first position is length(layer). q [1, S, H, D]
   // and k, v [1, S, K, D] hold the heads of this rank's tensor part.
-  Tensor forward(int layer, const TensorView& q, const TensorView& k, const TensorView& v) override;
-  Gradients backward(int layer, const TensorView& q, const TensorView& k, const TensorView& v, const TensorView& dout) override;
+  Tensor forward(const AttentionSite& site, const TensorView& q, const TensorView& k, const TensorView& v) override;
+  Gradients backward(const AttentionSite& site, const TensorView& q, const TensorView& k, const TensorView& v,
+                     const TensorView& dout) override;
 
   std::int64_t length() const { return layers_.back().length; }     // positions held by all layers
   std::int64_t cached_rows() const { return layers_.back().rows; }  // of these, on this rank

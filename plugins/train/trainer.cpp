@@ -1,6 +1,7 @@
 // The training loop (see trainer.h).
 #include "plugins/train/trainer.h"
 
+#include <algorithm>
 #include <array>
 #include <chrono>
 #include <cmath>
@@ -9,15 +10,19 @@
 
 #include "core/base/error.h"
 #include "core/nn/optimizer.h"
+#include "core/nn/row_tree.h"
 #include "core/nn/transformer.h"
 #include "parallel/attention.h"
 #include "parallel/comm/decorators.h"
 #include "parallel/data_parallel.h"
+#include "parallel/invariant_sync.h"
 #include "parallel/sequence_parallel.h"
 #include "parallel/strategy.h"
 #include "parallel/tensor_parallel.h"
 #include "plugins/infer/generate.h"
 #include "plugins/train/batch_share.h"
+#include "plugins/train/invariant.h"
+#include "plugins/train/loss_sum.h"
 #include "plugins/train/model_state.h"
 #include "plugins/train/ngram.h"
 #include "plugins/train/text_data.h"
@@ -55,14 +60,26 @@ AttentionOptions attention_options(const TrainJob& job) {
           .strategy = job.strategy,
           .determinism = job.determinism,
           .softcap = job.attention.softcap.value_or(0),
-          .alibi_slopes = job.attention.alibi_slopes.value_or(std::vector<double>{})};
+          .alibi_slopes = job.attention.alibi_slopes.value_or(std::vector<double>{}),
+          .dropout = job.attention.dropout.p,
+          .dropout_seed = static_cast<std::uint64_t>(job.attention.dropout.seed)};
+}
+
+bool invariant(const TrainJob& job) { return job.determinism == Determinism::kInvariant; }
+
+// What can be refused before any work.
+const TrainJob& checked(const TrainJob& job) {
+  if (invariant(job)) require_invariant(job);
+  const std::int64_t calls = job.train.steps * job.model.layers;
+  require(job.attention.dropout.p == 0 || calls < std::int64_t{1} << 32,
+          "attention.dropout has room for 2^32 calls of attention, train.steps {} x model.layers {} are {}; train fewer steps, "
+          "or set model.dropout in its place",
+          job.train.steps, job.model.layers, calls);
+  return job;
 }
 
 // Which positions this rank holds, by the layout and, where that looks at it, the mask.
 Positions own_positions(const Mesh& mesh, const TrainJob& job) {
-  require(job.attention.dropout.p == 0,
-          "attention.dropout.p is {}, which only `dattn attention` takes; to train, set model.dropout",
-          job.attention.dropout.p);
   const AttentionShape shape{.seq_q = job.train.seq_len, .seq_kv = job.train.seq_len};
   const AttentionOptions options{.mask = attention_options(job).mask, .layout = job.layout};
   return make_problem(mesh.shape(), shape, options)->shard_rows(false, mesh.rank());
@@ -95,7 +112,8 @@ struct MeshModel {
                     {.part = {mesh.coordinate(Axis::kTensor), mesh.shape().size(Axis::kTensor)},
                      .compute = job.dtype,
                      .recompute = job.train.recompute,
-                     .seed = static_cast<std::uint64_t>(job.train.seed)},
+                     .seed = static_cast<std::uint64_t>(job.train.seed),
+                     .leaves = invariant(job) ? kLeaves / mesh.shape().sequence_parts() : 0},
                     attention, *boundary, vocabulary) {}
 
   static std::unique_ptr<Boundary> make_boundary(const Mesh& mesh, bool sequence_parallel) {
@@ -122,7 +140,12 @@ class Trainer {
   void load_data();
   void build_model();
   void restore();
+  // Into how many pieces this rank's rows of a batch are cut, if not by its invariance.
+  std::int64_t pieces_of(std::int64_t rows, std::int64_t pieces) const {
+    return invariant(job_) ? std::max<std::int64_t>(1, share_.rows(rows).count()) : pieces;
+  }
   StepSums forward_backward(std::int64_t step);
+  std::array<double, 2> sum_over_world(LossSum& loss, const std::array<double, 2>& others);
   void check_finite(std::int64_t step, const StepSums& sums, double rate) const;
   void step(std::int64_t step);
   double evaluate();
@@ -142,7 +165,7 @@ class Trainer {
   ModelConfig model_config_;
   std::optional<MeshModel> model_;
   std::optional<AdamW> optimizer_;
-  std::optional<GradientSync> gradients_;
+  std::unique_ptr<GradientSync> gradients_;
   BatchShare share_;
   std::optional<Report> report_;  // first rank
   std::int64_t steps_before_ = 0;
@@ -151,7 +174,7 @@ class Trainer {
 };
 
 Trainer::Trainer(Communicator& world, const TrainJob& job, const TrainHooks& hooks)
-    : job_(job),
+    : job_(checked(job)),
       hooks_(hooks),
       world_(counted_job(world, counter_)),
       mesh_(*world_, job.mesh),
@@ -203,7 +226,10 @@ void Trainer::build_model() {
                                               .beta2 = job_.train.beta2,
                                               .epsilon = job_.train.epsilon,
                                               .weight_decay = job_.train.weight_decay});
-  gradients_.emplace(mesh_, parameters);
+  if (invariant(job_))
+    gradients_ = std::make_unique<InvariantGradientSync>(mesh_, parameters, job_.train.batch);
+  else
+    gradients_ = std::make_unique<GradientSync>(mesh_, parameters);
 }
 
 void Trainer::open_run_folder() {
@@ -219,25 +245,36 @@ void Trainer::restore() {
   result_.checkpoint = resumed_->path();
 }
 
-// The gradients of one step, summed; and the step's loss and gradient norm, equal on every rank. One exchange for all sums:
-// each number is contributed once (losses are equal over tensor, summed gradients over the replicas).
+// Sums a loss and other numbers over the world, each contributed once, in one exchange.
+std::array<double, 2> Trainer::sum_over_world(LossSum& loss, const std::array<double, 2>& others) {
+  const std::span<double> places = loss.places();
+  std::vector<double> sums(places.begin(), places.end());
+  sums.insert(sums.end(), others.begin(), others.end());
+  const auto count = static_cast<std::int64_t>(sums.size());
+  world_->all_reduce_sum(TensorView(sums.data(), DType::kF64, {count}), {.verb = "step_sums"});
+  std::copy_n(sums.begin(), places.size(), places.begin());
+  return {sums[places.size()], sums[places.size() + 1]};
+}
+
+// The gradients of one step, summed; and the step's loss and gradient norm, equal on every rank. (Summed gradients are equal
+// over the replicas, of which one contributes their norm.)
 Trainer::StepSums Trainer::forward_backward(std::int64_t step) {
   const std::int64_t sent_before = counter_->total().sent;
   model_->transformer.zero_gradients();
-  double loss = 0;
-  share_.for_each_piece(job_.train.batch, job_.train.accumulate, [&](Interval rows) {
+  LossSum loss(mesh_, invariant(job_), job_.train.batch);
+  share_.for_each_piece(job_.train.batch, pieces_of(job_.train.batch, job_.train.accumulate), [&](Interval rows) {
     TokenBatch batch = share_.tokens(rows, [&](std::int64_t row) {
       return data_->train_window(static_cast<std::uint64_t>(job_.train.seed), step, row, job_.train.seq_len);
     });
     batch.step = static_cast<std::uint64_t>(step);
     batch.loss_scale = 1.0 / static_cast<double>(job_.train.batch * job_.train.seq_len);
-    loss += model_->transformer.forward_backward(batch);
+    loss.add(rows, model_->transformer.forward_backward(batch));
+    gradients_->piece_done();
   });
   gradients_->sum();
-  std::array<double, 3> sums{mesh_.coordinate(Axis::kTensor) == 0 ? loss : 0.0, gradients_->squared_norm_share(),
-                             static_cast<double>(counter_->total().sent - sent_before)};
-  world_->all_reduce_sum(TensorView(sums.data(), DType::kF64, {3}), {.verb = "step_sums"});
-  return {sums[0], std::sqrt(sums[1]), static_cast<std::int64_t>(sums[2])};
+  const auto sent = static_cast<double>(counter_->total().sent - sent_before);
+  const std::array<double, 2> others = sum_over_world(loss, {gradients_->squared_norm_share(), sent});
+  return {loss.total(), std::sqrt(others[0]), static_cast<std::int64_t>(others[1])};
 }
 
 void Trainer::check_finite(std::int64_t step, const StepSums& sums, double rate) const {
@@ -274,16 +311,15 @@ double Trainer::evaluate() {
   const std::int64_t windows = data_->held_out_windows(job_.train.seq_len), batch = job_.train.batch;
   const std::int64_t used = job_.train.eval_batches == 0 ? windows : std::min(windows, job_.train.eval_batches * batch);
   const std::int64_t pieces = (used + batch - 1) / batch * job_.train.accumulate;  // as much memory as a training step
-  double loss = 0;
-  share_.for_each_piece(used, pieces, [&](Interval rows) {
+  LossSum loss(mesh_, invariant(job_), used);
+  share_.for_each_piece(used, pieces_of(used, pieces), [&](Interval rows) {
     TokenBatch tokens =
         share_.tokens(rows, [&](std::int64_t row) { return data_->held_out_window(row * windows / used, job_.train.seq_len); });
     tokens.loss_scale = 1.0 / static_cast<double>(used * job_.train.seq_len);
-    loss += model_->transformer.loss(tokens);
+    loss.add(rows, model_->transformer.loss(tokens));
   });
-  if (mesh_.coordinate(Axis::kTensor) != 0) loss = 0;
-  world_->all_reduce_sum(TensorView(&loss, DType::kF64, {1}), {.verb = "step_sums"});
-  return loss / std::numbers::ln2;
+  sum_over_world(loss, {});
+  return loss.total() / std::numbers::ln2;
 }
 
 void Trainer::save(std::int64_t steps_done) {

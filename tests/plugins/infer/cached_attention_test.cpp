@@ -58,7 +58,7 @@ TEST_P(Cache, PiecesEqualTheWhole) {
           return tensor->slice(1, begin, rows).slice(2, range.begin, range.count());
         };
         for (const int layer : {0, 1}) {
-          const Tensor out = attention.forward(layer, piece(q, heads.q), piece(k, heads.kv), piece(v, heads.kv));
+          const Tensor out = attention.forward({.layer = layer}, piece(q, heads.q), piece(k, heads.kv), piece(v, heads.kv));
           const TensorView want = piece(expected, heads.q);
           for (std::int64_t row = 0; row < rows; ++row) {
             for (std::int64_t head = 0; head < heads.q.count(); ++head) {
@@ -73,7 +73,7 @@ TEST_P(Cache, PiecesEqualTheWhole) {
         EXPECT_EQ(attention.length(), begin);
       }
       EXPECT_THROW(
-          attention.forward(0, q->slice(1, 0, 1).slice(2, 0, heads.q.count()), k->slice(1, 0, 1).slice(2, 0, heads.kv.count()),
+          attention.forward({}, q->slice(1, 0, 1).slice(2, 0, heads.q.count()), k->slice(1, 0, 1).slice(2, 0, heads.kv.count()),
                             v->slice(1, 0, 1).slice(2, 0, heads.kv.count())),
           Error)
           << "a position outside the window was taken";

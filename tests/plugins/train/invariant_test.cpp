@@ -1,0 +1,112 @@
+// Training with determinism invariant: losses, evaluation and weights after 100 steps have the same bits on every mesh of data
+// and sequence ranks, for any number of threads and of rows at a time; what could break that is refused.
+#include "plugins/train/invariant.h"
+
+#include <cstring>
+
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include "core/base/error.h"
+#include "plugins/train/checkpoint.h"
+#include "tests/plugins/small_job.h"
+
+namespace dattn {
+namespace {
+
+// Llama style: rope, swiglu, grouped heads, tied. GPT-2 style: learned positions, biases, gelu; here with dropout and with
+// recomputation. Lengths of leaves and features are no multiples of vectors.
+TrainJob invariant_job(const TemporaryFolder& folder, const std::string& style, DType dtype) {
+  TrainJob job = small_job(folder);
+  if (style == "gpt2") {
+    job.model = model_style("gpt2");
+    job.model.layers = 2;
+    job.model.dim = 28;
+    job.model.heads = 4;
+    job.model.kv_heads = 4;
+    job.model.head_dim = 7;
+    job.model.hidden = 45;
+    job.model.max_seq = 64;
+    job.model.dropout = 0.1;
+    job.attention.dropout = {.p = 0.1, .seed = 5};
+    job.train.recompute = Recompute::kBlock;
+  }
+  job.determinism = Determinism::kInvariant;
+  job.dtype = dtype;
+  job.train.steps = 100;
+  job.train.batch = 8;
+  job.train.seq_len = 48;
+  return job;
+}
+
+struct Outcome {
+  std::vector<double> losses;
+  double held_out = 0;
+  std::map<std::string, std::string> tensors;  // bytes by name: weights and moments
+};
+
+Outcome outcome_of(const TrainJob& job, int threads) {
+  Outcome outcome;
+  run_thread_ranks(job.mesh.ranks(), {}, [&](Communicator& world) {
+    set_num_threads(threads);
+    const TrainResult result = train(world, job, {.on_event = {}, .progress = false});
+    if (world.rank() != 0) return;
+    outcome.losses = result.losses;
+    outcome.held_out = result.held_out_bits_per_char;
+    const CheckpointReader reader(result.checkpoint);
+    for (const std::string& name : reader.names()) {
+      const Tensor tensor = reader.read(name);
+      outcome.tensors[name].assign(tensor.ptr<char>(), static_cast<std::size_t>(tensor->bytes()));
+    }
+  });
+  return outcome;
+}
+
+void expect_same_bits(const Outcome& one, const Outcome& other, const std::string& what) {
+  ASSERT_EQ(one.losses.size(), other.losses.size()) << what;
+  for (std::size_t step = 0; step < one.losses.size(); ++step) {
+    ASSERT_EQ(one.losses[step], other.losses[step]) << what << ", step " << step + 1;
+  }
+  EXPECT_EQ(one.held_out, other.held_out) << what;
+  ASSERT_EQ(one.tensors.size(), other.tensors.size()) << what;
+  for (const auto& [name, bytes] : one.tensors) EXPECT_TRUE(bytes == other.tensors.at(name)) << what << ": " << name;
+}
+
+struct Sharding {
+  MeshShape mesh;
+  int threads = 1;
+  std::int64_t accumulate = 1;
+};
+
+class InvariantTraining : public testing::TestWithParam<std::tuple<const char*, DType>> {};
+
+TEST_P(InvariantTraining, SameBitsOnEveryMesh) {
+  const TemporaryFolder folder;
+  TrainJob job = invariant_job(folder, std::get<0>(GetParam()), std::get<1>(GetParam()));
+  const Outcome alone = outcome_of(job, 1);
+  EXPECT_LT(alone.losses.back(), alone.losses.front() - 0.3) << "nothing was learnt";
+  const std::vector<Sharding> shardings{{.mesh = {}, .threads = 3, .accumulate = 4},
+                                        {.mesh = mesh_of(2, 1, 1, 1), .threads = 2},
+                                        {.mesh = mesh_of(8, 1, 1, 1)},
+                                        {.mesh = mesh_of(1, 2, 1, 1)},
+                                        {.mesh = mesh_of(1, 8, 1, 1)},
+                                        {.mesh = mesh_of(1, 1, 4, 1)},
+                                        {.mesh = mesh_of(2, 2, 1, 1), .accumulate = 2},
+                                        {.mesh = mesh_of(1, 2, 2, 1)},
+                                        {.mesh = mesh_of(2, 1, 2, 1, 2)},
+                                        {.mesh = mesh_of(1, 2, 1, 1, 1, 2)}};
+  for (const Sharding& sharding : shardings) {
+    job.mesh = sharding.mesh;
+    job.train.accumulate = sharding.accumulate;
+    expect_same_bits(alone, outcome_of(job, sharding.threads), sharding.mesh.text());
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(Models, InvariantTraining,
+                         testing::Combine(testing::Values("llama", "gpt2"), testing::Values(DType::kF32, DType::kBF16)),
+                         [](const auto& param) {
+                           return std::string(std::get<0>(param.param)) + "_" + std::string(name_of(std::get<1>(param.param)));
+                         });
+
+}  // namespace
+}  // namespace dattn
