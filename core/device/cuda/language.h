@@ -1,0 +1,42 @@
+// What kernels are written in: CUDA C++ as nvcc compiles it, and a launch that is a function call. The tests shadow this file
+// and ptx.h by their own (tests/standins/cuda), in which blocks run on the host with a fiber for each thread, so kernels keep
+// to
+//   __global__ __device__ __forceinline__ __restrict__, DATTN_LAUNCH_BOUNDS(threads, blocks); threadIdx, blockIdx, blockDim,
+//   gridDim; DATTN_SHARED_MEMORY(name): the block's dynamic shared memory, `unsigned char*`, 128-byte aligned (no static
+//   __shared__);
+//   __syncthreads(), __syncwarp(), __shfl_sync, __shfl_xor_sync, __shfl_down_sync (whole warps, all threads taking part);
+//   atomicAdd(float*, float); exp2f, __expf, fmaf, fminf, fmaxf, tanhf, log2f, logf, rsqrtf, __float_as_uint, __uint_as_float;
+//   and the functions of ptx.h.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstddef>
+#include <utility>
+
+#define DATTN_LAUNCH_BOUNDS(threads, blocks) __launch_bounds__(threads, blocks)
+#define DATTN_SHARED_MEMORY(name) extern __shared__ __align__(128) unsigned char name[]
+
+namespace dattn::cuda {
+
+// Throws Error(kSystem) naming call and error. In runtime.cpp: {fmt} does not compile under nvcc, so no error.h in .cu files.
+void check(cudaError_t error, const char* call);
+
+// Starts kernel<<<grid, block, shared_bytes, stream>>>(args..); more than 48 KiB of shared memory are asked for first.
+template <class... Params, class... Args>
+void launch(void (*kernel)(Params...), dim3 grid, dim3 block, std::size_t shared_bytes, cudaStream_t stream, Args&&... args) {
+  if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
+  if (shared_bytes > 48 * 1024) {
+    check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
+                               static_cast<int>(shared_bytes)),
+          "cudaFuncSetAttribute");
+  }
+  const auto start = [&](Params... params) {
+    void* pointers[] = {&params...};
+    check(cudaLaunchKernel(reinterpret_cast<const void*>(kernel), grid, block, pointers, shared_bytes, stream),
+          "cudaLaunchKernel");
+  };
+  start(std::forward<Args>(args)...);
+}
+
+}  // namespace dattn::cuda
