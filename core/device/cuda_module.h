@@ -17,6 +17,8 @@
 
 namespace dattn {
 
+struct CudaNn;
+
 using NativeStream = void*;  // cudaStream_t
 using NativeEvent = void*;   // cudaEvent_t
 
@@ -67,6 +69,9 @@ struct CudaModule {
 
   // Attention kernels, best first; their work goes on the thread's current stream (CudaHost).
   std::span<const AttentionKernel* const> (*kernels)();
+
+  const CudaNn* nn = nullptr;       // the layers' operations (core/nn/cuda_nn.h)
+  std::string (*matmul_library)();  // path and version of cuBLASLt, or why the plain kernel serves
 };
 
 inline constexpr int kCudaModuleVersion = 1;

@@ -1,5 +1,6 @@
 #include "core/nn/activation.h"
 
+#include "core/nn/on_cuda.h"
 #include "core/nn/vector_math.h"
 
 namespace dattn {
@@ -61,6 +62,10 @@ void with_type(const TensorView& x, const F& f) {
 
 Tensor gelu_forward(const TensorView& u) {
   Tensor a = Tensor::uninitialized(u.dtype, u.shape);
+  if (on_cuda({&u, &a.view()})) {
+    cuda_nn().gelu(u, a, cuda_stream());
+    return a;
+  }
   with_type(u, [&](auto zero) {
     using T = decltype(zero);
     parallel_blocks(u.elements(), kBlock,
@@ -71,6 +76,10 @@ Tensor gelu_forward(const TensorView& u) {
 
 GeluGradients gelu_backward(const TensorView& u, const TensorView& da) {
   GeluGradients result{Tensor::uninitialized(u.dtype, u.shape), Tensor::uninitialized(u.dtype, u.shape)};
+  if (on_cuda({&u, &da, &result.a.view()})) {
+    cuda_nn().gelu_backward(u, da, result.a, result.du, cuda_stream());
+    return result;
+  }
   with_type(u, [&](auto zero) {
     using T = decltype(zero);
     parallel_blocks(u.elements(), kBlock, [&](std::int64_t i, std::int64_t end) {
@@ -82,6 +91,10 @@ GeluGradients gelu_backward(const TensorView& u, const TensorView& da) {
 
 Tensor swiglu_forward(const TensorView& gate, const TensorView& up) {
   Tensor a = Tensor::uninitialized(up.dtype, up.shape);
+  if (on_cuda({&gate, &up, &a.view()})) {
+    cuda_nn().swiglu(gate, up, a, cuda_stream());
+    return a;
+  }
   with_type(up, [&](auto zero) {
     using T = decltype(zero);
     parallel_blocks(up.elements(), kBlock, [&](std::int64_t i, std::int64_t end) {
@@ -94,6 +107,10 @@ Tensor swiglu_forward(const TensorView& gate, const TensorView& up) {
 SwigluGradients swiglu_backward(const TensorView& gate, const TensorView& up, const TensorView& da) {
   SwigluGradients result{Tensor::uninitialized(up.dtype, up.shape), Tensor::uninitialized(up.dtype, up.shape),
                          Tensor::uninitialized(up.dtype, up.shape)};
+  if (on_cuda({&gate, &up, &da, &result.a.view()})) {
+    cuda_nn().swiglu_backward(gate, up, da, result.a, result.dgate, result.dup, cuda_stream());
+    return result;
+  }
   with_type(up, [&](auto zero) {
     using T = decltype(zero);
     parallel_blocks(up.elements(), kBlock, [&](std::int64_t i, std::int64_t end) {

@@ -70,7 +70,9 @@ void gelu_backward(const TensorView& u, const TensorView& da, const TensorView& 
 }
 
 void swiglu(const TensorView& gate, const TensorView& up, const TensorView& a, NativeStream stream) {
-  with_number(up.dtype, [&]<class T>(T) { for_each(up.elements(), stream, Swiglu<T>{gate.ptr<T>(), up.ptr<T>(), a.ptr<T>()}); });
+  with_number(up.dtype, [&]<class T>(T) {
+    for_each(up.elements(), stream, Swiglu<T>{gate.ptr<T>(), up.ptr<T>(), a.ptr<T>()});
+  });
 }
 
 void swiglu_backward(const TensorView& gate, const TensorView& up, const TensorView& da, const TensorView& a,

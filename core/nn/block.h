@@ -51,6 +51,7 @@ struct Pass {
   Dropout dropout;     // without its site
   AttentionSite site;  // without its layer; dropout_stream is that of layer 0
   Tensor rope;         // rope_table, or undefined
+  Tensor positions;    // what rows.on_device points to
 };
 
 // x [R, M] -> [R, M]. Activations are left in `keep`; Attention holds what it saved for this layer.

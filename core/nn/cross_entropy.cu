@@ -66,8 +66,8 @@ void row_exponentials(const TensorView& logits, const TensorView& maxima, const 
                             sums.ptr<float>()});
 }
 
-void logit_gradients(const TensorView& logits, const TensorView& sums, const std::int32_t* targets, std::int64_t first, float scale,
-                     NativeStream stream) {
+void logit_gradients(const TensorView& logits, const TensorView& sums, const std::int32_t* targets, std::int64_t first,
+                     float scale, NativeStream stream) {
   for_each_row(logits.size(0), stream,
                Gradients{logits.ptr<float>(), sums.ptr<float>(), targets, first, logits.size(1), scale});
 }

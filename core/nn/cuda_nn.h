@@ -15,13 +15,14 @@ struct CudaDropout {
   std::uint32_t threshold = 0;  // of the upper 24 bits; 0 = nothing is dropped
   float kept = 1.0f;            // what kept elements are multiplied by
   std::uint64_t key = 0;
-  std::int64_t row_begin = 0;        // of B * S rows in b-major order
-  std::int64_t batch_begin = 0;      // global number of the first batch row
-  const std::int64_t* positions{};   // [S], on the device
+  std::int64_t row_begin = 0;       // of B * S rows in b-major order
+  std::int64_t batch_begin = 0;     // global number of the first batch row
+  const std::int64_t* positions{};  // [S], on the device
   std::int64_t seq = 1;
 };
 
-struct CudaAdamW {
+// One AdamW step of a parameter (optimizer.h).
+struct AdamWUpdate {
   float gradient_scale, beta1, beta2, correction1, correction2, epsilon, rate, decay;
 };
 
@@ -36,7 +37,8 @@ struct CudaRowGroups {
 
 struct CudaNn {
   // c [m, n] = a [m, k] b [k, n] (+ c) (+ bias [n]); a and b of one T with one stride of 1, c of any T with contiguous rows.
-  void (*matmul)(const TensorView& a, const TensorView& b, const TensorView& c, const float* bias, bool accumulate, void* stream);
+  void (*matmul)(const TensorView& a, const TensorView& b, const TensorView& c, const float* bias, bool accumulate,
+                 void* stream);
   void (*column_sums)(const TensorView& x, const TensorView& sums, void* stream);  // x [N, M] of T, sums [M] += ..
 
   void (*gelu)(const TensorView& u, const TensorView& a, void* stream);  // all of one T but da
@@ -68,7 +70,7 @@ struct CudaNn {
   void (*logit_gradients)(const TensorView& logits, const TensorView& sums, const std::int32_t* targets, std::int64_t first,
                           float scale, void* stream);
 
-  void (*adamw)(const CudaAdamW& update, const TensorView& gradient, const TensorView& m, const TensorView& v,
+  void (*adamw)(const AdamWUpdate& update, const TensorView& gradient, const TensorView& m, const TensorView& v,
                 const TensorView& value, void* stream);
   // sum, fp64 [1] on the device := sum of the squares of x [N, M] (rows of any stride), in a fixed order.
   void (*squared_norm)(const TensorView& x, const TensorView& sum, void* stream);

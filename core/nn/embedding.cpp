@@ -4,6 +4,7 @@
 #include <map>
 #include <vector>
 
+#include "core/nn/on_cuda.h"
 #include "core/nn/vector_math.h"
 
 namespace dattn {
@@ -50,11 +51,28 @@ std::int64_t slice_row(const Parameter& table, std::int64_t token) {
   return token >= table.held.begin && token < table.held.end ? token - table.held.begin : -1;
 }
 
+// The rows of the table that the tokens name, and the positions of rows of the residual stream.
+std::vector<std::int32_t> slice_rows(const Parameter& table, std::span<const std::int32_t> tokens) {
+  std::vector<std::int32_t> rows;
+  for (const std::int32_t token : tokens) rows.push_back(static_cast<std::int32_t>(slice_row(table, token)));
+  return rows;
+}
+std::vector<std::int32_t> table_positions(const TokenRows& rows) {
+  std::vector<std::int32_t> positions;
+  for (std::int64_t row = 0; row < rows.count; ++row) positions.push_back(static_cast<std::int32_t>(rows.position(row)));
+  return positions;
+}
+
 }  // namespace
 
 Tensor embedding_forward(const Parameter& table, std::span<const std::int32_t> tokens) {
   const std::int64_t dim = table.global_shape[1], count = static_cast<std::int64_t>(tokens.size());
   Tensor x = Tensor::uninitialized(DType::kF32, {count, dim});
+  if (on_cuda({&x.view(), &table.value.view()})) {
+    const Tensor index = to_device(slice_rows(table, tokens));
+    cuda_nn().gather_rows(table.value, index.ptr<std::int32_t>(), false, x, cuda_stream());
+    return x;
+  }
   const auto bytes = static_cast<std::size_t>(dim) * sizeof(float);
   parallel_blocks(count, kRows, [&](std::int64_t begin, std::int64_t end) {
     for (std::int64_t row = begin; row < end; ++row) {
@@ -71,6 +89,9 @@ Tensor embedding_forward(const Parameter& table, std::span<const std::int32_t> t
 
 void embedding_backward(Parameter& table, std::span<const std::int32_t> tokens, const TensorView& dx, const RowTree& tree) {
   const TensorView& gradient = table.gradient2.defined() ? table.gradient2 : table.gradient;
+  if (on_cuda({&dx, &gradient})) {
+    return cuda_nn().scatter_rows(dx, RowGroups(slice_rows(table, tokens)).view(), gradient, cuda_stream());
+  }
   const auto target = [&](std::int64_t row) { return slice_row(table, tokens[static_cast<std::size_t>(row)]); };
   if (tree.empty())
     scatter_add(dx, {0, dx.size(0)}, gradient, target);
@@ -79,6 +100,10 @@ void embedding_backward(Parameter& table, std::span<const std::int32_t> tokens, 
 }
 
 void position_forward(const Parameter& table, const TokenRows& rows, const TensorView& x) {
+  if (on_cuda({&x, &table.value.view()})) {
+    const Tensor index = to_device(table_positions(rows));
+    return cuda_nn().gather_rows(table.value, index.ptr<std::int32_t>(), true, x, cuda_stream());
+  }
   const std::int64_t dim = x.size(1);
   parallel_blocks(rows.count, kRows, [&](std::int64_t begin, std::int64_t end) {
     for (std::int64_t row = begin; row < end; ++row) {
@@ -88,6 +113,9 @@ void position_forward(const Parameter& table, const TokenRows& rows, const Tenso
 }
 
 void position_backward(Parameter& table, const TokenRows& rows, const TensorView& dx) {
+  if (on_cuda({&dx, &table.gradient.view()})) {
+    return cuda_nn().scatter_rows(dx, RowGroups(table_positions(rows)).view(), table.gradient, cuda_stream());
+  }
   scatter_add(dx, {0, rows.count}, table.gradient, [&](std::int64_t row) { return rows.position(row); });
 }
 

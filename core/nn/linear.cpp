@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "core/nn/matmul.h"
+#include "core/nn/on_cuda.h"
 #include "core/nn/vector_math.h"
 
 namespace dattn {
@@ -74,7 +75,7 @@ void for_weight_blocks(const Shape& weight, const Body& body) {
 TensorView as_compute(const TensorView& x, DType type, Tensor& storage) {
   if (x.dtype == type) return x;
   storage = Tensor::uninitialized(type, x.shape);
-  if (x.dtype == DType::kF32 && type == DType::kBF16 && x.contiguous()) {
+  if (x.dtype == DType::kF32 && type == DType::kBF16 && x.contiguous() && !x.device.is_cuda()) {
     parallel_blocks(x.elements(), kBlock, [&](std::int64_t begin, std::int64_t end) {
       round_block(x.ptr<float>() + begin, storage.ptr<BFloat16>() + begin, end - begin);
     });
@@ -91,6 +92,7 @@ Tensor to_compute(Tensor x, DType type) {
 }
 
 void add_column_sums(const TensorView& x, const TensorView& sums, const RowTree& tree) {
+  if (on_cuda({&x, &sums})) return cuda_nn().column_sums(x, sums, cuda_stream());
   if (x.dtype == DType::kBF16)
     column_sums<BFloat16>(x, sums, tree);
   else

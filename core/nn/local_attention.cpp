@@ -44,7 +44,7 @@ Tensor LocalAttention::forward(const AttentionSite& site, const TensorView& q, c
   Tensor out(sums, {q.size(0), q.size(1), q.size(2), v.size(3)});
   Tensor lse(sums, {q.size(0), q.size(2), q.size(1)});
   if (q.elements() > 0) {
-    select_kernel({q.dtype, q.size(3), v.size(3)})
+    select_kernel({q.dtype, q.size(3), v.size(3), q.device})
         .attend({.q = q,
                  .k = k,
                  .v = v,
@@ -71,7 +71,7 @@ Attention::Gradients LocalAttention::backward(const AttentionSite& site, const T
   if (q.elements() == 0) return gradients;
   Tensor delta(sums, saved.lse->shape);
   attention_delta(dout, saved.out, delta);
-  select_kernel({q.dtype, q.size(3), v.size(3)})
+  select_kernel({q.dtype, q.size(3), v.size(3), q.device})
       .attend_grad({.q = q,
                     .k = k,
                     .v = v,

@@ -8,6 +8,7 @@
 
 #include "core/base/error.h"
 #include "core/base/threads.h"
+#include "core/nn/on_cuda.h"
 
 namespace dattn {
 namespace {
@@ -176,6 +177,7 @@ void matmul(const TensorView& a, const TensorView& b, const TensorView& c, const
          c.shape.text());
   ensure(!options.accumulate || (c.dtype == DType::kF32 && options.bias == nullptr), "accumulate is for fp32 without bias");
   if (c.elements() == 0) return;
+  if (on_cuda({&a, &b, &c})) return cuda_nn().matmul(a, b, c, options.bias, options.accumulate, cuda_stream());
   if (a.size(1) == 0) {
     if (!options.accumulate) fill_rows(c, options.bias);
     return;

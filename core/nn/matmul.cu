@@ -33,8 +33,8 @@ void plain_matmul(const TensorView& a, const TensorView& b, const TensorView& c,
   with_number(a.dtype, [&]<class In>(In) {
     with_number(c.dtype, [&]<class Out>(Out) {
       for_each(c.elements(), stream,
-               Product<In, Out>{a.ptr<In>(), b.ptr<In>(), a.stride(0), a.stride(1), b.stride(0), b.stride(1), a.size(1), c.size(1),
-                                c.stride(0), bias, accumulate, c.ptr<Out>()});
+               Product<In, Out>{a.ptr<In>(), b.ptr<In>(), a.stride(0), a.stride(1), b.stride(0), b.stride(1), a.size(1),
+                                c.size(1), c.stride(0), bias, accumulate, c.ptr<Out>()});
     });
   });
 }

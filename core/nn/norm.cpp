@@ -4,6 +4,7 @@
 #include <cmath>
 #include <vector>
 
+#include "core/nn/on_cuda.h"
 #include "core/nn/vector_math.h"
 
 namespace dattn {
@@ -72,6 +73,10 @@ Tensor norm_forward(const Norm& norm, const TensorView& x, const TensorView& sta
   const std::int64_t dim = x.size(1);
   const float* w = norm.weight->value.ptr<float>();
   const float* b = norm.bias != nullptr ? norm.bias->value.ptr<float>() : nullptr;
+  if (on_cuda({&x, &y.view(), &stats, &norm.weight->value.view()})) {
+    cuda_nn().norm(x, w, b, norm.centered, norm.epsilon, y, stats, cuda_stream());
+    return y;
+  }
   parallel_blocks(x.size(0), kRows, [&](std::int64_t begin, std::int64_t end) {
     for (std::int64_t row = begin; row < end; ++row) {
       forward_row(norm, x.ptr<float>() + row * dim, w, b, y.ptr<float>() + row * dim, stats.ptr<float>() + 2 * row, dim);
@@ -84,6 +89,10 @@ void norm_backward(const Norm& norm, const TensorView& x, const TensorView& stat
                    const RowTree& tree) {
   const std::int64_t dim = x.size(1);
   const float* w = norm.weight->value.ptr<float>();
+  if (on_cuda({&x, &stats, &dy, &dx, &norm.weight->value.view()})) {
+    float* db = norm.bias != nullptr ? norm.bias->gradient.ptr<float>() : nullptr;
+    return cuda_nn().norm_backward(x, stats, w, norm.centered, dy, dx, norm.weight->gradient.ptr<float>(), db, cuda_stream());
+  }
   const std::vector<Interval> blocks = tree.empty() ? blocks_of(x.size(0)) : tree.leaves;
   const auto count = static_cast<std::int64_t>(blocks.size());
   Tensor partial(DType::kF32, {count, 2, dim});  // sums of dw and db by block of rows

@@ -5,6 +5,7 @@
 #include <numbers>
 
 #include "core/base/error.h"
+#include "core/nn/on_cuda.h"
 #include "core/nn/vector_math.h"
 
 namespace dattn {
@@ -19,9 +20,7 @@ DATTN_VECTORIZED double sum_of_squares(const float* x, std::int64_t count) {
   return sum;
 }
 
-struct Update {
-  float gradient_scale, beta1, beta2, correction1, correction2, epsilon, rate, decay;
-};
+using Update = AdamWUpdate;
 
 // m = b1 m + (1 - b1) g; v = b2 v + (1 - b2) g^2; x = x decay - rate (m / c1) / (sqrt(v / c2) + epsilon)
 DATTN_VECTORIZED void update_block(const Update& u, const float* __restrict gradient, float* __restrict m, float* __restrict v,
@@ -39,6 +38,11 @@ DATTN_VECTORIZED void update_block(const Update& u, const float* __restrict grad
 double squared_norm(const Parameter& parameter) {
   const TensorView owned = owned_of(parameter, parameter.gradient);
   if (owned.elements() == 0) return 0.0;
+  if (on_cuda({&owned})) {
+    const Tensor sum = Tensor::uninitialized(DType::kF64, {1});
+    cuda_nn().squared_norm(owned, sum, cuda_stream());
+    return *to_device(sum, Device{}).ptr<double>();
+  }
   double sum = 0.0;
   if (owned.contiguous()) {
     for (std::int64_t i = 0; i < owned.elements(); i += kBlock) {
@@ -93,6 +97,10 @@ void AdamW::step(double learning_rate, double gradient_scale) {
   for (Moments& state : moments_) {
     Parameter& p = *state.parameter;
     update.decay = p.decays ? static_cast<float>(1.0 - learning_rate * options_.weight_decay) : 1.0f;
+    if (on_cuda({&p.gradient.view(), &p.value.view(), &state.m.view(), &state.v.view()})) {
+      cuda_nn().adamw(update, p.gradient, state.m, state.v, p.value, cuda_stream());
+      continue;
+    }
     parallel_blocks(p.elements(), kBlock, [&](std::int64_t begin, std::int64_t end) {
       update_block(update, p.gradient.ptr<float>() + begin, state.m.ptr<float>() + begin, state.v.ptr<float>() + begin,
                    p.value.ptr<float>() + begin, end - begin);

@@ -9,7 +9,7 @@ namespace {
 constexpr std::int64_t kBlock = 256;  // numbers that one thread adds up
 
 struct Update {
-  CudaAdamW u;
+  AdamWUpdate u;
   const float* gradient;
   float *m, *v, *value;
   __device__ void operator()(std::int64_t i) const {
@@ -49,10 +49,9 @@ struct Sums {
 
 }  // namespace
 
-void adamw(const CudaAdamW& update, const TensorView& gradient, const TensorView& m, const TensorView& v, const TensorView& value,
-           NativeStream stream) {
-  for_each(value.elements(), stream,
-           Update{update, gradient.ptr<float>(), m.ptr<float>(), v.ptr<float>(), value.ptr<float>()});
+void adamw(const AdamWUpdate& update, const TensorView& gradient, const TensorView& m, const TensorView& v,
+           const TensorView& value, NativeStream stream) {
+  for_each(value.elements(), stream, Update{update, gradient.ptr<float>(), m.ptr<float>(), v.ptr<float>(), value.ptr<float>()});
 }
 
 void squared_norm(const TensorView& x, const TensorView& sum, NativeStream stream) {

@@ -26,7 +26,9 @@ Tensor whole_of(const Parameter& parameter, const TensorView& local) {
 }
 
 void initialize(Parameter& parameter, const Initial& initial, std::uint64_t seed) {
-  const TensorView& value = parameter.value;
+  const DeviceScope host(Device{});
+  const Tensor made = parameter.value->device.is_cuda() ? Tensor::uninitialized(DType::kF32, parameter.value->shape) : Tensor();
+  const TensorView value = made.defined() ? made.view() : parameter.value.view();
   const std::int64_t rows = value.size(0), columns = rows == 0 ? 0 : value.elements() / rows;
   const std::int64_t global_columns =
       parameter.global_shape.axes == 1 ? 1 : parameter.global_shape.elements() / parameter.global_shape[0];
@@ -41,6 +43,7 @@ void initialize(Parameter& parameter, const Initial& initial, std::uint64_t seed
                       (initial.kind == Initial::Kind::kNormal ? philox_normal(seed, stream, index) : 1.0f);
     }
   });
+  if (made.defined()) copy(made, parameter.value);
 }
 
 }  // namespace dattn

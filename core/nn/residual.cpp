@@ -5,6 +5,7 @@
 
 #include "core/base/philox.h"
 #include "core/nn/linear.h"
+#include "core/nn/on_cuda.h"
 #include "core/nn/vector_math.h"
 
 namespace dattn {
@@ -59,13 +60,26 @@ DATTN_VECTORIZED void scale_row(const float* scales, float* x, std::int64_t dim)
   for (std::int64_t j = 0; j < dim; ++j) x[j] *= scales[j];
 }
 
+std::uint32_t threshold_of(const Dropout& dropout) { return static_cast<std::uint32_t>(std::llround(dropout.p * 0x1p24)); }
+float kept_of(const Dropout& dropout) { return static_cast<float>(1.0 / (1.0 - dropout.p)); }
+
+CudaDropout cuda_dropout(const Dropout& dropout, const TokenRows& rows) {
+  return {threshold_of(dropout),
+          kept_of(dropout),
+          key_of(dropout),
+          rows.begin,
+          rows.batch_begin,
+          rows.on_device,
+          static_cast<std::int64_t>(rows.positions.size())};
+}
+
 // Calls body(row, scales) for every row; scales is null where nothing is dropped.
 template <class Body>
 void for_rows(const Dropout& dropout, const TokenRows& rows, std::int64_t dim, const Body& body) {
   const std::uint64_t key = key_of(dropout);
   const std::int64_t quarter = (dim + 3) / 4;
-  const auto threshold = static_cast<std::uint32_t>(std::llround(dropout.p * 0x1p24));
-  const auto kept = static_cast<float>(1.0 / (1.0 - dropout.p));
+  const std::uint32_t threshold = threshold_of(dropout);
+  const float kept = kept_of(dropout);
   parallel_blocks(rows.count, kRows, [&](std::int64_t begin, std::int64_t end) {
     std::vector<float> scales(dropout.p > 0.0 ? static_cast<std::size_t>(4 * quarter) : 0);
     for (std::int64_t row = begin; row < end; ++row) {
@@ -82,6 +96,7 @@ void for_rows(const Dropout& dropout, const TokenRows& rows, std::int64_t dim, c
 
 void dropout_apply(const Dropout& dropout, const TokenRows& rows, const TensorView& x) {
   if (dropout.p == 0.0) return;
+  if (on_cuda({&x})) return cuda_nn().dropout(cuda_dropout(dropout, rows), x, cuda_stream());
   const std::int64_t dim = x.size(1);
   for_rows(dropout, rows, dim,
            [&](std::int64_t row, const float* scales) { scale_row(scales, x.ptr<float>() + row * dim, dim); });
@@ -91,6 +106,10 @@ Tensor residual_forward(const Dropout& dropout, const TokenRows& rows, const Ten
                         const Parameter* bias) {
   const std::int64_t dim = x.size(1);
   const float* b = bias != nullptr ? bias->value.ptr<float>() : nullptr;
+  if (on_cuda({&x, &branch.view()})) {
+    cuda_nn().residual(cuda_dropout(dropout, rows), x, b, branch, cuda_stream());
+    return branch;
+  }
   for_rows(dropout, rows, dim, [&](std::int64_t row, const float* scales) {
     add_rows(x.ptr<float>() + row * dim, b, scales, branch.ptr<float>() + row * dim, dim);
   });

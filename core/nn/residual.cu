@@ -14,9 +14,10 @@ struct Scale {
   __device__ float operator()(std::int64_t row, std::int64_t j) const {
     const std::int64_t token = dropout.row_begin + row, quarter = (dim + 3) / 4;
     const auto position = static_cast<std::uint64_t>(dropout.positions[token % dropout.seq]);
-    const PhiloxBlock words = philox4x32(
-        dropout.key, {static_cast<std::uint32_t>(j % quarter), static_cast<std::uint32_t>(position),
-                      static_cast<std::uint32_t>(position >> 32), static_cast<std::uint32_t>(dropout.batch_begin + token / dropout.seq)});
+    const PhiloxBlock words =
+        philox4x32(dropout.key, {static_cast<std::uint32_t>(j % quarter), static_cast<std::uint32_t>(position),
+                                 static_cast<std::uint32_t>(position >> 32),
+                                 static_cast<std::uint32_t>(dropout.batch_begin + token / dropout.seq)});
     return (words[static_cast<std::size_t>(j / quarter)] >> 8) >= dropout.threshold ? dropout.kept : 0.0f;
   }
 };
@@ -45,7 +46,8 @@ void dropout(const CudaDropout& dropout, const TensorView& x, NativeStream strea
   for_each(x.elements(), stream, Drop{{dropout, x.size(1)}, x.ptr<float>()});
 }
 
-void residual(const CudaDropout& dropout, const TensorView& x, const float* bias, const TensorView& branch, NativeStream stream) {
+void residual(const CudaDropout& dropout, const TensorView& x, const float* bias, const TensorView& branch,
+              NativeStream stream) {
   const Scale scale{dropout, x.size(1)};
   if (dropout.threshold > 0)
     for_each(x.elements(), stream, Add<true>{scale, x.ptr<float>(), bias, branch.ptr<float>()});

@@ -17,6 +17,7 @@ struct TokenRows {
   std::span<const std::int64_t> positions;  // [S], of each sequence row
   std::int64_t batch_begin = 0;             // global number of the first batch row
   RowTree tree = {};                        // the order of sums over them
+  const std::int64_t* on_device = nullptr;  // the positions again, where the tensors are on a device that needs them
 
   std::int64_t batch_row(std::int64_t row) const {
     return batch_begin + (begin + row) / static_cast<std::int64_t>(positions.size());

@@ -2,6 +2,7 @@
 
 #include <cmath>
 
+#include "core/nn/on_cuda.h"
 #include "core/nn/vector_math.h"
 
 namespace dattn {
@@ -40,6 +41,8 @@ void turn(const TensorView& x, const TensorView& table, float sign) {
 Tensor rope_table(std::span<const std::int64_t> positions, std::int64_t head_dim, double base) {
   const auto rows = static_cast<std::int64_t>(positions.size());
   const std::int64_t half = head_dim / 2;
+  const Device wanted = current_device();
+  const DeviceScope host(Device{});
   Tensor table = Tensor::uninitialized(DType::kF32, {rows, head_dim});
   for (std::int64_t i = 0; i < half; ++i) {
     const double frequency = std::pow(base, -2.0 * static_cast<double>(i) / static_cast<double>(head_dim));
@@ -49,10 +52,11 @@ Tensor rope_table(std::span<const std::int64_t> positions, std::int64_t head_dim
       table.ptr<float>()[row * head_dim + half + i] = static_cast<float>(std::sin(angle));
     }
   }
-  return table;
+  return wanted.is_cuda() ? to_device(table, wanted) : std::move(table);
 }
 
 void rope_apply(const TensorView& x, const TensorView& table, bool inverse) {
+  if (on_cuda({&x, &table})) return cuda_nn().rope(x, table, inverse, cuda_stream());
   if (x.dtype == DType::kBF16)
     turn<BFloat16>(x, table, inverse ? -1.0f : 1.0f);
   else

@@ -9,6 +9,7 @@
 #include "core/nn/block.h"
 #include "core/nn/cross_entropy.h"
 #include "core/nn/embedding.h"
+#include "core/nn/on_cuda.h"
 #include "core/nn/rope.h"
 
 namespace dattn {
@@ -233,6 +234,10 @@ Pass Transformer::Impl::begin(const TokenBatch& batch, bool train) const {
   }
   pass.dropout = {train ? config.dropout : 0.0, options.seed, batch.step, 0};
   pass.site = {0, train, batch.step * static_cast<std::uint64_t>(config.layers), batch.batch_begin};
+  if (current_device().is_cuda() && pass.dropout.p > 0) {
+    pass.positions = to_device(batch.positions);
+    pass.rows.on_device = pass.positions.ptr<std::int64_t>();
+  }
   if (config.position == "rope") pass.rope = rope_table(batch.positions, config.head_dim, config.rope_base);
   return pass;
 }

@@ -285,7 +285,7 @@ std::size_t write_safetensors(const std::string& path, std::span<const NamedTens
   for (const NamedTensor& tensor : ordered) {
     if (tensor.view.elements() == 0) continue;
     Tensor packed;
-    if (!tensor.view.contiguous()) packed = to_dtype(tensor.view, tensor.view.dtype);
+    if (!tensor.view.contiguous() || tensor.view.device.is_cuda()) packed = to_device(tensor.view, Device{});
     const TensorView& view = packed.defined() ? packed.view() : tensor.view;
     file.write({static_cast<const std::byte*>(view.data), static_cast<std::size_t>(view.bytes())});
     bytes += static_cast<std::size_t>(view.bytes());

@@ -67,8 +67,8 @@ class SafetensorsFile {
   SafetensorsHeader header_;
 };
 
-// Writes tensors of any strides, in the order given, to a temporary name beside `path`, syncs, renames. On failure (disk full:
-// Error(kSystem)) the temporary file is removed and what stood under `path` stays. Returns the bytes written.
+// Writes tensors of any strides and devices, in the order given, to a temporary name beside `path`, syncs, renames. On failure
+// (disk full: Error(kSystem)) the temporary file is removed and what stood under `path` stays. Returns the bytes written.
 std::size_t write_safetensors(const std::string& path, std::span<const NamedTensor> tensors,
                               const std::map<std::string, std::string>& metadata = {});
 

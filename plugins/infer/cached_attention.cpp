@@ -87,7 +87,7 @@ Tensor CachedAttention::forward(const AttentionSite& site, const TensorView& q, 
   clear_state(out, lse);
   const std::vector<Tile> tiles = make_tiles(mask_, Positions::range(first, first + count), own_positions(layer.length));
   if (heads > 0 && !tiles.empty()) {
-    select_kernel({options_.dtype, options_.dim, options_.dim})
+    select_kernel({options_.dtype, options_.dim, options_.dim, current_device()})
         .attend({.q = q.slice(2, heads_.q.begin - tensor_heads_.q.begin, heads),
                  .k = layer.k->slice(1, 0, layer.rows),
                  .v = layer.v->slice(1, 0, layer.rows),

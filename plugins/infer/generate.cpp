@@ -150,7 +150,7 @@ GenerateResult generate(Communicator& world, const MeshShape& shape, const std::
   auto start = Clock::now();
   const auto lap = [&] { return std::chrono::duration<double>(Clock::now() - std::exchange(start, Clock::now())).count(); };
   for (std::int64_t index = 0; index < options.max_tokens; ++index) {
-    const Tensor logits = engine.next_logits(tokens, options.use_cache);
+    const Tensor logits = to_device(engine.next_logits(tokens, options.use_cache), Device{});
     std::int32_t token = 0;
     if (world.rank() == 0) {
       token = sample({logits.ptr<float>(), static_cast<std::size_t>(logits->elements())}, options.sampling,

@@ -22,9 +22,9 @@ namespace {
 
 constexpr std::size_t kWorkspace = std::size_t{32} << 20;  // what NVIDIA recommends for Hopper
 
-#define DATTN_CUBLASLT_FUNCTIONS(f)                                                                                          \
-  f(cublasLtCreate) f(cublasLtMatmul) f(cublasLtMatmulAlgoGetHeuristic) f(cublasLtMatmulDescCreate)                          \
-      f(cublasLtMatmulDescSetAttribute) f(cublasLtMatrixLayoutCreate) f(cublasLtMatmulPreferenceCreate)                      \
+#define DATTN_CUBLASLT_FUNCTIONS(f)                                                                     \
+  f(cublasLtCreate) f(cublasLtMatmul) f(cublasLtMatmulAlgoGetHeuristic) f(cublasLtMatmulDescCreate)     \
+      f(cublasLtMatmulDescSetAttribute) f(cublasLtMatrixLayoutCreate) f(cublasLtMatmulPreferenceCreate) \
           f(cublasLtMatmulPreferenceSetAttribute) f(cublasLtGetVersion)
 
 struct Functions {
@@ -43,8 +43,8 @@ Loaded load() {
   Loaded loaded;
   const Library library = open_nvidia_library("DATTN_CUBLASLT", "libcublasLt.so.13");
   if (library.handle == nullptr) return {{}, false, library.tried};
-#define DATTN_FIND(name)                                                                      \
-  loaded.call.name = reinterpret_cast<decltype(&::name)>(dlsym(library.handle, #name));       \
+#define DATTN_FIND(name)                                                                \
+  loaded.call.name = reinterpret_cast<decltype(&::name)>(dlsym(library.handle, #name)); \
   if (loaded.call.name == nullptr) return {{}, false, library.path + " has no " + #name};
   DATTN_CUBLASLT_FUNCTIONS(DATTN_FIND)
 #undef DATTN_FIND
@@ -57,7 +57,8 @@ const Loaded& loaded_once() {
 }
 
 void check_status(cublasStatus_t status, const char* call) {
-  if (status != CUBLAS_STATUS_SUCCESS) fail(ErrorCode::kSystem, "{} failed with cuBLAS status {}", call, static_cast<int>(status));
+  if (status != CUBLAS_STATUS_SUCCESS)
+    fail(ErrorCode::kSystem, "{} failed with cuBLAS status {}", call, static_cast<int>(status));
 }
 
 cudaDataType_t type_of(DType type) { return type == DType::kBF16 ? CUDA_R_16BF : CUDA_R_32F; }
@@ -85,7 +86,8 @@ struct Prepared {
   bool found = false;
 };
 
-cublasLtMatrixLayout_t layout_of(const Functions& call, DType type, std::uint64_t rows, std::uint64_t columns, std::int64_t leading) {
+cublasLtMatrixLayout_t layout_of(const Functions& call, DType type, std::uint64_t rows, std::uint64_t columns,
+                                 std::int64_t leading) {
   cublasLtMatrixLayout_t layout{};
   check_status(call.cublasLtMatrixLayoutCreate(&layout, type_of(type), rows, columns, leading), "cublasLtMatrixLayoutCreate");
   return layout;
@@ -95,7 +97,8 @@ class Library13 {
  public:
   explicit Library13(const Functions& call) : call_(call) { check_status(call.cublasLtCreate(&handle_), "cublasLtCreate"); }
 
-  bool run(const TensorView& a, const TensorView& b, const TensorView& c, const float* bias, bool accumulate, NativeStream stream) {
+  bool run(const TensorView& a, const TensorView& b, const TensorView& c, const float* bias, bool accumulate,
+           NativeStream stream) {
     Prepared ready = find(a, b, c, bias != nullptr);
     if (!ready.found) return false;
     if (bias != nullptr) set(ready.product, CUBLASLT_MATMUL_DESC_BIAS_POINTER, bias);
@@ -113,7 +116,8 @@ class Library13 {
 
   template <class Value>
   void set(cublasLtMatmulDesc_t product, cublasLtMatmulDescAttributes_t attribute, const Value& value) {
-    check_status(call_.cublasLtMatmulDescSetAttribute(product, attribute, &value, sizeof(value)), "cublasLtMatmulDescSetAttribute");
+    check_status(call_.cublasLtMatmulDescSetAttribute(product, attribute, &value, sizeof(value)),
+                 "cublasLtMatmulDescSetAttribute");
   }
 
   // By thread, because the pointer to the bias is written into what is prepared.
@@ -148,8 +152,8 @@ class Library13 {
                  "cublasLtMatmulPreferenceSetAttribute");
     cublasLtMatmulHeuristicResult_t best{};
     int count = 0;
-    const cublasStatus_t status = call_.cublasLtMatmulAlgoGetHeuristic(handle_, made.product, made.left, made.right, made.result,
-                                                                       made.result, preference, 1, &best, &count);
+    const cublasStatus_t status = call_.cublasLtMatmulAlgoGetHeuristic(handle_, made.product, made.left, made.right,
+                                                                       made.result, made.result, preference, 1, &best, &count);
     made.found = status == CUBLAS_STATUS_SUCCESS && count > 0;
     made.algorithm = best.algo;
     return made;
@@ -168,7 +172,8 @@ Library13& library() {
 
 }  // namespace
 
-void matmul(const TensorView& a, const TensorView& b, const TensorView& c, const float* bias, bool accumulate, NativeStream stream) {
+void matmul(const TensorView& a, const TensorView& b, const TensorView& c, const float* bias, bool accumulate,
+            NativeStream stream) {
   if (loaded_once().ok && library().run(a, b, c, bias, accumulate, stream)) return;
   plain_matmul(a, b, c, bias, accumulate, stream);
 }

@@ -20,7 +20,8 @@ void norm_backward(const TensorView& x, const TensorView& stats, const float* w,
                    const TensorView& dx, float* dw, float* db, NativeStream stream);
 void rope(const TensorView& x, const TensorView& table, bool inverse, NativeStream stream);
 void dropout(const CudaDropout& dropout, const TensorView& x, NativeStream stream);
-void residual(const CudaDropout& dropout, const TensorView& x, const float* bias, const TensorView& branch, NativeStream stream);
+void residual(const CudaDropout& dropout, const TensorView& x, const float* bias, const TensorView& branch,
+              NativeStream stream);
 void gather_rows(const TensorView& table, const std::int32_t* index, bool add, const TensorView& x, NativeStream stream);
 void scatter_rows(const TensorView& dx, const CudaRowGroups& groups, const TensorView& gradient, NativeStream stream);
 void row_maxima(const TensorView& logits, const TensorView& maxima, NativeStream stream);
@@ -28,7 +29,7 @@ void row_exponentials(const TensorView& logits, const TensorView& maxima, const 
                       const TensorView& sums, NativeStream stream);
 void logit_gradients(const TensorView& logits, const TensorView& sums, const std::int32_t* targets, std::int64_t first,
                      float scale, NativeStream stream);
-void adamw(const CudaAdamW& update, const TensorView& gradient, const TensorView& m, const TensorView& v,
+void adamw(const AdamWUpdate& update, const TensorView& gradient, const TensorView& m, const TensorView& v,
            const TensorView& value, NativeStream stream);
 void squared_norm(const TensorView& x, const TensorView& sum, NativeStream stream);
 
