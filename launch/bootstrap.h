@@ -5,6 +5,7 @@
 #include <functional>
 #include <string>
 
+#include "launch/devices.h"
 #include "parallel/comm/communicator.h"
 
 namespace dattn {
@@ -23,10 +24,11 @@ struct JobOptions {
   int ranks = 0;          // --ranks: ranks as threads of this process; 0: not given
   double timeout_s = 60;  // a rank that shows no sign of life for this long has failed
   int threads = 0;        // per rank; 0: max(1, cores / local ranks)
+  DeviceOptions devices = {};
 };
 
 // Runs body(world) as one rank of the launcher's job (MPI, or TCP under torchrun, where rank 0 listens at MASTER_ADDR, port
-// DATTN_TCP_PORT or MASTER_PORT + 1), or on --ranks threads, or alone. The
+// DATTN_TCP_PORT or MASTER_PORT + 1), or on --ranks threads, or alone; the rank's device is the thread's current one. The
 // exit code: 0, or that of the error (core/base/error.h). Of all ranks that fail, one writes its error to stderr.
 //
 // After a failure of a job of processes this does not return: the processes, stopped ones included, are ended through the

@@ -11,6 +11,7 @@
 #include "core/config/attention_config.h"
 #include "core/config/config.h"
 #include "core/nn/model_config.h"
+#include "launch/devices.h"
 #include "parallel/attention.h"
 #include "parallel/layout.h"
 #include "parallel/mesh.h"
@@ -89,6 +90,7 @@ struct ShapeConfig {
 
 struct CommConfig {
   double timeout_s = 60;
+  Transfers transfers = Transfers::kAuto;
 };
 
 inline constexpr Layout kDefaultLayout = Layout::kZigzag;
@@ -102,6 +104,8 @@ struct RunConfig {
   std::string machine;
   DType dtype = DType::kF32;
   Determinism determinism = Determinism::kRepeatable;
+  DeviceChoice device = DeviceChoice::kAuto;
+  int ranks_per_device = 1;
   int threads = 0;
   CommConfig comm;
   DataConfig data;
@@ -150,6 +154,7 @@ void describe(V& v, ShapeConfig& c) {
 template <class V>
 void describe(V& v, CommConfig& c) {
   v("timeout_s", c.timeout_s, "seconds without an answer after which a peer counts as lost");
+  v("transfers", c.transfers, "how device tensors travel: nccl, staged (through host memory), or auto: nccl where it can");
 }
 
 template <class V>
@@ -165,6 +170,8 @@ void describe(V& v, RunConfig& c) {
   v("dtype", c.dtype, "storage type; sums are kept in fp32");
   v("determinism", c.determinism,
     "off or repeatable: same mesh, same bits; invariant: attention has the same bits on every mesh and layout");
+  v("device", c.device, "where ranks compute: auto takes CUDA devices where each host has enough for its ranks");
+  v("ranks_per_device", c.ranks_per_device, "ranks of a host that share a CUDA device");
   v("threads", c.threads, "threads per rank; 0 = cores / ranks on this machine");
   v("comm", c.comm, "communication");
   v("data", c.data, "the training text");
@@ -201,6 +208,7 @@ inline void check(const CommConfig& c, const ConfigCheck& at) {
 
 inline void check(const RunConfig& c, const ConfigCheck& at) {
   at.require("threads", c.threads >= 0, "must be at least 0");
+  at.require("ranks_per_device", c.ranks_per_device >= 1, "must be at least 1");
   at.require("objective", c.objective != Objective::kTime || !c.machine.empty(), "needs the machine: give machine: FILE");
 }
 

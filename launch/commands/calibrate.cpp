@@ -9,6 +9,7 @@
 #include <fmt/format.h>
 
 #include "core/base/error.h"
+#include "core/base/host.h"
 #include "core/base/file.h"
 #include "core/base/threads.h"
 #include "parallel/machine.h"
@@ -98,12 +99,6 @@ Link measure_link(Communicator& world, int other) {
   }
   const Link link = fit_link(samples);
   return {rounded(link.latency_s), rounded(link.bandwidth), std::nullopt};
-}
-
-std::string host_name() {
-  char name[256] = {};
-  ::gethostname(name, sizeof(name) - 1);
-  return name;
 }
 
 // Links and nodes: consecutive ranks of equal host names are one node.

@@ -51,7 +51,8 @@ Shard Gatherer::shard_of(int rank, Side side, const Shape& whole) const {
 Tensor Gatherer::collect(const TensorView& own, const Shape& whole, const std::function<Shard(int rank)>& shard_of) {
   Communicator& world = mesh_.world();
   const OpLabel label{"collect"};
-  const Tensor mine = to_dtype(own, own.dtype);
+  const DeviceScope host(Device{});
+  const Tensor mine = to_device(own, Device{});
   if (world.rank() != 0) {
     const SendPart part{0, mine->data, static_cast<std::size_t>(mine->bytes())};
     world.exchange({&part, 1}, {}, label);

@@ -12,6 +12,7 @@
 #include <fmt/format.h>
 
 #include "core/base/error.h"
+#include "core/base/host.h"
 
 namespace dattn {
 namespace {
@@ -69,11 +70,9 @@ std::uint32_t crc32c(std::string_view bytes) {
 TensorBoardWriter::TensorBoardWriter(const std::string& folder, std::optional<std::int64_t> resume_step) {
   std::error_code ignored;
   std::filesystem::create_directories(folder, ignored);
-  char host[64] = "host";
-  gethostname(host, sizeof host - 1);
   const auto seconds =
       std::chrono::duration_cast<std::chrono::seconds>(std::chrono::system_clock::now().time_since_epoch()).count();
-  path_ = fmt::format("{}/events.out.tfevents.{:010d}.{}.{}", folder, seconds, host, getpid());
+  path_ = fmt::format("{}/events.out.tfevents.{:010d}.{}.{}", folder, seconds, host_name(), getpid());
   file_.reset(std::fopen(path_.c_str(), "ae"));
   if (!file_) fail(ErrorCode::kSystem, "{}: cannot write: {}", path_, std::strerror(errno));
   std::string version = make_event(0);

@@ -1,0 +1,47 @@
+// Which device a rank computes on.
+#pragma once
+
+#include <array>
+#include <memory>
+#include <string_view>
+#include <utility>
+
+#include "core/config/config.h"
+#include "core/device/device.h"
+#include "parallel/comm/communicator.h"
+
+namespace dattn {
+
+enum class DeviceChoice { kAuto, kCpu, kCuda };
+
+template <>
+struct ConfigNames<DeviceChoice> {
+  static constexpr std::array<std::pair<std::string_view, DeviceChoice>, 3> kAll{
+      {{"auto", DeviceChoice::kAuto}, {"cpu", DeviceChoice::kCpu}, {"cuda", DeviceChoice::kCuda}}};
+};
+
+// How device tensors travel between ranks: NCCL, or through host memory (parallel/comm/staged.h).
+enum class Transfers { kAuto, kNccl, kStaged };
+
+template <>
+struct ConfigNames<Transfers> {
+  static constexpr std::array<std::pair<std::string_view, Transfers>, 3> kAll{
+      {{"auto", Transfers::kAuto}, {"nccl", Transfers::kNccl}, {"staged", Transfers::kStaged}}};
+};
+
+struct DeviceOptions {
+  DeviceChoice device = DeviceChoice::kCpu;
+  int ranks_per_device = 1;
+  Transfers transfers = Transfers::kAuto;
+};
+
+// The device of the rank with this number on its host. auto: a CUDA device where the host has enough of them, else the cpu.
+// Throws Error(kSystem) when cuda is asked for and there is none, Error(kBadInput) when there are too few.
+Device choose_device(const DeviceOptions& options, int local_rank, int local_size);
+
+// The world of ranks that compute on this thread's current device: `control` itself on the cpu. auto: NCCL where its library is
+// found and no two ranks share a device. All ranks make the call; they must have devices of one kind.
+std::unique_ptr<Communicator> device_world(std::unique_ptr<Communicator> control, const DeviceOptions& options,
+                                           double timeout_s);
+
+}  // namespace dattn
