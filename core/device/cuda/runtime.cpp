@@ -51,6 +51,20 @@ void keep_freed_memory(int device) {
       this_device(), bytes, free_bytes, total_bytes);
 }
 
+cudaMemoryType type_of(const void* memory) {
+  cudaPointerAttributes attributes{};
+  check(cudaPointerGetAttributes(&attributes, memory), "cudaPointerGetAttributes");
+  return attributes.type;
+}
+
+bool on_device(const void* memory) { return type_of(memory) == cudaMemoryTypeDevice; }
+
+bool staged_at_return(const void* memory) {
+  int reads_pageable = 0;
+  check(cudaDeviceGetAttribute(&reads_pageable, cudaDevAttrPageableMemoryAccess, this_device()), "cudaDeviceGetAttribute");
+  return type_of(memory) == cudaMemoryTypeUnregistered && reads_pageable == 0;
+}
+
 // Pinned memory that could not be had and is pageable instead.
 struct Pageable {
   std::mutex mutex;
@@ -133,7 +147,7 @@ void* allocate(std::size_t bytes, NativeStream stream) {
   return memory;
 }
 
-void free(void* memory, NativeStream stream) noexcept {
+void release(void* memory, NativeStream stream) noexcept {
   if (memory != nullptr && cudaFreeAsync(memory, native(stream)) != cudaSuccess) cudaGetLastError();
 }
 
@@ -211,8 +225,14 @@ bool event_done(NativeEvent event) {
 
 void synchronize_event(NativeEvent event) { check(cudaEventSynchronize(native_event(event)), "cudaEventSynchronize"); }
 
-void copy_bytes(void* to, const void* from, std::size_t bytes, NativeStream stream) {
+void copy_pinned(void* to, const void* from, std::size_t bytes, NativeStream stream) {
   if (bytes > 0) check(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDefault, native(stream)), "cudaMemcpyAsync");
+}
+
+// The runtime itself stages what comes from pageable memory before it returns, but for devices that read it where it is.
+void copy_bytes(void* to, const void* from, std::size_t bytes, NativeStream stream) {
+  copy_pinned(to, from, bytes, stream);
+  if (!on_device(to) || (!on_device(from) && !staged_at_return(from))) synchronize(stream);
 }
 
 }  // namespace dattn::cuda

@@ -26,7 +26,7 @@ std::vector<CudaDevice> devices(std::string& why);
 std::string versions();
 void set_device(int index);
 void* allocate(std::size_t bytes, NativeStream stream);
-void free(void* memory, NativeStream stream) noexcept;
+void release(void* memory, NativeStream stream) noexcept;
 void* allocate_pinned(std::size_t bytes);
 void free_pinned(void* memory) noexcept;
 void memory_now(std::size_t& free_bytes, std::size_t& total_bytes);
@@ -40,6 +40,7 @@ void wait_event(NativeStream stream, NativeEvent event);
 bool event_done(NativeEvent event);
 void synchronize_event(NativeEvent event);
 void copy_bytes(void* to, const void* from, std::size_t bytes, NativeStream stream);
+void copy_pinned(void* to, const void* from, std::size_t bytes, NativeStream stream);
 
 // .. tensors (core/tensor/tensor.cu) ..
 void fill_zero(const TensorView& view, NativeStream stream);

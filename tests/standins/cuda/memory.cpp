@@ -9,6 +9,7 @@
 #include <map>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -61,19 +62,29 @@ bool forget(void* memory, bool pinned, Allocation& block) {
   return true;
 }
 
-// Pageable memory is what is in no block. Refuses ranges that leave their block.
-cudaError_t find(const void* memory, std::size_t bytes, bool& pageable) {
+// The block that holds an address, and where it begins; nothing: pageable memory.
+struct Found {
+  std::uintptr_t begin = 0;
+  Allocation block{};
+};
+std::optional<Found> find(const void* memory) {
   const auto address = reinterpret_cast<std::uintptr_t>(memory);
   const std::lock_guard lock(blocks().mutex);
   auto after = blocks().by_address.upper_bound(address);
-  pageable = true;
-  if (after == blocks().by_address.begin()) return cudaSuccess;
+  if (after == blocks().by_address.begin()) return {};
   const auto& [begin, block] = *--after;
-  if (address >= begin + block.bytes) return cudaSuccess;
-  pageable = false;
-  if (address + bytes <= begin + block.bytes) return cudaSuccess;
-  return report(cudaErrorInvalidValue, std::to_string(bytes) + " bytes from byte " + std::to_string(address - begin) +
-                                           " of a block of " + std::to_string(block.bytes));
+  return address < begin + block.bytes ? std::optional<Found>({begin, block}) : std::nullopt;
+}
+
+// Refuses ranges that leave their block.
+cudaError_t check_range(const void* memory, std::size_t bytes, bool& pageable) {
+  const std::optional<Found> found = find(memory);
+  pageable = !found;
+  if (pageable) return cudaSuccess;
+  const std::size_t offset = reinterpret_cast<std::uintptr_t>(memory) - found->begin;
+  if (offset + bytes <= found->block.bytes) return cudaSuccess;
+  return report(cudaErrorInvalidValue, std::to_string(bytes) + " bytes from byte " + std::to_string(offset) +
+                                           " of a block of " + std::to_string(found->block.bytes));
 }
 
 struct Rows {
@@ -92,8 +103,8 @@ cudaError_t enqueue_copy(Rows rows, cudaStream_t handle) {
   CUstream_st& stream = *CUstream_st::of(handle);
   bool from_pageable = false, to_pageable = false;
   const std::size_t last = rows.height - 1;
-  if (find(rows.from, last * rows.from_pitch + rows.width, from_pageable) != cudaSuccess) return cudaErrorInvalidValue;
-  if (find(rows.to, last * rows.to_pitch + rows.width, to_pageable) != cudaSuccess) return cudaErrorInvalidValue;
+  if (check_range(rows.from, last * rows.from_pitch + rows.width, from_pageable) != cudaSuccess) return cudaErrorInvalidValue;
+  if (check_range(rows.to, last * rows.to_pitch + rows.width, to_pageable) != cudaSuccess) return cudaErrorInvalidValue;
   if (from_pageable) {
     auto staged = std::make_shared<std::vector<char>>(rows.width * rows.height);
     Rows{staged->data(), rows.width, rows.from, rows.from_pitch, rows.width, rows.height}.move();
@@ -111,7 +122,7 @@ cudaError_t enqueue_fill(void* memory, std::size_t pitch, int value, std::size_t
                          cudaStream_t stream) {
   if (width == 0 || height == 0) return cudaSuccess;
   bool pageable = false;
-  if (find(memory, (height - 1) * pitch + width, pageable) != cudaSuccess) return cudaErrorInvalidValue;
+  if (check_range(memory, (height - 1) * pitch + width, pageable) != cudaSuccess) return cudaErrorInvalidValue;
   if (pageable) return report(cudaErrorInvalidValue, "pageable memory is not filled by a device");
   CUstream_st::of(stream)->push([=] {
     for (std::size_t row = 0; row < height; ++row) std::memset(static_cast<char*>(memory) + row * pitch, value, width);
@@ -194,6 +205,13 @@ cudaError_t cudaFreeHost(void* memory) {
   if (!forget(memory, true, block)) return report(cudaErrorInvalidValue, "cudaFreeHost of what is not pinned memory");
   cudaDeviceSynchronize();
   std::free(memory);
+  return cudaSuccess;
+}
+
+cudaError_t cudaPointerGetAttributes(cudaPointerAttributes* attributes, const void* memory) {
+  const std::optional<Found> found = find(memory);
+  *attributes = {cudaMemoryTypeUnregistered, -1};
+  if (found) *attributes = {found->block.device < 0 ? cudaMemoryTypeHost : cudaMemoryTypeDevice, found->block.device};
   return cudaSuccess;
 }
 
