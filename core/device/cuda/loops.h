@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "core/device/cuda/language.h"
+#include "core/device/cuda/runtime.h"
 
 namespace dattn::cuda {
 
@@ -22,8 +23,8 @@ __global__ void element_loop(std::int64_t count, Body body) {
 template <class Body>
 void for_each(std::int64_t count, NativeStream stream, const Body& body) {
   const std::int64_t blocks = std::min((count + kLoopThreads - 1) / kLoopThreads, kMostBlocks);
-  launch(element_loop<Body>, dim3(static_cast<unsigned>(blocks)), dim3(kLoopThreads), 0, static_cast<cudaStream_t>(stream), count,
-         body);
+  launch(element_loop<Body>, dim3(static_cast<unsigned>(blocks)), dim3(kLoopThreads), 0, static_cast<cudaStream_t>(stream),
+         count, body);
 }
 
 template <class Body>
@@ -40,7 +41,8 @@ template <class Body>
 void for_each_row(std::int64_t rows, NativeStream stream, const Body& body) {
   constexpr int kWarps = 4;
   const std::int64_t blocks = std::min((rows + kWarps - 1) / kWarps, kMostBlocks);
-  launch(row_loop<Body>, dim3(static_cast<unsigned>(blocks)), dim3(32 * kWarps), 0, static_cast<cudaStream_t>(stream), rows, body);
+  launch(row_loop<Body>, dim3(static_cast<unsigned>(blocks)), dim3(32 * kWarps), 0, static_cast<cudaStream_t>(stream), rows,
+         body);
 }
 
 // Over the lanes of a warp, in a fixed order; every lane gets the result.
