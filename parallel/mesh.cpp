@@ -85,12 +85,12 @@ Mesh::Mesh(Communicator& world, const MeshShape& shape) : world_(world), shape_(
   require(shape.ranks() == world.size(), "the mesh {} has {} ranks but the job has {}; start {} ranks or change the mesh",
           shape.text(), shape.ranks(), world.size(), shape.ranks());
   for (const Axis axis : kAxes) {
-    axes_[static_cast<std::size_t>(axis)] = world.split(shape.group(rank(), std::array{axis}), name_of(axis));
+    axes_[static_cast<std::size_t>(axis)] = world.partition(shape.group(rank(), std::array{axis}), name_of(axis));
   }
-  sequence_ = world.split(shape.group(rank(), kSequenceAxes), "sequence");
+  sequence_ = world.partition(shape.group(rank(), kSequenceAxes), "sequence");
   std::vector<Axis> equal_parameters{Axis::kData};
   equal_parameters.insert(equal_parameters.end(), kSequenceAxes.begin(), kSequenceAxes.end());
-  replicas_ = world.split(shape.group(rank(), equal_parameters), "replicas");
+  replicas_ = world.partition(shape.group(rank(), equal_parameters), "replicas");
 }
 
 }  // namespace dattn

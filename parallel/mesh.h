@@ -40,7 +40,7 @@ struct MeshShape {
   bool operator==(const MeshShape&) const = default;
 };
 
-// A mesh on a running job: the communicators of its axes, made at construction by splits of the world.
+// A mesh on a running job: the communicators of its axes, made at construction by partitions of the world.
 class Mesh {
  public:
   // Throws Error(kBadInput) unless the sizes are positive and their product equals world.size().

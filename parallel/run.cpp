@@ -158,14 +158,14 @@ void Runner::start_move(std::size_t index) {
     const bool in_place = rotates && whole.defined();
     const TensorView message = in_place ? whole.view() : message_of(pieces);
     if (!in_place) pack(from, pieces, message);
-    sends.push_back({pieces[0].peer, message.data, static_cast<std::size_t>(message.bytes())});
+    sends.push_back({pieces[0].peer, message.data, static_cast<std::size_t>(message.bytes()), message.device});
   }
   std::vector<RecvPart> receives;
   for (const auto pieces : by_peer(mine.receives)) {
     if (pieces[0].peer == own) continue;
     const TensorView message = rotates ? data(step.out[0]).packed.view() : message_of(pieces);
     transfer.received.push_back(message);
-    receives.push_back({pieces[0].peer, message.data, static_cast<std::size_t>(message.bytes())});
+    receives.push_back({pieces[0].peer, message.data, static_cast<std::size_t>(message.bytes()), message.device});
   }
   transfer.ticket =
       mesh_.axis(step.axis).start(sends, receives, {name_of(step.verb), call_.layer, static_cast<int>(index)});

@@ -7,6 +7,7 @@
 
 #include "core/base/error.h"
 #include "core/device/cuda_module.h"
+#include "core/device/lost_work.h"
 
 namespace dattn {
 namespace {
@@ -73,7 +74,9 @@ void Stream::wait(const Event& event) const {
 }
 
 void Stream::synchronize() const {
-  if (native_ != nullptr) cuda_module().synchronize(native_);
+  if (native_ == nullptr) return;
+  cuda_module().synchronize(native_);
+  check_lost_work();
 }
 
 Stream current_stream() {
@@ -110,7 +113,9 @@ void Event::record(const Stream& stream) const {
 bool Event::done() const { return native_ == nullptr || cuda_module().event_done(native_); }
 
 void Event::synchronize() const {
-  if (native_ != nullptr) cuda_module().synchronize_event(native_);
+  if (native_ == nullptr) return;
+  cuda_module().synchronize_event(native_);
+  check_lost_work();
 }
 
 }  // namespace dattn

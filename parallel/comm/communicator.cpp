@@ -51,9 +51,59 @@ void join_in_rank_order(const std::vector<const std::byte*>& pieces, T* out, std
 }
 
 template <class Join>
-void join_pieces(const std::vector<const std::byte*>& pieces, void* out, DType dtype, std::int64_t count) {
+void join_on_host(const std::vector<const std::byte*>& pieces, void* out, DType dtype, std::int64_t count) {
   dispatch_float(dtype, [&](auto zero) { join_in_rank_order<Join>(pieces, static_cast<decltype(zero)*>(out), count); });
 }
+
+// The same bits: a sum in the accumulator type, rounded once. Maxima, which are few and short (of a vocabulary's logits), are
+// taken on the host, because the device's functions have no maximum that a NaN wins.
+template <class Join>
+void join_on_device(const std::vector<const std::byte*>& pieces, const TensorView& out) {
+  const auto piece = [&](std::size_t r) {
+    return TensorView(const_cast<std::byte*>(pieces[r]), out.dtype, Shape{out.elements()}, out.device);
+  };
+  const TensorView flat(out.data, out.dtype, Shape{out.elements()}, out.device);
+  if constexpr (std::is_same_v<Join, SumOf>) {
+    const Tensor sum = to_dtype(piece(0), accumulate_type(out.dtype));
+    for (std::size_t r = 1; r < pieces.size(); ++r) add(piece(r), sum);
+    copy(sum, flat);
+  } else {
+    std::vector<Tensor> copies;
+    std::vector<const std::byte*> on_host;
+    for (std::size_t r = 0; r < pieces.size(); ++r) {
+      copies.push_back(to_device(piece(r), Device{}));
+      on_host.push_back(copies.back().ptr<std::byte>());
+    }
+    join_on_host<Join>(on_host, copies[0].ptr<void>(), out.dtype, out.elements());
+    copy(copies[0], flat);
+  }
+}
+
+// out: contiguous, one of the pieces or not.
+template <class Join>
+void join_pieces(const std::vector<const std::byte*>& pieces, const TensorView& out) {
+  if (out.elements() == 0) return;
+  if (out.device.is_cuda()) return join_on_device<Join>(pieces, out);
+  join_on_host<Join>(pieces, out.data, out.dtype, out.elements());
+}
+
+// Memory for what arrives, where `like` lies.
+class Scratch {
+ public:
+  Scratch(const TensorView& like, std::size_t bytes) {
+    if (like.device.is_cuda()) {
+      const DeviceScope scope(like.device);
+      tensor_ = Tensor::uninitialized(DType::kBF16, Shape{static_cast<std::int64_t>(bytes + 1) / 2});
+    } else {
+      bytes_.resize(bytes);
+    }
+  }
+  std::byte* data() { return tensor_.defined() ? tensor_.ptr<std::byte>() : bytes_.data(); }
+
+ private:
+  std::vector<std::byte> bytes_;
+  Tensor tensor_;
+};
 
 void check_reducible(const TensorView& data, const OpLabel& label) {
   ensure(data.contiguous(), "{}: a tensor to be reduced must be contiguous, this one has strides", label.verb);
@@ -90,10 +140,11 @@ std::size_t as_size(std::int64_t bytes) { return static_cast<std::size_t>(bytes)
 
 // Receives what every rank sends of segment `mine`, joins it in rank order into `out` (which may be the segment).
 template <class Join>
-void reduce_segments(Communicator& comm, const TensorView& all, const Segments& segments, void* out, const OpLabel& label) {
+void reduce_segments(Communicator& comm, const TensorView& all, const Segments& segments, const TensorView& out,
+                     const OpLabel& label) {
   const int me = comm.rank();
   const std::int64_t bytes = segments.count(me) * size_of(all.dtype);
-  std::vector<std::byte> arrived(as_size(bytes * (comm.size() - 1)));
+  Scratch arrived(all, as_size(bytes * (comm.size() - 1)));
   std::vector<SendPart> sends;
   std::vector<RecvPart> receives;
   std::vector<const std::byte*> pieces;
@@ -101,30 +152,30 @@ void reduce_segments(Communicator& comm, const TensorView& all, const Segments& 
   for (int r = 0; r < comm.size(); ++r) {
     pieces.push_back(r == me ? segments.at(all, me) : next);
     if (r == me) continue;
-    sends.push_back({r, segments.at(all, r), as_size(segments.count(r) * size_of(all.dtype))});
-    receives.push_back({r, next, as_size(bytes)});
+    sends.push_back({r, segments.at(all, r), as_size(segments.count(r) * size_of(all.dtype)), all.device});
+    receives.push_back({r, next, as_size(bytes), all.device});
     next += bytes;
   }
   comm.exchange(sends, receives, label);
-  join_pieces<Join>(pieces, out, all.dtype, segments.count(me));
+  join_pieces<Join>(pieces, out);
 }
 
 // Every rank sends everything: one round, and each rank computes the same sums in the same order.
 template <class Join>
 void reduce_short(Communicator& comm, const TensorView& data, const OpLabel& label) {
   const std::size_t bytes = as_size(data.bytes());
-  std::vector<std::byte> all(bytes * static_cast<std::size_t>(comm.size()));
+  Scratch all(data, bytes * static_cast<std::size_t>(comm.size()));
   std::vector<SendPart> sends;
   std::vector<RecvPart> receives;
   std::vector<const std::byte*> pieces;
   for (int r = 0; r < comm.size(); ++r) {
     std::byte* slot = all.data() + bytes * static_cast<std::size_t>(r);
     pieces.push_back(slot);
-    sends.push_back({r, data.data, bytes});
-    receives.push_back({r, slot, bytes});
+    sends.push_back({r, data.data, bytes, data.device});
+    receives.push_back({r, slot, bytes, data.device});
   }
   comm.exchange(sends, receives, label);
-  join_pieces<Join>(pieces, data.data, data.dtype, data.elements());
+  join_pieces<Join>(pieces, data);
 }
 
 template <class Join>
@@ -134,7 +185,8 @@ void all_reduce(Communicator& comm, const TensorView& data, const OpLabel& label
   if (data.bytes() <= kShort) return reduce_short<Join>(comm, data, label);
   const std::vector<std::int64_t> counts = even_counts(data.elements(), comm.size());
   const Segments segments(counts);
-  reduce_segments<Join>(comm, data, segments, segments.at(data, comm.rank()), label);
+  const TensorView own(segments.at(data, comm.rank()), data.dtype, Shape{segments.count(comm.rank())}, data.device);
+  reduce_segments<Join>(comm, data, segments, own, label);
   comm.all_gather(data, counts, label);
 }
 
@@ -197,8 +249,8 @@ void Communicator::all_gather(const TensorView& all, std::span<const std::int64_
   std::vector<RecvPart> receives;
   for (int r = 0; r < size(); ++r) {
     if (r == rank()) continue;
-    sends.push_back({r, segments.at(all, rank()), bytes_of(rank())});
-    receives.push_back({r, segments.at(all, r), bytes_of(r)});
+    sends.push_back({r, segments.at(all, rank()), bytes_of(rank()), all.device});
+    receives.push_back({r, segments.at(all, r), bytes_of(r), all.device});
   }
   exchange(sends, receives, label);
 }
@@ -212,8 +264,8 @@ void Communicator::reduce_scatter_sum(const TensorView& all, std::span<const std
   ensure(own.elements() == segments.count(rank()) && own.dtype == all.dtype,
          "{}: rank {} owns {} elements of {} but the result has {} of {}", label.verb, rank(), segments.count(rank()),
          name_of(all.dtype), own.elements(), name_of(own.dtype));
-  if (size() > 1) return reduce_segments<SumOf>(*this, all, segments, own.data, label);
-  if (own.data != all.data && !own.empty()) std::memcpy(own.data, all.data, as_size(own.bytes()));
+  if (size() > 1) return reduce_segments<SumOf>(*this, all, segments, own, label);
+  if (own.data != all.data) copy(all.reshape(own.shape), own);
 }
 
 void Communicator::barrier(const OpLabel& label) {

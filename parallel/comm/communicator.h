@@ -1,6 +1,11 @@
-// Communicator: a group of ranks that exchange memory. One interface for every back end (thread, mpi, later nccl) and
+// Communicator: a group of ranks that exchange memory. One interface for every back end (thread, mpi, tcp, nccl) and
 // for the decorators that count, trace or disturb. A group of one makes every method a no-op, so callers have no
-// "if distributed". Every method works in every back end or construction fails.
+// "if distributed". Every method works in every back end or construction fails; memory of devices travels over nccl, or
+// over any other one inside staged.h, and is refused elsewhere.
+//
+// Transfers of device memory are work of the device: they begin when what the thread's current stream has been given before
+// start() is done, and wait() makes that stream, not the host, wait for them. Their failures come out of later calls, and out
+// of the host's next synchronisation with the device.
 //
 // All ranks of a group call the same methods in the same order. Every wait has a deadline: a peer that failed, vanished
 // or stopped answering ends the wait with Error(kPeer) on every rank; nothing ever hangs.
@@ -23,12 +28,14 @@ struct SendPart {
   int peer = 0;  // rank in this group; sending to oneself is allowed and costs no payload
   const void* data = nullptr;
   std::size_t bytes = 0;
+  Device device{};  // where the memory is: the same for all parts of an exchange, on all ranks
 };
 
 struct RecvPart {
   int peer = 0;
   void* data = nullptr;
   std::size_t bytes = 0;
+  Device device{};
 };
 
 // What an operation is for: named in errors and traces, and the key that bytes are counted under.
@@ -66,6 +73,11 @@ class Communicator {
   // The sub-group of the given ranks of this group (ascending, this rank among them), without communication: every
   // rank of the sub-group makes the same call. Groups of equal ranks and name are the same group.
   virtual std::unique_ptr<Communicator> split(std::span<const int> ranks, std::string_view name) = 0;
+  // The same where every rank of this group makes the call at this point, for disjoint sub-groups of one size: a back end may
+  // communicate to prepare them.
+  virtual std::unique_ptr<Communicator> partition(std::span<const int> ranks, std::string_view name) {
+    return split(ranks, name);
+  }
 
   // Ends the whole job: every rank's current and later waits fail with this reason, whatever group they wait in.
   virtual void abort(const std::string& reason) noexcept = 0;
@@ -78,7 +90,7 @@ class Communicator {
 
   // Collectives, by default made of exchanges; a back end may replace them with native ones. Sums are taken in rank
   // order, so that all ranks hold the same bits and runs repeat. Contiguous tensors; sums and maxima of floating types,
-  // added up in the accumulator type (fp32 for bf16) and rounded once.
+  // added up in the accumulator type (fp32 for bf16) and rounded once. A device's tensors are summed there.
   virtual void all_reduce_sum(const TensorView& data, const OpLabel& label);
   virtual void all_reduce_max(const TensorView& data, const OpLabel& label);
   virtual void broadcast(std::span<std::byte> data, int root, const OpLabel& label);

@@ -32,11 +32,11 @@ class Counted final : public Decorator {
     counter_->count(label.verb, payload.received, payload.sent);
     return ticket;
   }
-  std::unique_ptr<Communicator> split(std::span<const int> ranks, std::string_view part) override {
-    return counted(inner_->split(ranks, part), counter_);
-  }
 
  private:
+  std::unique_ptr<Communicator> decorate(std::unique_ptr<Communicator> part) const override {
+    return counted(std::move(part), counter_);
+  }
   std::shared_ptr<ByteCounter> counter_;
 };
 
@@ -67,11 +67,11 @@ class Traced final : public Decorator {
     trace_->span("exposed communication", running.verb, begin, end, running.arguments);
     running_.erase(entry);
   }
-  std::unique_ptr<Communicator> split(std::span<const int> ranks, std::string_view part) override {
-    return traced(inner_->split(ranks, part), trace_);
-  }
 
  private:
+  std::unique_ptr<Communicator> decorate(std::unique_ptr<Communicator> part) const override {
+    return traced(std::move(part), trace_);
+  }
   struct Running {
     std::string verb;
     double begin_us = 0;
@@ -96,11 +96,11 @@ class Faulty final : public Decorator {
     if (fault_.kind == Fault::Kind::kDrop) std::erase_if(made, [this](const SendPart& part) { return part.peer != rank(); });
     return inner_->start(made, receives, label);
   }
-  std::unique_ptr<Communicator> split(std::span<const int> ranks, std::string_view part) override {
-    return std::make_unique<Faulty>(inner_->split(ranks, part), fault_, starts_);
-  }
 
  private:
+  std::unique_ptr<Communicator> decorate(std::unique_ptr<Communicator> part) const override {
+    return std::make_unique<Faulty>(std::move(part), fault_, starts_);
+  }
   Fault fault_;
   std::shared_ptr<std::atomic<std::int64_t>> starts_;
 };

@@ -388,7 +388,7 @@ class EngineCommunicator : public Communicator {
   std::string_view name() const override { return name_; }
 
   Ticket start(std::span<const SendPart> sends, std::span<const RecvPart> receives, const OpLabel& label) override {
-    check_parts(sends, receives, rank_, size(), label);
+    check_host_parts(sends, receives, rank_, size(), label);
     copy_own_part(sends, receives, rank_);
     return engine_->start(tag_, sends, receives, ranks_, rank_, label);
   }

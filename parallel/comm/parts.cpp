@@ -2,8 +2,12 @@
 
 #include <algorithm>
 #include <cstring>
+#include <optional>
 
 #include <fmt/format.h>
+
+#include "core/device/cuda_module.h"
+#include "core/device/stream.h"
 
 namespace dattn {
 namespace {
@@ -33,10 +37,20 @@ std::string transfer_text(const TransferNote& note) {
                      note.bytes, note.sending ? "to" : "from", note.peer, note.group, note.group_size, label_text(note.label));
 }
 
+template <class Part>
+void check_device(std::span<const Part> parts, std::optional<Device>& device, const OpLabel& label) {
+  for (const Part& part : parts) {
+    if (part.bytes == 0) continue;
+    ensure(!device || *device == part.device, "{}: memory of {} and of {} in one exchange; bring all to one device",
+           label_text(label), to_text(device.value_or(Device{})), to_text(part.device));
+    device = part.device;
+  }
+}
+
 }  // namespace
 
-void check_parts(std::span<const SendPart> sends, std::span<const RecvPart> receives, int rank, int size,
-                 const OpLabel& label) {
+Device check_parts(std::span<const SendPart> sends, std::span<const RecvPart> receives, int rank, int size,
+                   const OpLabel& label) {
   check_direction(sends, size, label, "send");
   check_direction(receives, size, label, "receive");
   const SendPart* out = own_part(sends, rank);
@@ -45,12 +59,29 @@ void check_parts(std::span<const SendPart> sends, std::span<const RecvPart> rece
   const std::size_t received = in ? in->bytes : 0;
   ensure(sent == received, "{}: rank {} sends itself {} bytes but receives {} from itself in the same exchange",
          label_text(label), rank, sent, received);
+  std::optional<Device> device;
+  check_device(sends, device, label);
+  check_device(receives, device, label);
+  return device.value_or(Device{});
+}
+
+void check_host_parts(std::span<const SendPart> sends, std::span<const RecvPart> receives, int rank, int size,
+                      const OpLabel& label) {
+  const Device device = check_parts(sends, receives, rank, size, label);
+  ensure(!device.is_cuda(),
+         "{}: this communicator moves memory of the host, not of {}; use nccl_world, or staged around it for device tensors",
+         label_text(label), to_text(device));
 }
 
 void copy_own_part(std::span<const SendPart> sends, std::span<const RecvPart> receives, int rank) {
   const SendPart* out = own_part(sends, rank);
   const RecvPart* in = own_part(receives, rank);
-  if (out && in && out->data != in->data) std::memmove(in->data, out->data, in->bytes);
+  if (out == nullptr || in == nullptr || out->data == in->data) return;
+  if (out->device.is_cuda()) {
+    cuda_module().copy_bytes(in->data, out->data, in->bytes, current_stream().native());
+  } else {
+    std::memmove(in->data, out->data, in->bytes);
+  }
 }
 
 int check_split(std::span<const int> ranks, int rank, int size, std::string_view name) {

@@ -12,8 +12,13 @@
 namespace dattn {
 
 // Throws Error(kInternal) for a peer out of range, two parts of one direction and peer, or parts to oneself that are not
-// matched within the same exchange; copies the part to oneself.
-void check_parts(std::span<const SendPart> sends, std::span<const RecvPart> receives, int rank, int size, const OpLabel& label);
+// matched within the same exchange, or parts of several devices; returns where the memory is.
+Device check_parts(std::span<const SendPart> sends, std::span<const RecvPart> receives, int rank, int size,
+                   const OpLabel& label);
+// The same for a back end that moves memory of the host only: throws Error(kInternal) for any other.
+void check_host_parts(std::span<const SendPart> sends, std::span<const RecvPart> receives, int rank, int size,
+                      const OpLabel& label);
+// Copies the part to oneself; that of a device on its current stream.
 void copy_own_part(std::span<const SendPart> sends, std::span<const RecvPart> receives, int rank);
 
 // Throws Error(kInternal) unless `ranks` are ascending ranks of a group of `size`, `rank` among them; returns its place.

@@ -75,11 +75,10 @@ class Slowed final : public Decorator {
     std::this_thread::sleep_until(Clock::time_point(Clock::duration(ended)));
   }
 
-  std::unique_ptr<Communicator> split(std::span<const int> ranks, std::string_view part) override {
-    return std::make_unique<Slowed>(inner_->split(ranks, part), link_, ways_);
-  }
-
  private:
+  std::unique_ptr<Communicator> decorate(std::unique_ptr<Communicator> part) const override {
+    return std::make_unique<Slowed>(std::move(part), link_, ways_);
+  }
   struct Arrival {
     int peer = 0;
     std::size_t bytes = 0;

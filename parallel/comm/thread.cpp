@@ -122,7 +122,7 @@ class ThreadCommunicator final : public Communicator {
 
 Communicator::Ticket ThreadCommunicator::start(std::span<const SendPart> sends, std::span<const RecvPart> receives,
                                                const OpLabel& label) {
-  check_parts(sends, receives, rank_, size(), label);
+  check_host_parts(sends, receives, rank_, size(), label);
   copy_own_part(sends, receives, rank_);
   std::vector<std::pair<int, Message>> out;
   for (const SendPart& send : sends) {

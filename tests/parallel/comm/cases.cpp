@@ -1,5 +1,6 @@
 #include "tests/parallel/comm/cases.h"
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <limits>
@@ -14,13 +15,39 @@ namespace {
 constexpr DType kFloats[] = {DType::kF32, DType::kBF16, DType::kF64};
 const OpLabel kLabel{.verb = "test", .layer = 3, .step = 7};
 
+Tensor host_tensor(DType dtype, const Shape& shape) {
+  const DeviceScope scope(Device{});
+  return {dtype, shape};
+}
+Tensor here(const TensorView& host) { return to_device(host, current_device()); }  // where the case runs
+Tensor home(const TensorView& view) { return to_device(view, Device{}); }
+
+// A row of equal numbers, and whether one is.
+Tensor filled(std::size_t count, int value) {
+  Tensor row = host_tensor(DType::kI32, Shape{static_cast<std::int64_t>(count)});
+  std::fill_n(row.ptr<int>(), count, value);
+  return here(row);
+}
+void check_filled(const TensorView& view, int value, std::string_view what) {
+  const Tensor row = home(view);
+  for (std::int64_t i = 0; i < view.elements(); ++i) {
+    ensure(row.ptr<int>()[i] == value, "{}: {} at {}, not {}", what, row.ptr<int>()[i], i, value);
+  }
+}
+SendPart send_to(int peer, const TensorView& view) {
+  return {peer, view.data, static_cast<std::size_t>(view.bytes()), view.device};
+}
+RecvPart receive_from(int peer, const TensorView& view) {
+  return {peer, view.data, static_cast<std::size_t>(view.bytes()), view.device};
+}
+
 double value_at(const TensorView& view, std::int64_t i) {
   return dispatch_float(view.dtype, [&](auto zero) { return static_cast<double>(view.ptr<decltype(zero)>()[i]); });
 }
 
 // Numbers whose sum depends on the order of additions, known for every rank.
 Tensor numbers_of(int rank, DType dtype, std::int64_t count) {
-  Tensor tensor(DType::kF32, Shape{count});
+  Tensor tensor = host_tensor(DType::kF32, Shape{count});
   for (std::int64_t i = 0; i < count; ++i) {
     const auto at = static_cast<std::uint64_t>(i);
     const float scale = philox_uniform(5, static_cast<std::uint64_t>(rank), at) < 0.5f ? 1e-3f : 1e4f;
@@ -36,7 +63,9 @@ Tensor expected_sum(int ranks, DType dtype, std::int64_t count) {
   return to_dtype(sum, dtype);
 }
 
-void check_bits(const TensorView& got, const TensorView& want, const char* what) {
+void check_bits(const TensorView& result, const TensorView& want, const char* what) {
+  const Tensor on_host = home(result);
+  const TensorView& got = on_host;
   const auto bytes = static_cast<std::size_t>(want.bytes());
   if (bytes == 0 || std::memcmp(got.data, want.data, bytes) == 0) return;
   for (std::int64_t i = 0; i < want.elements(); ++i) {
@@ -48,7 +77,7 @@ void check_bits(const TensorView& got, const TensorView& want, const char* what)
 void all_reduce_sums_in_rank_order(Communicator& world) {
   for (const DType dtype : kFloats) {
     for (const std::int64_t count : {0, 1, 7, 1000, 9001}) {
-      Tensor data = numbers_of(world.rank(), dtype, count);
+      const Tensor data = here(numbers_of(world.rank(), dtype, count));
       world.all_reduce_sum(data, kLabel);
       check_bits(data, expected_sum(world.size(), dtype, count), "all_reduce_sum");
     }
@@ -57,10 +86,12 @@ void all_reduce_sums_in_rank_order(Communicator& world) {
 
 void all_reduce_takes_maxima(Communicator& world) {
   for (const std::int64_t count : {1, 5003}) {
-    Tensor data(DType::kF32, Shape{count});
+    Tensor data = host_tensor(DType::kF32, Shape{count});
     for (std::int64_t i = 0; i < count; ++i) data.ptr<float>()[i] = static_cast<float>((i + world.rank()) % world.size()) - 100;
     data.ptr<float>()[count - 1] = world.rank() == world.size() - 1 ? std::numeric_limits<float>::quiet_NaN() : 1;
+    data = here(data);
     world.all_reduce_max(data, kLabel);
+    data = home(data);
     for (std::int64_t i = 0; i + 1 < count; ++i) {
       ensure(data.ptr<float>()[i] == static_cast<float>(world.size() - 101), "max {} at {}", data.ptr<float>()[i], i);
     }
@@ -80,7 +111,7 @@ void all_gather_of_uneven_slots(Communicator& world) {
     for (const int salt : {0, 1, 2, 700}) {
       const auto counts = uneven_counts(world.size(), salt);
       const std::int64_t total = std::accumulate(counts.begin(), counts.end(), std::int64_t{0});
-      Tensor all(dtype, Shape{total}), want(dtype, Shape{total});
+      Tensor all = host_tensor(dtype, Shape{total}), want = host_tensor(dtype, Shape{total});
       auto* bytes = want.ptr<unsigned char>();
       for (std::int64_t i = 0; i < want->bytes(); ++i) bytes[i] = static_cast<unsigned char>(i * 31 + salt);
       std::int64_t begin = 0;
@@ -88,7 +119,9 @@ void all_gather_of_uneven_slots(Communicator& world) {
       const std::int64_t own = counts[static_cast<std::size_t>(world.rank())];
       const std::int64_t width = size_of(dtype);
       if (own > 0) std::memcpy(all.ptr<char>() + begin * width, bytes + begin * width, static_cast<std::size_t>(own * width));
+      all = here(all);
       world.all_gather(all, counts, kLabel);
+      all = home(all);
       ensure(total == 0 || std::memcmp(all.ptr<char>(), bytes, static_cast<std::size_t>(want->bytes())) == 0,
              "all_gather of {} with salt {} differs", name_of(dtype), salt);
     }
@@ -100,7 +133,7 @@ void reduce_scatter_of_uneven_slots(Communicator& world) {
     for (const int salt : {0, 1, 2, 700}) {
       const auto counts = uneven_counts(world.size(), salt);
       const std::int64_t total = std::accumulate(counts.begin(), counts.end(), std::int64_t{0});
-      const Tensor all = numbers_of(world.rank(), dtype, total);
+      const Tensor all = here(numbers_of(world.rank(), dtype, total));
       std::int64_t begin = 0;
       for (int r = 0; r < world.rank(); ++r) begin += counts[static_cast<std::size_t>(r)];
       const std::int64_t own_count = counts[static_cast<std::size_t>(world.rank())];
@@ -137,41 +170,37 @@ void strings_from_every_rank(Communicator& world) {
 void transfers_match_in_the_order_of_their_start(Communicator& world) {
   constexpr int kRounds = 8;
   const int next = (world.rank() + 1) % world.size(), previous = (world.rank() + world.size() - 1) % world.size();
-  std::vector<std::vector<int>> out(kRounds), in(kRounds);
+  std::vector<Tensor> out, in;
   std::vector<Communicator::Ticket> tickets;
   for (int round = 0; round < kRounds; ++round) {
-    const auto i = static_cast<std::size_t>(round);
-    out[i].assign(static_cast<std::size_t>(1 + round * 5000), world.rank() * 100 + round);
-    in[i].assign(out[i].size(), -1);
-    const SendPart send{next, out[i].data(), out[i].size() * sizeof(int)};
-    const RecvPart receive{previous, in[i].data(), in[i].size() * sizeof(int)};
+    const auto count = static_cast<std::size_t>(1 + round * 5000);
+    out.push_back(filled(count, world.rank() * 100 + round));
+    in.push_back(filled(count, -1));
+    const SendPart send = send_to(next, out.back());
+    const RecvPart receive = receive_from(previous, in.back());
     tickets.push_back(world.start({&send, 1}, {&receive, 1}, kLabel));
   }
   for (int round = kRounds - 1; round >= 0; --round) {
     const auto i = static_cast<std::size_t>(round);
     world.wait(tickets[i]);
-    for (const int value : in[i]) {
-      ensure(value == previous * 100 + round, "round {} brought {}, not {}", round, value, previous * 100 + round);
-    }
+    check_filled(in[i], previous * 100 + round, "a round brought");
   }
 }
 
 void all_to_all_of_uneven_parts(Communicator& world) {
   const auto count = [&](int from, int to) { return static_cast<std::size_t>((from * 7 + to * 3) % 5 * 1000); };  // some zero
-  std::vector<std::vector<int>> out, in;
+  std::vector<Tensor> out, in;
   std::vector<SendPart> sends;
   std::vector<RecvPart> receives;
   const auto me = world.rank();
   for (int r = 0; r < world.size(); ++r) {
-    out.emplace_back(count(me, r), me * 1000 + r);
-    in.emplace_back(count(r, me), -1);
-    sends.push_back({r, out.back().data(), out.back().size() * sizeof(int)});
-    receives.push_back({r, in.back().data(), in.back().size() * sizeof(int)});
+    out.push_back(filled(count(me, r), me * 1000 + r));
+    in.push_back(filled(count(r, me), -1));
+    sends.push_back(send_to(r, out.back()));
+    receives.push_back(receive_from(r, in.back()));
   }
   world.exchange(sends, receives, kLabel);
-  for (int r = 0; r < world.size(); ++r) {
-    for (const int value : in[static_cast<std::size_t>(r)]) ensure(value == r * 1000 + me, "{} from {}", value, r);
-  }
+  for (int r = 0; r < world.size(); ++r) check_filled(in[static_cast<std::size_t>(r)], r * 1000 + me, "all to all");
 }
 
 // Two groups that share ranks, with transfers of both under way, started in another order on odd ranks.
@@ -180,11 +209,12 @@ void groups_do_not_mix(Communicator& world) {
   std::iota(all.begin(), all.end(), 0);
   const auto red = world.split(all, "red"), blue = world.split(all, "blue"), again = world.split(all, "red");
   const int next = (world.rank() + 1) % world.size(), previous = (world.rank() + world.size() - 1) % world.size();
-  const int red_out = 10 + world.rank(), blue_out = 20 + world.rank(), last_out = 30 + world.rank();
-  int red_in = 0, blue_in = 0, last_in = 0;
-  const auto start = [&](Communicator& group, const int& out, int& in) {
-    const SendPart send{next, &out, sizeof out};
-    const RecvPart receive{previous, &in, sizeof in};
+  const Tensor red_out = filled(1, 10 + world.rank()), blue_out = filled(1, 20 + world.rank()),
+               last_out = filled(1, 30 + world.rank());
+  const Tensor red_in = filled(1, 0), blue_in = filled(1, 0), last_in = filled(1, 0);
+  const auto start = [&](Communicator& group, const TensorView& out, const TensorView& in) {
+    const SendPart send = send_to(next, out);
+    const RecvPart receive = receive_from(previous, in);
     return group.start({&send, 1}, {&receive, 1}, kLabel);
   };
   Communicator::Ticket red_ticket = 0, blue_ticket = 0;
@@ -195,8 +225,9 @@ void groups_do_not_mix(Communicator& world) {
   again->wait(last_ticket);
   blue->wait(blue_ticket);
   red->wait(red_ticket);
-  ensure(red_in == 10 + previous && blue_in == 20 + previous && last_in == 30 + previous, "got {}, {}, {} from rank {}", red_in,
-         blue_in, last_in, previous);
+  check_filled(red_in, 10 + previous, "red");
+  check_filled(blue_in, 20 + previous, "blue");
+  check_filled(last_in, 30 + previous, "red again");
 }
 
 void splits_number_their_own_ranks(Communicator& world) {
@@ -205,11 +236,17 @@ void splits_number_their_own_ranks(Communicator& world) {
   const auto half = world.split(mine, "half");
   ensure(half->size() == static_cast<int>(mine.size()) && mine[static_cast<std::size_t>(half->rank())] == world.rank(),
          "places");
-  Tensor sum(DType::kF64, Shape{1});
-  sum.ptr<double>()[0] = world.rank();
-  half->all_reduce_sum(sum, kLabel);
-  ensure(sum.ptr<double>()[0] == std::accumulate(mine.begin(), mine.end(), 0.0), "the sum over a half is {}",
-         sum.ptr<double>()[0]);
+  const auto check_sum = [&](Communicator& group) {
+    Tensor sum = host_tensor(DType::kF64, Shape{1});
+    sum.ptr<double>()[0] = world.rank();
+    sum = here(sum);
+    group.all_reduce_sum(sum, kLabel);
+    sum = home(sum);
+    ensure(sum.ptr<double>()[0] == std::accumulate(mine.begin(), mine.end(), 0.0), "the sum over '{}' is {}", group.name(),
+           sum.ptr<double>()[0]);
+  };
+  check_sum(*half);
+  if (world.size() % 2 == 0) check_sum(*world.partition(mine, "parity"));
   const int self = half->rank();
   ensure(half->split({&self, 1}, "alone")->size() == 1, "a group of one");
 }
@@ -221,16 +258,18 @@ void barrier_holds_everybody(Communicator& world) {
 void long_messages(Communicator& world) {
   const std::size_t count = std::size_t{9} << 20;  // 72 MiB of doubles: longer than a piece of MPI's
   if (world.size() != 2) return;
-  std::vector<double> data(count);
-  if (world.rank() == 0) std::iota(data.begin(), data.end(), 1.0);
-  const int peer = 1 - world.rank();
-  const SendPart send{peer, data.data(), count * sizeof(double)};
-  const RecvPart receive{peer, data.data(), count * sizeof(double)};
+  Tensor data = host_tensor(DType::kF64, Shape{static_cast<std::int64_t>(count)});
+  if (world.rank() == 0) std::iota(data.ptr<double>(), data.ptr<double>() + count, 1.0);
+  data = here(data);
+  const SendPart send = send_to(1, data);
+  const RecvPart receive = receive_from(0, data);
   if (world.rank() == 0) world.exchange({&send, 1}, {}, kLabel);
   if (world.rank() == 1) world.exchange({}, {&receive, 1}, kLabel);
-  ensure(
-      data.front() == 1.0 && data[count / 2] == static_cast<double>(count / 2 + 1) && data.back() == static_cast<double>(count),
-      "a message in pieces arrived as {} .. {}", data.front(), data.back());
+  data = home(data);
+  const double* values = data.ptr<double>();
+  const auto last = static_cast<double>(count);
+  ensure(values[0] == 1.0 && values[count / 2] == static_cast<double>(count / 2 + 1) && values[count - 1] == last,
+         "a message in pieces arrived as {} .. {}", values[0], values[count - 1]);
 }
 
 void decorated_groups_count_what_travels(Communicator& world) {

@@ -1,5 +1,5 @@
-// What every communicator must do, as functions of a world of any size: run on thread ranks and on MPI processes alike.
-// A case throws where something is wrong.
+// What every communicator must do, as functions of a world of any size: run on thread ranks and on MPI processes alike, with
+// tensors on the thread's current device. A case throws where something is wrong.
 #pragma once
 
 #include <string>
