@@ -19,7 +19,7 @@ std::size_t bytes_of(const TensorView& view) { return static_cast<std::size_t>(v
 
 int row_groups(std::int64_t batch) {
   int groups = 1;
-  while (groups < 8 && batch % (2 * groups) == 0) groups *= 2;
+  while (groups < kMostGroups && batch % (2 * groups) == 0) groups *= 2;
   return groups;
 }
 
