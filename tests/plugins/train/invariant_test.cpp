@@ -34,7 +34,7 @@ TrainJob invariant_job(const TemporaryFolder& folder, const std::string& style, 
   }
   job.determinism = Determinism::kInvariant;
   job.dtype = dtype;
-  job.train.steps = 8;
+  job.train.steps = 4;
   job.train.batch = 8;
   job.train.seq_len = 48;
   return job;
@@ -128,6 +128,7 @@ TEST(InvariantTraining, SameBitsAfterAHundredSteps) {
 TEST(InvariantTraining, ResumesOnAnotherMeshWithTheSameBits) {
   const TemporaryFolder folder;
   TrainJob job = invariant_job(folder, "gpt2", DType::kF32);
+  job.train.steps = 8;
   job.train.checkpoint_every = 5;
   const Outcome whole = outcome_of(job, 1);
   std::filesystem::remove_all(job.train.out + "/checkpoints/step-00000008");
