@@ -4,23 +4,10 @@
 #include <utility>
 
 #include "core/base/error.h"
-#include "core/nn/vector_math.h"
+#include "core/nn/row_tree.h"
 
 namespace dattn {
 namespace {
-
-constexpr std::int64_t kBlock = 16384;  // elements of one block
-
-DATTN_VECTORIZED void add_block(const float* from, float* to, std::int64_t count) {
-  for (std::int64_t i = 0; i < count; ++i) to[i] += from[i];
-}
-
-// to += from, contiguous fp32.
-void add_all(const TensorView& from, const TensorView& to) {
-  parallel_blocks(to.elements(), kBlock, [&](std::int64_t begin, std::int64_t end) {
-    add_block(from.ptr<float>() + begin, to.ptr<float>() + begin, end - begin);
-  });
-}
 
 TensorView segment(const TensorView& data, Interval elements) {
   return {data.ptr<float>() + elements.begin, DType::kF32, {elements.count()}};
@@ -32,7 +19,7 @@ std::size_t bytes_of(const TensorView& view) { return static_cast<std::size_t>(v
 
 int row_groups(std::int64_t batch) {
   int groups = 1;
-  while (groups < 8 && batch % (2 * groups) == 0) groups *= 2;
+  while (groups < kMostGroups && batch % (2 * groups) == 0) groups *= 2;
   return groups;
 }
 
@@ -53,7 +40,7 @@ void all_reduce_tree(Communicator& group, const TensorView& data, const OpLabel&
     const SendPart send{me ^ distance, theirs.data, bytes_of(theirs)};
     const RecvPart receive{me ^ distance, arrived->data, bytes_of(mine)};
     group.exchange({&send, 1}, {&receive, 1}, label);
-    add_all(segment(arrived, {0, mine.elements()}), mine);  // a + b = b + a: the partner's sums have the same bits
+    add_contiguous(segment(arrived, {0, mine.elements()}), mine);  // a + b = b + a: the partner's sums have the same bits
   }
   for (int distance = ranks / 2; distance > 0; distance /= 2) {
     const TensorView mine = segment(data, held.back()), theirs = segment(data, given.back());
@@ -82,7 +69,7 @@ void InvariantGradientSync::piece_done() {
     if (rows_done_ == 0)
       std::swap(open_[i], gradient);
     else
-      add_all(gradient, open_[i]);
+      add_contiguous(gradient, open_[i]);
     fill_zero(gradient);
   }
   if (++rows_done_ == rows_per_group_) close_group();
@@ -98,7 +85,7 @@ void InvariantGradientSync::finish_row() {
   all_reduce_in_buckets(mesh().sequence(), views, bucket_bytes(), {.verb = "gradient"}, all_reduce_tree);
   for (const Parameter* parameter : parameters()) {
     if (!parameter->gradient2.defined()) continue;
-    add_all(parameter->gradient2, parameter->gradient);
+    add_contiguous(parameter->gradient2, parameter->gradient);
     fill_zero(parameter->gradient2);
   }
 }
@@ -108,7 +95,7 @@ void InvariantGradientSync::close_group() {
   rows_done_ = 0;
   closed_.push_back(std::exchange(open_, {}));
   for (std::int64_t count = ++groups_done_; count % 2 == 0; count /= 2) {
-    for (std::size_t i = 0; i < closed_.back().size(); ++i) add_all(closed_.back()[i], closed_[closed_.size() - 2][i]);
+    for (std::size_t i = 0; i < closed_.back().size(); ++i) add_contiguous(closed_.back()[i], closed_[closed_.size() - 2][i]);
     open_ = std::move(closed_.back());  // memory for the next group
     closed_.pop_back();
   }

@@ -19,7 +19,8 @@
 
 namespace dattn {
 
-// Groups that the rows of a batch are summed in: the largest power of two that divides it, at most 8.
+// Groups that the rows of a batch are summed in: the largest power of two that divides it, at most kMostGroups.
+inline constexpr int kMostGroups = 8;
 int row_groups(std::int64_t batch);
 
 // Sums data over the group in place: ranks 0 and 1, 2 and 3, .., then pairs of these, and so on. The ranks are a power of

@@ -43,7 +43,7 @@ void scatter_add_by_tree(const TensorView& dx, const TensorView& gradient, const
     if (!accumulate) fill_zero(to);
     scatter_add(dx, tree.leaves[i], to, [&](std::int64_t row) { return place[static_cast<std::size_t>(row)]; });
   });
-  for (const auto& [target, from] : places) add(sums->slice(0, from, 1), gradient.slice(0, target, 1));
+  for (const auto& [target, from] : places) add_contiguous(sums->slice(0, from, 1), gradient.slice(0, target, 1));
 }
 
 // The row of the slice that a token has, or -1.

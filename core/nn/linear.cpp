@@ -41,7 +41,7 @@ void column_sums(const TensorView& x, const TensorView& sums, const RowTree& tre
       if (!accumulate) fill_zero(to);
       sum_rows(tree.leaves[i], to.ptr<float>());
     });
-    add(total, sums.slice(0, begin, end - begin));
+    add_contiguous(total, sums.slice(0, begin, end - begin));
   });
 }
 
@@ -129,7 +129,7 @@ void linear_backward_weights(const Linear& layer, const TensorView& x, const Ten
       matmul(dy.slice(0, rows.begin, rows.count()).slice(1, begin, count).transpose(0, 1), x.slice(0, rows.begin, rows.count()),
              to, {.accumulate = accumulate, .one_thread = true});
     });
-    add(total, gradient.slice(0, begin, count));
+    add_contiguous(total, gradient.slice(0, begin, count));
   });
 }
 

@@ -30,14 +30,10 @@ struct RowTree {
 
 // The rows of one sequence of which `leaves` (even) leaves of equal length are here: the first half from the front of the
 // sequence, the second half mirrored from its back.
-inline RowTree folded_rows(std::int64_t rows, int leaves) {
-  RowTree tree;
-  const std::int64_t length = rows / leaves;
-  for (int i = 0; i < leaves / 2; ++i) {
-    for (const std::int64_t leaf : {i, leaves - 1 - i}) tree.leaves.push_back({leaf * length, (leaf + 1) * length});
-  }
-  return tree;
-}
+RowTree folded_rows(std::int64_t rows, int leaves);
+
+// to += from: contiguous fp32 of equal size, on all threads.
+void add_contiguous(const TensorView& from, const TensorView& to);
 
 // to = the sum of nodes [begin, end) of a tree, a power of two of them. leaf(i, view, add) writes what leaf i adds to the
 // sum, or, with `add`, adds it. Takes as many tensors of the shape of `to` as the tree has levels, less one.
@@ -51,13 +47,10 @@ void tree_sum(std::size_t begin, std::size_t end, const TensorView& to, const Le
   tree_sum(begin, middle, to, leaf);
   const Tensor right = Tensor::uninitialized(to.dtype, to.shape);
   tree_sum(middle, end, right, leaf);
-  add(right, to);
+  add_contiguous(right, to);
 }
 
 // The same for one number a leaf.
-inline double tree_sum(std::span<const double> leaves) {
-  if (leaves.size() == 1) return leaves[0];
-  return tree_sum(leaves.first(leaves.size() / 2)) + tree_sum(leaves.subspan(leaves.size() / 2));
-}
+double tree_sum(std::span<const double> leaves);
 
 }  // namespace dattn

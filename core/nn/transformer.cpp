@@ -228,8 +228,7 @@ Pass Transformer::Impl::begin(const TokenBatch& batch, bool train) const {
   const std::int64_t rows = pass.batch * pass.seq;
   pass.rows = {boundary.residual_begin(rows), boundary.residual_rows(rows), batch.positions, batch.batch_begin};
   if (options.leaves > 0) {
-    ensure(batch.batch == 1 && rows % options.leaves == 0, "{} rows of {} positions in {} leaves", batch.batch, pass.seq,
-           options.leaves);
+    ensure(batch.batch == 1, "sums in the order of a tree over {} batch rows", batch.batch);
     pass.rows.tree = folded_rows(rows, options.leaves);
   }
   pass.dropout = {train ? config.dropout : 0.0, options.seed, batch.step, 0};
@@ -298,7 +297,7 @@ double Transformer::Impl::head_by_tree(const TokenBatch& batch, const RowTree& t
   if (dh.data != nullptr) {
     const Tensor total = Tensor::uninitialized(DType::kF32, output.weight->gradient->shape);
     tree_sum(0, losses.size(), total, leaf);
-    add(total, output.weight->gradient);
+    add_contiguous(total, output.weight->gradient);
   } else {
     for (std::size_t i = 0; i < losses.size(); ++i) leaf(i, {}, false);
   }

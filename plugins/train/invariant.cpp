@@ -40,12 +40,14 @@ void require_invariant(const TrainJob& job) {
   require(seq % kLeaves == 0,
           "determinism invariant: train.seq_len {} is no multiple of the {} leaves that it is summed in; use {}", seq, kLeaves,
           (seq / kLeaves + 1) * kLeaves);
-  const int groups = row_groups(job.train.batch);
-  require(groups % data == 0,
-          "determinism invariant: train.batch {} is summed in {} groups of rows, which mesh.data {} does not divide; use "
-          "mesh.data={} or train.batch={}",
-          job.train.batch, groups, data, power_below(data, groups),
-          (job.train.batch + kMostParts - 1) / kMostParts * kMostParts);
+  const int groups = row_groups(job.train.batch), nearest = power_below(data, groups);
+  if (groups % data == 0) return;
+  const bool other_batch = data == power_below(data, kMostGroups);
+  fail(ErrorCode::kBadInput,
+       "determinism invariant: train.batch {} is summed in {} groups of rows, which mesh.data {} does not divide; use "
+       "mesh.data={}{}",
+       job.train.batch, groups, data, nearest,
+       other_batch ? fmt::format(" or train.batch={}", (job.train.batch + data - 1) / data * data) : "");
 }
 
 }  // namespace dattn

@@ -19,7 +19,8 @@ struct Model {
   Transformer transformer;
 
   explicit Model(const ModelConfig& config, const TransformerOptions& options = {}, const Mask& mask = Mask::causal())
-      : attention(mask), transformer(config, options, attention, boundary, vocabulary) {
+      : attention(mask, {}, {}, {.p = config.dropout, .seed = 3, .heads = config.heads}),
+        transformer(config, options, attention, boundary, vocabulary) {
     set_num_threads(1);  // the shapes are too small for more
     testing::scale_up(transformer);
   }
@@ -90,6 +91,26 @@ INSTANTIATE_TEST_SUITE_P(Styles, TransformerCases,
                                            Case{"llama_tied_dropout", "llama", true, 0.1, false},
                                            Case{"encoder", "gpt2", true, 0.0, true}),
                          [](const auto& instance) { return instance.param.name; });
+
+// Which probabilities are dropped follows step, layer and batch row; only training drops any.
+TEST(Transformer, DropsAttentionByStepAndRowInTrainingOnly) {
+  ModelConfig config = small_model("llama");
+  Model plain(config);
+  config.dropout = 0.3;
+  Model dropping(config);
+  dropping.transformer = Transformer(small_model("llama"), {}, dropping.attention, dropping.boundary, dropping.vocabulary);
+  testing::scale_up(dropping.transformer);
+  OwnedBatch batch(1, 12, 29);
+  const double loss = dropping.transformer.forward_backward(batch.view);
+  EXPECT_EQ(loss, dropping.transformer.forward_backward(batch.view));
+  EXPECT_NE(loss, plain.transformer.forward_backward(batch.view));
+  EXPECT_EQ(dropping.transformer.loss(batch.view), plain.transformer.loss(batch.view));
+  ++batch.view.step;
+  EXPECT_NE(loss, dropping.transformer.forward_backward(batch.view));
+  --batch.view.step;
+  ++batch.view.batch_begin;
+  EXPECT_NE(loss, dropping.transformer.forward_backward(batch.view));
+}
 
 TEST(Transformer, RecomputationKeepsLess) {
   ModelConfig config = small_model("llama");

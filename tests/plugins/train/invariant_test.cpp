@@ -1,8 +1,9 @@
-// Training with determinism invariant: losses, evaluation and weights after 100 steps have the same bits on every mesh of data
+// Training with determinism invariant: losses, evaluation and weights have the same bits on every mesh of data
 // and sequence ranks, for any number of threads and of rows at a time; what could break that is refused.
 #include "plugins/train/invariant.h"
 
-#include <cstring>
+#include <filesystem>
+#include <functional>
 
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
@@ -33,7 +34,7 @@ TrainJob invariant_job(const TemporaryFolder& folder, const std::string& style, 
   }
   job.determinism = Determinism::kInvariant;
   job.dtype = dtype;
-  job.train.steps = 100;
+  job.train.steps = 4;
   job.train.batch = 8;
   job.train.seq_len = 48;
   return job;
@@ -78,23 +79,7 @@ struct Sharding {
   std::int64_t accumulate = 1;
 };
 
-class InvariantTraining : public testing::TestWithParam<std::tuple<const char*, DType>> {};
-
-TEST_P(InvariantTraining, SameBitsOnEveryMesh) {
-  const TemporaryFolder folder;
-  TrainJob job = invariant_job(folder, std::get<0>(GetParam()), std::get<1>(GetParam()));
-  const Outcome alone = outcome_of(job, 1);
-  EXPECT_LT(alone.losses.back(), alone.losses.front() - 0.3) << "nothing was learnt";
-  const std::vector<Sharding> shardings{{.mesh = {}, .threads = 3, .accumulate = 4},
-                                        {.mesh = mesh_of(2, 1, 1, 1), .threads = 2},
-                                        {.mesh = mesh_of(8, 1, 1, 1)},
-                                        {.mesh = mesh_of(1, 2, 1, 1)},
-                                        {.mesh = mesh_of(1, 8, 1, 1)},
-                                        {.mesh = mesh_of(1, 1, 4, 1)},
-                                        {.mesh = mesh_of(2, 2, 1, 1), .accumulate = 2},
-                                        {.mesh = mesh_of(1, 2, 2, 1)},
-                                        {.mesh = mesh_of(2, 1, 2, 1, 2)},
-                                        {.mesh = mesh_of(1, 2, 1, 1, 1, 2)}};
+void expect_same_bits_on(TrainJob job, const Outcome& alone, const std::vector<Sharding>& shardings) {
   for (const Sharding& sharding : shardings) {
     job.mesh = sharding.mesh;
     job.train.accumulate = sharding.accumulate;
@@ -102,11 +87,95 @@ TEST_P(InvariantTraining, SameBitsOnEveryMesh) {
   }
 }
 
+class InvariantTraining : public testing::TestWithParam<std::tuple<const char*, DType>> {};
+
+TEST_P(InvariantTraining, SameBitsOnEveryMesh) {
+  const TemporaryFolder folder;
+  const TrainJob job = invariant_job(folder, std::get<0>(GetParam()), std::get<1>(GetParam()));
+  expect_same_bits_on(job, outcome_of(job, 1),
+                      {{.mesh = {}, .threads = 3, .accumulate = 4},
+                       {.mesh = mesh_of(2, 1, 1, 1), .threads = 2},
+                       {.mesh = mesh_of(8, 1, 1, 1)},
+                       {.mesh = mesh_of(1, 2, 1, 1)},
+                       {.mesh = mesh_of(1, 8, 1, 1)},
+                       {.mesh = mesh_of(1, 1, 4, 1)},
+                       {.mesh = mesh_of(2, 2, 1, 1), .accumulate = 2},
+                       {.mesh = mesh_of(1, 2, 2, 1)},
+                       {.mesh = mesh_of(2, 1, 2, 1, 2)},
+                       {.mesh = mesh_of(1, 2, 1, 1, 1, 2)}});
+}
+
 INSTANTIATE_TEST_SUITE_P(Models, InvariantTraining,
                          testing::Combine(testing::Values("llama", "gpt2"), testing::Values(DType::kF32, DType::kBF16)),
                          [](const auto& param) {
                            return std::string(std::get<0>(param.param)) + "_" + std::string(name_of(std::get<1>(param.param)));
                          });
+
+TEST(InvariantTraining, SameBitsAfterAHundredSteps) {
+  const TemporaryFolder folder;
+  for (const auto& [style, dtype] : {std::pair{"llama", DType::kF32}, {"gpt2", DType::kBF16}}) {
+    TrainJob job = invariant_job(folder, style, dtype);
+    job.model.layers = 1;
+    job.train.steps = 100;
+    job.train.batch = 4;
+    const Outcome alone = outcome_of(job, 1);
+    EXPECT_LT(alone.losses.back(), alone.losses.front() - 0.3) << "nothing was learnt";
+    expect_same_bits_on(job, alone,
+                        {{.mesh = mesh_of(4, 1, 1, 1)}, {.mesh = mesh_of(1, 1, 2, 1)}, {.mesh = mesh_of(1, 4, 2, 1)}});
+  }
+}
+
+TEST(InvariantTraining, ResumesOnAnotherMeshWithTheSameBits) {
+  const TemporaryFolder folder;
+  TrainJob job = invariant_job(folder, "gpt2", DType::kF32);
+  job.train.steps = 8;
+  job.train.checkpoint_every = 5;
+  const Outcome whole = outcome_of(job, 1);
+  std::filesystem::remove_all(job.train.out + "/checkpoints/step-00000008");
+  job.resume = true;
+  job.mesh = mesh_of(2, 2, 1, 1);
+  const Outcome rest = outcome_of(job, 1);
+  ASSERT_EQ(rest.losses.size(), 3u) << "the checkpoint of step 5 was not resumed";
+  EXPECT_EQ(rest.losses, std::vector<double>(whole.losses.begin() + 5, whole.losses.end()));
+  EXPECT_TRUE(rest.tensors == whole.tensors);
+}
+
+// What cannot be promised, and the choice that each message names.
+TEST(InvariantTraining, RefusesWhatItCannotPromise) {
+  const TemporaryFolder folder;
+  const auto expect_refusal = [&](const std::function<void(TrainJob&)>& change, const std::string& remedy) {
+    TrainJob job = invariant_job(folder, "llama", DType::kF32);
+    change(job);
+    std::atomic<int> refused{0};
+    EXPECT_THROW(run_thread_ranks(job.mesh.ranks(), {},
+                                  [&](Communicator& world) {
+                                    try {
+                                      train(world, job, {.on_event = {}, .progress = false});
+                                    } catch (const Error& error) {
+                                      EXPECT_EQ(error.code(), ErrorCode::kBadInput);
+                                      EXPECT_THAT(error.what(), testing::HasSubstr(remedy));
+                                      ++refused;
+                                      throw;
+                                    }
+                                  }),
+                 Error);
+    EXPECT_EQ(refused, job.mesh.ranks()) << "not refused on every rank: " << remedy;
+    EXPECT_FALSE(std::filesystem::exists(job.train.out)) << remedy;
+  };
+  expect_refusal([](TrainJob& job) { job.mesh = mesh_of(1, 1, 1, 2); }, "use mesh.tensor=1");
+  expect_refusal([](TrainJob& job) { job.train.sequence_parallel = true; }, "use train.sequence_parallel=false");
+  expect_refusal([](TrainJob& job) { job.layout = Layout::kContiguous; }, "layout contiguous");
+  expect_refusal([](TrainJob& job) { job.mesh = mesh_of(1, 3, 1, 1); }, "use 2 ranks on ring, rows and ulysses together");
+  expect_refusal([](TrainJob& job) { job.mesh = mesh_of(1, 4, 4, 1); }, "use 8 ranks on ring, rows and ulysses together");
+  expect_refusal([](TrainJob& job) { job.train.seq_len = 50; }, "multiple of the 16 leaves that it is summed in; use 64");
+  expect_refusal([](TrainJob& job) { job.mesh = mesh_of(3, 1, 1, 1); }, "mesh.data 3 does not divide; use mesh.data=2");
+  expect_refusal(
+      [](TrainJob& job) {
+        job.mesh = mesh_of(4, 1, 1, 1);
+        job.train.batch = 6;
+      },
+      "use mesh.data=2 or train.batch=8");
+}
 
 }  // namespace
 }  // namespace dattn

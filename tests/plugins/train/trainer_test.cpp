@@ -46,24 +46,21 @@ const std::vector<double>& reference_losses(std::int64_t batch) {
 
 class Meshes : public testing::TestWithParam<Variant> {};
 
-// Softcap and ALiBi change the losses, and are the same on every mesh; determinism invariant is taken.
+// Softcap and ALiBi change the losses, and are the same on every mesh.
 TEST(Training, ScoreTermsHoldOnEveryMesh) {
-  const auto losses_of = [](const MeshShape& mesh, bool terms, Determinism determinism) {
+  const auto losses_of = [](const MeshShape& mesh, bool terms) {
     const TemporaryFolder folder;
     TrainJob job = job_of({.name = "terms", .mesh = mesh}, folder);
-    job.determinism = determinism;
     if (terms) {
       job.attention.softcap = 2.0;
       job.attention.alibi_slopes = std::vector<double>(static_cast<std::size_t>(job.model.heads), 0.05);
     }
     return train_on_threads(job).losses;
   };
-  const std::vector<double> alone = losses_of({}, true, Determinism::kRepeatable);
-  EXPECT_NE(alone, losses_of({}, false, Determinism::kRepeatable));
-  for (const Determinism determinism : {Determinism::kRepeatable, Determinism::kInvariant}) {
-    const std::vector<double> spread = losses_of(mesh_of(1, 2, 2, 1), true, determinism);
-    for (std::size_t step = 0; step < alone.size(); ++step) EXPECT_NEAR(spread[step], alone[step], 1e-5 * alone[step]);
-  }
+  const std::vector<double> alone = losses_of({}, true);
+  EXPECT_NE(alone, losses_of({}, false));
+  const std::vector<double> spread = losses_of(mesh_of(1, 2, 2, 1), true);
+  for (std::size_t step = 0; step < alone.size(); ++step) EXPECT_NEAR(spread[step], alone[step], 1e-5 * alone[step]);
 }
 
 TEST_P(Meshes, LossesAgreeWithOneRank) {
@@ -118,6 +115,47 @@ TEST(Training, RecomputationAndDropoutKeepTheCurve) {
   job.train.sequence_parallel = true;
   const std::vector<double> other = train_on_threads(job).losses;
   for (std::size_t step = 0; step < one.size(); ++step) EXPECT_NEAR(one[step], other[step], 1e-5 * one[step]);
+}
+
+// The same pairs are dropped on every mesh, in forward, backward and recomputation, and none in evaluation.
+TEST(Training, AttentionDropoutKeepsTheCurve) {
+  const TemporaryFolder folder;
+  TrainJob job = small_job(folder);
+  const std::vector<double> none = train_on_threads(job).losses;
+  job.attention.dropout = {.p = 0.2, .seed = 7};
+  const std::vector<double> one = train_on_threads(job).losses;
+  EXPECT_NE(one, none);
+  for (const MeshShape& mesh : {mesh_of(2, 1, 1, 1), mesh_of(1, 2, 2, 1), mesh_of(2, 1, 1, 2)}) {
+    job.mesh = mesh;
+    job.train.recompute = mesh == mesh_of(1, 2, 2, 1) ? Recompute::kBlock : Recompute::kNone;
+    const std::vector<double> other = train_on_threads(job).losses;
+    for (std::size_t step = 0; step < one.size(); ++step) EXPECT_NEAR(one[step], other[step], 1e-5 * one[step]) << mesh.text();
+  }
+}
+
+TEST(Training, EvaluatesWithoutAttentionDropout) {
+  const TemporaryFolder folder;
+  TrainJob job = small_job(folder);
+  job.train.steps = 1;
+  job.train.learning_rate = 0;  // so that both evaluate the same weights
+  const TrainResult plain = train_on_threads(job);
+  job.attention.dropout.p = 0.4;
+  const TrainResult dropping = train_on_threads(job);
+  EXPECT_NE(plain.loss, dropping.loss);
+  EXPECT_EQ(plain.held_out_bits_per_char, dropping.held_out_bits_per_char);
+}
+
+TEST(Training, RefusesMoreCallsThanAttentionDropoutHasRoomFor) {
+  const TemporaryFolder folder;
+  TrainJob job = small_job(folder);
+  job.attention.dropout.p = 0.1;
+  job.train.steps = std::int64_t{1} << 31;
+  try {
+    train_on_threads(job);
+    FAIL() << "streams would repeat";
+  } catch (const Error& error) {
+    EXPECT_THAT(error.what(), testing::HasSubstr("2147483648 x model.layers 2 are 4294967296"));
+  }
 }
 
 TEST(Training, Bf16StaysNearFp32OnEveryMesh) {
