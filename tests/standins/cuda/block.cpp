@@ -31,7 +31,7 @@ constexpr unsigned char kUnwritten = 0xff;  // NaN as fp32, fp64 and bf16
 // What a thread waits at; nullptr: nothing.
 struct Wait {
   const char* what = nullptr;
-  Place place{};
+  Place place{"", 0};
   bool operator==(const Wait& other) const {
     return place.line == other.place.line && same(what, other.what) && same(place.file, other.place.file);
   }
@@ -321,7 +321,7 @@ void Block::give_up_divergent() {
     std::vector<std::pair<Wait, std::pair<int, int>>> places;  // number of threads, the first of them
     for (int i = 0; i < count(); ++i) {
       const Thread& thread = threads_[static_cast<std::size_t>(i)];
-      const Wait wait = thread.left ? Wait{"(left the kernel)", {"", 0}} : thread.wait;
+      const Wait wait = thread.left ? Wait{"(left the kernel)", Place("", 0)} : thread.wait;
       if (wait.what == nullptr) continue;
       const auto known = std::find_if(places.begin(), places.end(), [&](const auto& entry) { return entry.first == wait; });
       if (known == places.end())

@@ -28,13 +28,12 @@ struct Launch {
 // Runs one block on the calling OS thread. Empty, or what went wrong.
 std::string run_block(const Launch& launch, std::uint64_t block);
 
-// Where in the kernel's source a thread waits: default arguments are filled in at the call.
+// Where in the kernel's source a thread waits: as a default argument, the place of the call.
 struct Place {
   const char* file;
   int line;
+  constexpr Place(const char* its_file = __builtin_FILE(), int its_line = __builtin_LINE()) : file(its_file), line(its_line) {}
 };
-#define DATTN_STANDIN_PLACE \
-  ::dattn::cuda::standin::Place { __builtin_FILE(), __builtin_LINE() }
 
 // For the calling thread of a block.
 unsigned char* shared_memory();

@@ -191,7 +191,9 @@ cudaError_t cudaMalloc(void** memory, std::size_t bytes) {
 
 cudaError_t cudaFree(void* memory) {
   cudaDeviceSynchronize();
-  return cudaFreeAsync(memory, nullptr);
+  const cudaError_t error = cudaFreeAsync(memory, nullptr);
+  CUstream_st::of(nullptr)->synchronize();
+  return error;
 }
 
 cudaError_t cudaMallocHost(void** memory, std::size_t bytes) {

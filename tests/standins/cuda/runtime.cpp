@@ -190,13 +190,9 @@ cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
 }
 
 cudaError_t cudaStreamQuery(cudaStream_t stream) {
-  cudaEvent_t event = nullptr;
-  cudaEventCreateWithFlags(&event, cudaEventDisableTiming);
-  event->device = CUstream_st::of(stream)->device();
-  cudaEventRecord(event, stream);
-  const cudaError_t state = cudaEventQuery(event);
-  cudaEventDestroy(event);
-  return state;
+  CUstream_st& own = *CUstream_st::of(stream);
+  if (!own.idle()) return report(cudaErrorNotReady, known(cudaErrorNotReady).text);
+  return report(own.failure.exchange(nullptr));
 }
 
 cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned /*flags*/) {
@@ -221,11 +217,13 @@ cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t handle) {
     return report(cudaErrorInvalidResourceHandle, "an event of device " + std::to_string(event->device) +
                                                       " is recorded on a stream of device " + std::to_string(stream.device()));
   }
-  stream.push([state = event->state, target = ++event->recorded, &stream] {
-    state->failure.store(stream.failure.load());
-    state->time_ns.store(std::chrono::steady_clock::now().time_since_epoch().count(), std::memory_order_relaxed);
-    state->progress.reach(target);
-  });
+  stream.push(
+      [state = event->state, target = ++event->recorded, &stream] {
+        state->failure.store(stream.failure.load());
+        state->time_ns.store(std::chrono::steady_clock::now().time_since_epoch().count(), std::memory_order_relaxed);
+        state->progress.reach(target);
+      },
+      false);
   return cudaSuccess;
 }
 

@@ -124,6 +124,7 @@ cudaError_t start(Launch launch, cudaStream_t handle) {
 
 struct CUstream_st::Work {
   std::function<void()> run;  // empty: the end
+  bool counts = false;
   Work* next = nullptr;
 };
 
@@ -157,8 +158,9 @@ CUstream_st* CUstream_st::of(cudaStream_t stream) {
 }
 
 // The host releases and the worker acquires, never the reverse.
-void CUstream_st::push(std::function<void()> work) {
-  auto* item = new Work{std::move(work), pushed_.load(std::memory_order_relaxed)};
+void CUstream_st::push(std::function<void()> work, bool counts) {
+  if (counts) given_.fetch_add(1, std::memory_order_relaxed);
+  auto* item = new Work{std::move(work), counts, pushed_.load(std::memory_order_relaxed)};
   while (!pushed_.compare_exchange_weak(item->next, item, std::memory_order_release, std::memory_order_relaxed)) {
   }
   sem_post(&count_);
@@ -191,6 +193,7 @@ void CUstream_st::run() {
     if (!work->run) return;
     delay();
     work->run();
+    if (work->counts) done_.fetch_add(1, std::memory_order_release);
   }
 }
 
@@ -204,9 +207,11 @@ void CUstream_st::finish() { push({}); }
 
 void CUstream_st::synchronize() {
   Progress progress;
-  push([&progress] { progress.reach(1); });
+  push([&progress] { progress.reach(1); }, false);
   progress.wait_for(1);
 }
+
+bool CUstream_st::idle() const { return done_.load(std::memory_order_acquire) >= given_.load(std::memory_order_relaxed); }
 
 void CUstream_st::run_grid(const Launch& launch) {
   const std::uint64_t blocks = std::uint64_t{launch.grid.x} * launch.grid.y * launch.grid.z;

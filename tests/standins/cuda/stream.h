@@ -77,9 +77,10 @@ struct CUstream_st {
   static CUstream_st* of(cudaStream_t stream);  // the device's own for the null stream
 
   int device() const { return device_; }
-  void push(std::function<void()> work);
+  void push(std::function<void()> work, bool counts = true);
   void finish();  // destroys the stream when all its work is done
   void synchronize();
+  bool idle() const;
   void run_grid(const dattn::cuda::standin::Launch& launch);
   void retire(void* memory, std::size_t bytes);  // frees device memory, late enough to see it used after that
 
@@ -97,6 +98,7 @@ struct CUstream_st {
   std::atomic<Work*> pushed_{nullptr};  // newest first
   Work* taken_ = nullptr;               // oldest first
   sem_t count_{};
+  std::atomic<std::uint64_t> given_{0}, done_{0};  // pieces of work, without those that only mark a place
   std::unique_ptr<dattn::cuda::standin::Helper> helper_;
   std::minstd_rand jitter_;
   struct Retired;

@@ -56,29 +56,26 @@ void launch(void (*kernel)(Params...), dim3 grid, dim3 block, std::size_t shared
 
 }  // namespace dattn::cuda
 
-inline void __syncthreads(dattn::cuda::standin::Place place = DATTN_STANDIN_PLACE) {
-  dattn::cuda::standin::block_barrier(place);
-}
-inline void __syncwarp(unsigned mask = 0xffffffffu, dattn::cuda::standin::Place place = DATTN_STANDIN_PLACE) {
+inline void __syncthreads(dattn::cuda::standin::Place place = {}) { dattn::cuda::standin::block_barrier(place); }
+inline void __syncwarp(unsigned mask = 0xffffffffu, dattn::cuda::standin::Place place = {}) {
   if (mask != 0xffffffffu) dattn::cuda::standin::give_up("__syncwarp", place, "mask %08x; whole warps only", mask);
   dattn::cuda::standin::warp_meet("__syncwarp", place, nullptr, [](void* const*) {});
 }
 
 // Within groups of `width` lanes, as in CUDA: lanes outside the group are not reached.
 template <class T>
-T __shfl_sync(unsigned mask, T value, int lane, int width = 32, dattn::cuda::standin::Place place = DATTN_STANDIN_PLACE) {
+T __shfl_sync(unsigned mask, T value, int lane, int width = 32, dattn::cuda::standin::Place place = {}) {
   const int mine = dattn::cuda::standin::lane();
   return dattn::cuda::standin::shuffle("__shfl_sync", place, mask, value, mine / width * width + (lane & (width - 1)));
 }
 template <class T>
-T __shfl_xor_sync(unsigned mask, T value, int lanes, int width = 32, dattn::cuda::standin::Place place = DATTN_STANDIN_PLACE) {
+T __shfl_xor_sync(unsigned mask, T value, int lanes, int width = 32, dattn::cuda::standin::Place place = {}) {
   const int mine = dattn::cuda::standin::lane(), other = mine ^ lanes;
   return dattn::cuda::standin::shuffle("__shfl_xor_sync", place, mask, value,
                                        other < mine / width * width + width ? other : mine);
 }
 template <class T>
-T __shfl_down_sync(unsigned mask, T value, unsigned lanes, int width = 32,
-                   dattn::cuda::standin::Place place = DATTN_STANDIN_PLACE) {
+T __shfl_down_sync(unsigned mask, T value, unsigned lanes, int width = 32, dattn::cuda::standin::Place place = {}) {
   const int mine = dattn::cuda::standin::lane(), other = mine + static_cast<int>(lanes);
   return dattn::cuda::standin::shuffle("__shfl_down_sync", place, mask, value,
                                        other < mine / width * width + width ? other : mine);

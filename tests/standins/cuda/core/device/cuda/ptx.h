@@ -73,24 +73,23 @@ void load_matrices(void* const* lanes) {
 
 }  // namespace standin
 
-inline void mma_bf16(float (&c)[4], const std::uint32_t (&a)[4], const std::uint32_t (&b)[2],
-                     standin::Place place = DATTN_STANDIN_PLACE) {
+inline void mma_bf16(float (&c)[4], const std::uint32_t (&a)[4], const std::uint32_t (&b)[2], standin::Place place = {}) {
   standin::Mma request{c, a, b};
   standin::warp_meet("mma_bf16", place, &request, standin::mma_warp);
 }
 
-inline void ldmatrix_x4(std::uint32_t (&r)[4], const void* row, standin::Place place = DATTN_STANDIN_PLACE) {
+inline void ldmatrix_x4(std::uint32_t (&r)[4], const void* row, standin::Place place = {}) {
   standin::want_shared(row, 16, "ldmatrix_x4", place);
   standin::LoadMatrix request{r, row};
   standin::warp_meet("ldmatrix_x4", place, &request, standin::load_matrices<false>);
 }
-inline void ldmatrix_x4_trans(std::uint32_t (&r)[4], const void* row, standin::Place place = DATTN_STANDIN_PLACE) {
+inline void ldmatrix_x4_trans(std::uint32_t (&r)[4], const void* row, standin::Place place = {}) {
   standin::want_shared(row, 16, "ldmatrix_x4_trans", place);
   standin::LoadMatrix request{r, row};
   standin::warp_meet("ldmatrix_x4_trans", place, &request, standin::load_matrices<true>);
 }
 
-inline void cp_async_16(void* shared, const void* device, int bytes, standin::Place place = DATTN_STANDIN_PLACE) {
+inline void cp_async_16(void* shared, const void* device, int bytes, standin::Place place = {}) {
   standin::want_shared(shared, 16, "cp_async_16", place);
   if (bytes < 0 || bytes > 16) standin::give_up("cp_async_16", place, "%d bytes; 0 to 16", bytes);
   if (reinterpret_cast<std::uintptr_t>(device) % 16 != 0) {
