@@ -25,8 +25,9 @@ void require_one_kind(const std::vector<std::string>& places, Device own) {
   const std::string kind = own.is_cuda() ? "\ncuda" : "\ncpu";
   for (std::size_t rank = 0; rank < places.size(); ++rank) {
     const std::size_t at = places[rank].find('\n');
-    require(places[rank].compare(at, kind.size(), kind) == 0, "rank {} computes on {}, this one on {}; set device=cpu or device=cuda",
-            rank, places[rank].substr(at + 1), to_text(own));
+    require(places[rank].compare(at, kind.size(), kind) == 0,
+            "rank {} computes on {}, this one on {}; set device=cpu or device=cuda", rank, places[rank].substr(at + 1),
+            to_text(own));
   }
 }
 
@@ -43,10 +44,11 @@ Device choose_device(const DeviceOptions& options, int local_rank, int local_siz
     return {};
   }
   if (count == 0) fail(ErrorCode::kSystem, "device=cuda: {}; use device=cpu, or see `dattn doctor`", why);
-  require(needed <= count,
-          "device=cuda: {} ranks on this host, {} to a device, need {} CUDA devices; there are {}: start at most {} ranks, or set "
-          "ranks_per_device={}",
-          local_size, options.ranks_per_device, needed, count, count * options.ranks_per_device, (local_size + count - 1) / count);
+  require(
+      needed <= count,
+      "device=cuda: {} ranks on this host, {} to a device, need {} CUDA devices; there are {}: start at most {} ranks, or set "
+      "ranks_per_device={}",
+      local_size, options.ranks_per_device, needed, count, count * options.ranks_per_device, (local_size + count - 1) / count);
   return {DeviceKind::kCuda, static_cast<std::int8_t>(local_rank / options.ranks_per_device)};
 }
 

@@ -76,6 +76,4 @@ struct CudaNn {
   void (*squared_norm)(const TensorView& x, const TensorView& sum, void* stream);
 };
 
-const CudaNn& cuda_nn_of_this_build();  // the table itself: within the CUDA module only
-
 }  // namespace dattn

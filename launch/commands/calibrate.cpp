@@ -9,8 +9,8 @@
 #include <fmt/format.h>
 
 #include "core/base/error.h"
-#include "core/base/host.h"
 #include "core/base/file.h"
+#include "core/base/host.h"
 #include "core/base/threads.h"
 #include "parallel/machine.h"
 

@@ -75,7 +75,9 @@ int run_with_config(const CommonOptions& common, const std::function<RunConfig()
   } catch (...) {
     failure = std::current_exception();
   }
-  const JobOptions options{common.ranks, config.comm.timeout_s, common.threads > 0 ? common.threads : config.threads,
+  const JobOptions options{common.ranks,
+                           config.comm.timeout_s,
+                           common.threads > 0 ? common.threads : config.threads,
                            {config.device, config.ranks_per_device, config.comm.transfers}};
   return run_job(options, [&](Communicator& world) {
     if (failure) std::rethrow_exception(failure);

@@ -1,6 +1,8 @@
 // The table of the CUDA module (core/device/cuda_module.h), found by the program under the name dattn_cuda_module.
 #include "core/attention/cuda/kernels.h"
 #include "core/device/cuda/runtime.h"
+#include "core/nn/cuda/matmul.h"
+#include "core/nn/cuda/ops.h"
 
 namespace dattn::cuda {
 namespace {
@@ -36,6 +38,8 @@ const CudaModule kTable{
     .add_sink_gradient = add_sink_gradient,
     .attention_delta = attention_delta,
     .kernels = cuda_kernels,
+    .nn = &kNnTable,
+    .matmul_library = matmul_library,
 };
 
 }  // namespace

@@ -19,6 +19,8 @@ cudaStream_t current_stream();
 // Sets what the program adds to errors of this thread.
 void adopt_error_context();
 
+int current_device();  // the number of the calling thread's
+
 void bind_host(const CudaHost* host);
 
 // The functions of the module's table (cuda_module.h), devices and streams ..

@@ -5,7 +5,7 @@
 #include <dlfcn.h>
 
 #include <map>
-#include <mutex>
+#include <memory>
 #include <string>
 #include <tuple>
 
@@ -93,9 +93,9 @@ cublasLtMatrixLayout_t layout_of(const Functions& call, DType type, std::uint64_
   return layout;
 }
 
-class Library13 {
+class LtLibrary {
  public:
-  explicit Library13(const Functions& call) : call_(call) { check_status(call.cublasLtCreate(&handle_), "cublasLtCreate"); }
+  explicit LtLibrary(const Functions& call) : call_(call) { check_status(call.cublasLtCreate(&handle_), "cublasLtCreate"); }
 
   bool run(const TensorView& a, const TensorView& b, const TensorView& c, const float* bias, bool accumulate,
            NativeStream stream) {
@@ -163,10 +163,10 @@ class Library13 {
   cublasLtHandle_t handle_{};
 };
 
-Library13& library() {
-  thread_local std::map<int, std::unique_ptr<Library13>> of_device;
-  std::unique_ptr<Library13>& own = of_device[current_device_index()];
-  if (!own) own = std::make_unique<Library13>(loaded_once().call);
+LtLibrary& library() {
+  thread_local std::map<int, std::unique_ptr<LtLibrary>> of_device;
+  std::unique_ptr<LtLibrary>& own = of_device[current_device()];
+  if (!own) own = std::make_unique<LtLibrary>(loaded_once().call);
   return *own;
 }
 
@@ -174,7 +174,7 @@ Library13& library() {
 
 void matmul(const TensorView& a, const TensorView& b, const TensorView& c, const float* bias, bool accumulate,
             NativeStream stream) {
-  if (loaded_once().ok && library().run(a, b, c, bias, accumulate, stream)) return;
+  if (a.size(1) > 0 && loaded_once().ok && library().run(a, b, c, bias, accumulate, stream)) return;
   plain_matmul(a, b, c, bias, accumulate, stream);
 }
 

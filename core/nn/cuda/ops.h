@@ -6,6 +6,8 @@
 
 namespace dattn::cuda {
 
+extern const CudaNn kNnTable;
+
 void plain_matmul(const TensorView& a, const TensorView& b, const TensorView& c, const float* bias, bool accumulate,
                   NativeStream stream);
 void column_sums(const TensorView& x, const TensorView& sums, NativeStream stream);

@@ -2,15 +2,27 @@
 #include "core/nn/cuda/matmul.h"
 #include "core/nn/cuda/ops.h"
 
-namespace dattn {
+namespace dattn::cuda {
 
-const CudaNn& cuda_nn_of_this_build() {
-  static const CudaNn table{
-      cuda::matmul,          cuda::column_sums, cuda::gelu,          cuda::gelu_backward, cuda::swiglu,
-      cuda::swiglu_backward, cuda::norm,        cuda::norm_backward, cuda::rope,          cuda::dropout,
-      cuda::residual,        cuda::gather_rows, cuda::scatter_rows,  cuda::row_maxima,    cuda::row_exponentials,
-      cuda::logit_gradients, cuda::adamw,       cuda::squared_norm};
-  return table;
-}
+const CudaNn kNnTable{
+    .matmul = matmul,
+    .column_sums = column_sums,
+    .gelu = gelu,
+    .gelu_backward = gelu_backward,
+    .swiglu = swiglu,
+    .swiglu_backward = swiglu_backward,
+    .norm = norm,
+    .norm_backward = norm_backward,
+    .rope = rope,
+    .dropout = dropout,
+    .residual = residual,
+    .gather_rows = gather_rows,
+    .scatter_rows = scatter_rows,
+    .row_maxima = row_maxima,
+    .row_exponentials = row_exponentials,
+    .logit_gradients = logit_gradients,
+    .adamw = adamw,
+    .squared_norm = squared_norm,
+};
 
-}  // namespace dattn
+}  // namespace dattn::cuda
