@@ -1,5 +1,6 @@
 #include "launch/devices.h"
 
+#include <cstdlib>
 #include <set>
 
 #include <fmt/format.h>
@@ -16,6 +17,16 @@ namespace {
 
 // What every rank says of itself: its host, so that ranks which share a device are seen, and its device.
 std::string place_of(Device device) { return fmt::format("{}\n{}", host_name(), to_text(device)); }
+
+// NCCL takes no two ranks of one host on one device: each process says it is a host of its own, and they talk by loopback.
+void pretend_hosts(int rank) {
+  const std::string host = fmt::format("dattn-rank-{}", rank);
+  const std::pair<const char*, const char*> settings[] = {
+      {"NCCL_HOSTID", host.c_str()}, {"NCCL_NET", "Socket"},    {"NCCL_SOCKET_IFNAME", "lo"},
+      {"NCCL_IB_DISABLE", "1"},      {"NCCL_P2P_DISABLE", "1"}, {"NCCL_SHM_DISABLE", "1"},
+      {"NCCL_NVLS_ENABLE", "0"},     {"NCCL_MAX_CTAS", "2"},    {"NCCL_PROTO", "Simple"}};
+  for (const auto& [name, value] : settings) ::setenv(name, value, 0);  // what the user set stays
+}
 
 bool shares_devices(const std::vector<std::string>& places) {
   return std::set<std::string>(places.begin(), places.end()).size() < places.size();
@@ -64,6 +75,7 @@ std::unique_ptr<Communicator> device_world(std::unique_ptr<Communicator> control
   note_once(fmt::format("{} ranks on CUDA devices{}: tensors travel {}", control->size(), shared ? ", some shared" : "",
                         transfers == Transfers::kNccl ? "by NCCL" : "through host memory"));
   if (transfers == Transfers::kStaged) return staged(std::move(control));
+  if (shared) pretend_hosts(control->rank());
   return nccl_world(std::move(control), NcclOptions::from_environment(timeout_s));
 }
 

@@ -40,7 +40,8 @@ struct DeviceOptions {
 Device choose_device(const DeviceOptions& options, int local_rank, int local_size);
 
 // The world of ranks that compute on this thread's current device: `control` itself on the cpu. auto: NCCL where its library is
-// found and no two ranks share a device. All ranks make the call; they must have devices of one kind.
+// found and no two ranks share a device (processes that do may ask for it by name: slow, over loopback sockets). All ranks make
+// the call; they must have devices of one kind.
 std::unique_ptr<Communicator> device_world(std::unique_ptr<Communicator> control, const DeviceOptions& options,
                                            double timeout_s);
 
