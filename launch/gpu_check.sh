@@ -13,7 +13,7 @@ usage: launch/gpu_check.sh [--out FOLDER] [--only STEP,..] [--dry-run] [--standi
   --dry-run       prints the commands
   --standin       over the tests' stand-ins for CUDA and NCCL on host memory: everything but the numbers
 steps: doctor kernels layers conformance_1 conformance_threads conformance_nccl determinism training
-       bench_attention bench_virtual_ranks bench_train torch
+       bench_attention bench_virtual_ranks torch
 END
 }
 

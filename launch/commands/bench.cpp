@@ -8,6 +8,7 @@
 
 #include "core/base/error.h"
 #include "core/base/threads.h"
+#include "core/device/stream.h"
 #include "launch/commands/planning.h"
 #include "parallel/attention.h"
 
@@ -26,10 +27,12 @@ template <class Body>
 Percentiles time_calls(Communicator& world, int repeat, const Body& body) {
   std::vector<double> times;
   body();  // warms up: plans, memory pages, kernels
+  current_stream().synchronize();
   for (int i = 0; i < repeat; ++i) {
     world.barrier({"bench"});
     const auto start = Clock::now();
     body();
+    current_stream().synchronize();
     world.barrier({"bench"});
     times.push_back(std::chrono::duration<double, std::milli>(Clock::now() - start).count());
   }

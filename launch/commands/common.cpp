@@ -86,10 +86,13 @@ int run_with_config(const CommonOptions& common, const std::function<RunConfig()
 }
 
 Tensor random_tensor(DType dtype, const Shape& shape, std::uint64_t stream) {
+  const Device wanted = current_device();
+  const DeviceScope host(Device{});
   Tensor tensor = Tensor::uninitialized(DType::kF32, shape);
   for (std::int64_t i = 0; i < shape.elements(); ++i)
     tensor.ptr<float>()[i] = philox_normal(1, stream, static_cast<std::uint64_t>(i));
-  return to_dtype(tensor, dtype);
+  Tensor made = to_dtype(tensor, dtype);
+  return wanted.is_cuda() ? to_device(made, wanted) : std::move(made);
 }
 
 Json plan_costs(const Plan& forward, const Plan& gradient) {

@@ -1,6 +1,4 @@
 // dattn doctor: what was found on this machine, why a back end is off, and a short self-test on the present ranks.
-#include <dlfcn.h>
-
 #include <cmath>
 #include <memory>
 
@@ -8,10 +6,13 @@
 
 #include "core/base/error.h"
 #include "core/base/threads.h"
+#include "core/device/cuda_module.h"
 #include "launch/commands/calibrate.h"
 #include "launch/commands/commands.h"
 #include "launch/commands/gather.h"
+#include "launch/topology.h"
 #include "parallel/comm/mpi.h"
+#include "parallel/comm/nccl_api.h"
 #include "parallel/strategy.h"
 #include "parallel/verify.h"
 
@@ -34,20 +35,45 @@ std::string cpu_features() {
 #endif
 }
 
-// Whether a shared library can be loaded, and what was looked for.
-Json probe_library(const char* soname, const char* needed_for) {
-  void* handle = dlopen(soname, RTLD_LAZY | RTLD_LOCAL);
-  if (handle == nullptr)
-    return {{"found", false}, {"detail", fmt::format("{} cannot be loaded; needed for {}", soname, needed_for)}};
-  dlclose(handle);
-  return {{"found", true}, {"detail", fmt::format("{} can be loaded, but this version computes on the CPU only", soname)}};
+Json finding(bool found, const std::string& detail) { return {{"found", found}, {"detail", detail}}; }
+
+// The CUDA module, what it runs on, and the libraries it would load.
+Json cuda_report() {
+  std::string why;
+  const CudaModule* module = find_cuda_module(why);
+  if (module == nullptr) return finding(false, why);
+  const std::vector<CudaDevice> devices = module->devices(why);
+  if (devices.empty()) return finding(false, why);
+  Json names = Json::array();
+  for (const CudaDevice& device : devices) {
+    names.push_back(fmt::format("{} (compute capability {}.{}, {} multiprocessors, {:.1f} GiB)", device.name, device.major,
+                                device.minor, device.multiprocessors, static_cast<double>(device.memory_bytes) / 0x1p30));
+  }
+  Json report = finding(true, fmt::format("{} device(s), {}, module: {}", devices.size(), module->versions(), module->flavour));
+  report["devices"] = names;
+  report["matrix_products"] = module->matmul_library();
+  report["determinism"] = "off unless the config asks for repeatable or invariant";
+  return report;
+}
+
+// Where the GPUs and network interfaces are plugged in.
+Json topology_report() {
+  std::string why;
+  std::vector<std::string> buses;
+  for (const CudaDevice& device : cuda_devices(why)) buses.push_back(device.pci);
+  const Topology topology = read_topology(buses);
+  Json places = Json::array();
+  for (const GpuPlace& gpu : topology.gpus) places.push_back(text_of(gpu));
+  for (const Place& interface : topology.interfaces) places.push_back(text_of(interface));
+  return places;
 }
 
 Json report() {
   const ShimReport mpi = probe_mpi();
   const Launch launch = detect_launch();
+  const NcclReport nccl = probe_nccl();
   Json kernels = Json::array();
-  for (const AttentionKernel* kernel : attention_kernels()) kernels.push_back(kernel->name());
+  for (const AttentionKernel* kernel : attention_kernels(current_device())) kernels.push_back(kernel->name());
   Json names = Json::array();
   for (const Strategy& strategy : strategies()) names.push_back(strategy.name);
   return {{"version", DATTN_VERSION},
@@ -55,9 +81,10 @@ Json report() {
           {"cpu_features", cpu_features()},
           {"launcher", launch.launcher.empty() ? "none" : launch.launcher},
           {"mpi", {{"found", mpi.found}, {"detail", mpi.detail}}},
-          {"cuda", probe_library("libcuda.so.1", "GPUs (NVIDIA's driver)")},
-          {"nccl", probe_library("libnccl.so.2", "collectives between GPUs")},
-          {"cudnn", probe_library("libcudnn.so.9", "attention on GPUs")},
+          {"device", to_text(current_device())},
+          {"cuda", cuda_report()},
+          {"nccl", finding(nccl.found, nccl.detail)},
+          {"topology", topology_report()},
           {"kernels", kernels},
           {"strategies", names}};
 }
@@ -77,7 +104,9 @@ double self_test(Communicator& world, const std::string& strategy, const MeshSha
       keys{{0, 1}, attention.kv_positions(), attention.heads().kv};
   const AttentionResult result =
       attention.forward(take_shard(q, rows, DType::kF32), take_shard(k, keys, DType::kF32), take_shard(v, keys, DType::kF32));
+  const Tensor got = to_device(result.out, Device{});
 
+  const DeviceScope host(Device{});
   Tensor out(DType::kF32, q->shape), lse(DType::kF32, {1, 4, 257});
   const std::vector<Tile> tiles =
       make_tiles(compile(options.mask, 257, 257), Positions::range(0, 257), Positions::range(0, 257));
@@ -85,7 +114,7 @@ double self_test(Communicator& world, const std::string& strategy, const MeshSha
   const Tensor expected = take_shard(out, rows, DType::kF32);
   double largest = 0;
   for (std::int64_t i = 0; i < expected->elements(); ++i) {
-    largest = std::max(largest, static_cast<double>(std::abs(result.out.ptr<float>()[i] - expected.ptr<float>()[i])));
+    largest = std::max(largest, static_cast<double>(std::abs(got.ptr<float>()[i] - expected.ptr<float>()[i])));
   }
   Tensor everywhere(DType::kF32, {1});
   everywhere.ptr<float>()[0] = static_cast<float>(largest);
@@ -125,12 +154,12 @@ void print_report(const Json& done) {
 Command add_doctor(CLI::App& app) {
   CLI::App* command = app.add_subcommand("doctor", "what was found on this machine, and a self-test on the present ranks");
   const auto common = std::make_shared<CommonOptions>();
-  common->declare(*command, false);
+  common->declare(*command, true);
   const auto machine = std::make_shared<std::string>();
   command->add_option("--calibrate", *machine, "measure this machine and write it to FILE, for dattn plan --simulate")
       ->type_name("FILE");
   return [common, machine] {
-    const auto load = [] { return RunConfig{}; };
+    const auto load = [&] { return parse_config_as<RunConfig>("{}", "dattn doctor", common->set); };
     return run_with_config(*common, load, [&](const RunConfig&, Communicator& world) {
       Json done{{"event", "done"}};
       if (world.rank() == 0) done.update(report());
