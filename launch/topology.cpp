@@ -18,8 +18,8 @@ std::string first_line(const fs::path& file) {
   return line;
 }
 
-Place place_at(std::string name, const fs::path& device) {
-  Place place;
+PciPlace place_at(std::string name, const fs::path& device) {
+  PciPlace place;
   place.name = std::move(name);
   std::error_code error;
   place.device = fs::canonical(device, error);
@@ -37,7 +37,7 @@ std::string sysfs_address(std::string address) {
 }
 
 // Interfaces of one class that are devices (not bridges, tunnels, loopback).
-void add_interfaces(const fs::path& folder, std::vector<Place>& interfaces) {
+void add_interfaces(const fs::path& folder, std::vector<PciPlace>& interfaces) {
   std::error_code error;
   std::vector<fs::path> entries;
   for (const auto& entry : fs::directory_iterator(folder, error)) entries.push_back(entry.path());
@@ -53,10 +53,10 @@ int shared_way(const fs::path& a, const fs::path& b) {
   return static_cast<int>(std::distance(a.begin(), left));
 }
 
-std::vector<std::string> nearest(const Place& gpu, const std::vector<Place>& interfaces) {
+std::vector<std::string> nearest(const PciPlace& gpu, const std::vector<PciPlace>& interfaces) {
   std::vector<std::string> names;
   int longest = 0;
-  for (const Place& interface : interfaces) {
+  for (const PciPlace& interface : interfaces) {
     if (interface.device.empty() || interface.numa_node != gpu.numa_node) continue;
     const int shared = shared_way(gpu.device, interface.device);
     if (shared > longest) names.clear();
@@ -84,7 +84,7 @@ Topology read_topology(std::span<const std::string> gpus, const fs::path& sysfs)
   return topology;
 }
 
-std::string text_of(const Place& interface) {
+std::string text_of(const PciPlace& interface) {
   std::string text = interface.name;
   if (interface.numa_node >= 0) text += fmt::format(", NUMA node {}", interface.numa_node);
   if (!interface.cpus.empty()) text += fmt::format(", cores {}", interface.cpus);
@@ -92,7 +92,7 @@ std::string text_of(const Place& interface) {
 }
 
 std::string text_of(const GpuPlace& gpu) {
-  std::string text = text_of(static_cast<const Place&>(gpu));
+  std::string text = text_of(static_cast<const PciPlace&>(gpu));
   if (!gpu.nearest.empty()) text += fmt::format(", nearest {}", fmt::join(gpu.nearest, " "));
   return text;
 }

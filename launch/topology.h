@@ -9,26 +9,26 @@
 
 namespace dattn {
 
-struct Place {
+struct PciPlace {
   std::string name;              // PCI address of a GPU, name of an interface
   int numa_node = -1;            // -1: not known, or the machine has only one
   std::string cpus;              // "0-31,64-95"
   std::filesystem::path device;  // its folder, whose path names the bridges above it
 };
 
-struct GpuPlace : Place {
+struct GpuPlace : PciPlace {
   std::vector<std::string> nearest;  // interfaces that share most of the way to it; none where there are none on its node
 };
 
 struct Topology {
   std::vector<GpuPlace> gpus;
-  std::vector<Place> interfaces;  // InfiniBand ("mlx5_0") and physical network ones ("eth0")
+  std::vector<PciPlace> interfaces;  // InfiniBand ("mlx5_0") and physical network ones ("eth0")
 };
 
 // gpus: PCI addresses as CUDA and nvidia-smi write them ("0000:1B:00.0", "00000000:1B:00.0"). What cannot be read is left out.
 Topology read_topology(std::span<const std::string> gpus, const std::filesystem::path& sysfs = "/sys");
 
 std::string text_of(const GpuPlace& gpu);  // "0000:1b:00.0, NUMA node 0, cores 0-31, nearest mlx5_0"
-std::string text_of(const Place& interface);
+std::string text_of(const PciPlace& interface);
 
 }  // namespace dattn

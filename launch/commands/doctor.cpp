@@ -64,7 +64,7 @@ Json topology_report() {
   const Topology topology = read_topology(buses);
   Json places = Json::array();
   for (const GpuPlace& gpu : topology.gpus) places.push_back(text_of(gpu));
-  for (const Place& interface : topology.interfaces) places.push_back(text_of(interface));
+  for (const PciPlace& interface : topology.interfaces) places.push_back(text_of(interface));
   return places;
 }
 
