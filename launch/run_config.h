@@ -169,7 +169,8 @@ void describe(V& v, RunConfig& c) {
   v("machine", c.machine, "machine file for the planner (configs/machines); relative to this file");
   v("dtype", c.dtype, "storage type; sums are kept in fp32");
   v("determinism", c.determinism,
-    "off or repeatable: same mesh, same bits; invariant: attention has the same bits on every mesh and layout");
+    "off or repeatable: same mesh, same bits; invariant: the same bits on every mesh (training: of data and sequence ranks in "
+    "layout zigzag)");
   v("device", c.device, "where ranks compute: auto takes CUDA devices where each host has enough for its ranks");
   v("ranks_per_device", c.ranks_per_device, "ranks of a host that share a CUDA device");
   v("threads", c.threads, "threads per rank; 0 = cores / ranks on this machine");

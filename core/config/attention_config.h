@@ -133,7 +133,7 @@ void describe(V& v, AttentionConfig& c) {
   v("softmax_scale", c.softmax_scale, "factor of the scores before the softmax; absent = 1 / sqrt(head dim)");
   v("softcap", c.softcap, "scores become softcap * tanh(score / softcap); absent = no cap");
   v("alibi_slopes", c.alibi_slopes, "one slope per query head: slope * (k - q) is added to scores; absent = none");
-  v("dropout", c.dropout, "dropout of attention probabilities");
+  v("dropout", c.dropout, "dropout of attention probabilities, in training and in one attention call");
 }
 
 void check(const RegionConfig& c, const ConfigCheck& at);

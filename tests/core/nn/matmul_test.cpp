@@ -106,5 +106,24 @@ TEST(Linear, GradientsByFiniteDifferences) {
   testing::expect_gradient(x, dx, loss, "x");
 }
 
+// Few outputs and long sums: what a library spreads over threads by cutting the sums.
+TEST(Matmul, OneThreadHasTheSameBitsOnAnyNumberOfThreads) {
+  for (const DType type : {DType::kF32, DType::kBF16}) {
+    const Tensor a = to_dtype(normal({20, 20000}, 1), type), b = to_dtype(normal({20000, 40}, 2), type);
+    const Tensor bias = normal({40}, 3);
+    for (const float* added : {static_cast<const float*>(nullptr), static_cast<const float*>(bias.ptr<float>())}) {
+      Tensor results[2];
+      for (const int threads : {1, 4}) {
+        set_num_threads(threads);
+        Tensor& c = results[threads == 4] = Tensor(DType::kF32, {20, 40});
+        matmul(a, b, c, {.bias = added, .one_thread = true});
+        EXPECT_EQ(num_threads(), threads);
+      }
+      set_num_threads(1);
+      EXPECT_EQ(std::memcmp(results[0]->data, results[1]->data, static_cast<std::size_t>(results[0]->bytes())), 0);
+    }
+  }
+}
+
 }  // namespace
 }  // namespace dattn

@@ -18,7 +18,7 @@ namespace {
 
 using testing::normal;
 
-constexpr std::int64_t kLeaf = 20, kRows = kLeaves * kLeaf, kIn = 37, kOut = 300;  // two blocks of columns, five of weights
+constexpr std::int64_t kLeaf = 20, kRows = kLeaves * kLeaf, kIn = 700, kOut = 300;  // blocks of columns and of weights
 
 bool same_bits(const TensorView& a, const TensorView& b) {
   return a.bytes() == b.bytes() && std::memcmp(a.data, b.data, static_cast<std::size_t>(a.bytes())) == 0;

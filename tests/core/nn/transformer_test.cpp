@@ -1,6 +1,8 @@
 #include "core/nn/transformer.h"
 
 #include <cstring>
+#include <map>
+#include <optional>
 
 #include "core/base/error.h"
 #include "core/base/threads.h"
@@ -18,8 +20,9 @@ struct Model {
   VocabularyReduction vocabulary;
   Transformer transformer;
 
-  explicit Model(const ModelConfig& config, const TransformerOptions& options = {}, const Mask& mask = Mask::causal())
-      : attention(mask, {}, {}, {.p = config.dropout, .seed = 3, .heads = config.heads}),
+  explicit Model(const ModelConfig& config, const TransformerOptions& options = {}, const Mask& mask = Mask::causal(),
+                 std::optional<double> attention_dropout = {})
+      : attention(mask, {}, {}, {.p = attention_dropout.value_or(config.dropout), .seed = 3, .heads = config.heads}),
         transformer(config, options, attention, boundary, vocabulary) {
     set_num_threads(1);  // the shapes are too small for more
     testing::scale_up(transformer);
@@ -93,21 +96,49 @@ INSTANTIATE_TEST_SUITE_P(Styles, TransformerCases,
                          [](const auto& instance) { return instance.param.name; });
 
 // Which probabilities are dropped follows step, layer and batch row; only training drops any.
-TEST(Transformer, DropsAttentionByStepAndRowInTrainingOnly) {
-  ModelConfig config = small_model("llama");
-  Model plain(config);
-  config.dropout = 0.3;
-  Model dropping(config);
-  dropping.transformer = Transformer(small_model("llama"), {}, dropping.attention, dropping.boundary, dropping.vocabulary);
-  testing::scale_up(dropping.transformer);
+TEST(Transformer, DropsAttentionByStepLayerAndRowInTrainingOnly) {
+  struct Recorder final : Attention {
+    std::vector<AttentionSite> sites;
+    Tensor forward(const AttentionSite& site, const TensorView& q, const TensorView&, const TensorView&) override {
+      sites.push_back(site);
+      return Tensor(q.dtype, q.shape);
+    }
+    Gradients backward(const AttentionSite& site, const TensorView& q, const TensorView& k, const TensorView& v,
+                       const TensorView&) override {
+      sites.push_back(site);
+      return {Tensor(DType::kF32, q.shape), Tensor(DType::kF32, k.shape), Tensor(DType::kF32, v.shape)};
+    }
+  } attention;
+  Boundary boundary;
+  VocabularyReduction vocabulary;
+  const ModelConfig config = small_model("gpt2");
+  Transformer model(config, recomputing(Recompute::kBlock), attention, boundary, vocabulary);
+  OwnedBatch batch(1, 4, 29);
+  std::map<std::uint64_t, std::pair<std::uint64_t, int>> sites;  // step and layer of each stream
+  for (batch.view.step = 0; batch.view.step < 3; ++batch.view.step) {
+    attention.sites.clear();
+    model.forward_backward(batch.view);
+    EXPECT_EQ(attention.sites.size(), 3 * 2u) << "forward, recomputation, backward of two layers";
+    for (const AttentionSite& site : attention.sites) {
+      EXPECT_TRUE(site.training);
+      EXPECT_EQ(site.batch_begin, batch.view.batch_begin);
+      const std::pair place{batch.view.step, site.layer};
+      EXPECT_EQ(sites.emplace(site.dropout_stream, place).first->second, place) << "two places have one stream";
+    }
+  }
+  EXPECT_EQ(sites.size(), 3 * 2u);
+  attention.sites.clear();
+  model.loss(batch.view);
+  for (const AttentionSite& site : attention.sites) EXPECT_FALSE(site.training);
+}
+
+TEST(Transformer, OnlyTrainingDropsAttention) {
+  const ModelConfig config = small_model("llama");
+  Model plain(config), dropping(config, {}, Mask::causal(), 0.3);
   OwnedBatch batch(1, 12, 29);
   const double loss = dropping.transformer.forward_backward(batch.view);
-  EXPECT_EQ(loss, dropping.transformer.forward_backward(batch.view));
   EXPECT_NE(loss, plain.transformer.forward_backward(batch.view));
   EXPECT_EQ(dropping.transformer.loss(batch.view), plain.transformer.loss(batch.view));
-  ++batch.view.step;
-  EXPECT_NE(loss, dropping.transformer.forward_backward(batch.view));
-  --batch.view.step;
   ++batch.view.batch_begin;
   EXPECT_NE(loss, dropping.transformer.forward_backward(batch.view));
 }
