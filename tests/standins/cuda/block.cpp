@@ -237,6 +237,7 @@ void Block::resume(int thread) {
 }
 
 void Block::run_next() {
+  release_order(&threads_);  // for the case that nobody comes back
   if (first_ready_ < ready_.size()) {
     const int next = ready_[first_ready_++];
     if (first_ready_ == ready_.size()) {
@@ -311,6 +312,7 @@ std::string Block::where(const char* what, Place place) const {
 void Block::give_up(std::string text) {
   failure_ = std::move(text);
   text.~basic_string();  // this stack is never unwound
+  release_order(&threads_);
   running_->switch_to(main_);
   __builtin_unreachable();
 }
@@ -334,6 +336,7 @@ void Block::give_up_divergent() {
       failure_ += wait.place.line > 0 ? fmt::format(" {}:{};", wait.place.file, wait.place.line) : ";";
     }
   }
+  release_order(&threads_);
   running_->switch_to(main_);
   __builtin_unreachable();
 }
