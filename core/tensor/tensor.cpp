@@ -4,6 +4,7 @@
 #include <atomic>
 #include <cstdlib>
 #include <cstring>
+#include <new>
 
 #include "core/base/error.h"
 
@@ -12,20 +13,40 @@ namespace {
 
 constexpr std::size_t kAlignment = 64;
 
-std::atomic<std::int64_t> g_bytes_now{0};
-std::atomic<std::int64_t> g_bytes_peak{0};
+}  // namespace
 
-// A block starts with its size, one alignment unit before the address handed out.
+// Bytes now and at most.
+struct TensorMeter::Count {
+  std::atomic<std::int64_t> now{0}, peak{0};
+
+  void add(std::int64_t bytes) {
+    const std::int64_t sum = now.fetch_add(bytes) + bytes;
+    std::int64_t most = peak.load();
+    while (sum > most && !peak.compare_exchange_weak(most, sum)) {
+    }
+  }
+};
+
+namespace {
+
+TensorMeter::Count g_process;
+thread_local std::shared_ptr<TensorMeter::Count> t_meter;
+
+// What a block starts with, one alignment unit before the address handed out.
+struct Header {
+  std::int64_t bytes = 0;
+  std::shared_ptr<TensorMeter::Count> meter;  // may be null
+};
+static_assert(sizeof(Header) <= kAlignment);
+
 void* allocate(std::int64_t bytes) {
   const auto rounded = (static_cast<std::size_t>(bytes) + kAlignment - 1) / kAlignment * kAlignment + kAlignment;
   void* block = std::aligned_alloc(kAlignment, rounded);
   if (block == nullptr)
     fail(ErrorCode::kSystem, "out of memory: a tensor of {} bytes; use more ranks or a smaller batch", bytes);
-  *static_cast<std::int64_t*>(block) = bytes;
-  const std::int64_t now = g_bytes_now.fetch_add(bytes) + bytes;
-  std::int64_t peak = g_bytes_peak.load();
-  while (now > peak && !g_bytes_peak.compare_exchange_weak(peak, now)) {
-  }
+  new (block) Header{bytes, t_meter};
+  g_process.add(bytes);
+  if (t_meter) t_meter->add(bytes);
   return static_cast<char*>(block) + kAlignment;
 }
 
@@ -166,9 +187,11 @@ TensorView TensorView::reshape(const Shape& extents) const {
 }
 
 void Tensor::Free::operator()(void* memory) const {
-  char* block = static_cast<char*>(memory) - kAlignment;
-  g_bytes_now -= *reinterpret_cast<std::int64_t*>(block);
-  std::free(block);
+  auto* header = reinterpret_cast<Header*>(static_cast<char*>(memory) - kAlignment);
+  g_process.now -= header->bytes;
+  if (header->meter) header->meter->now -= header->bytes;
+  header->~Header();
+  std::free(header);
 }
 
 Tensor Tensor::uninitialized(DType dtype, const Shape& shape) {
@@ -213,8 +236,13 @@ Tensor to_dtype(const TensorView& view, DType dtype) {
   return result;
 }
 
-std::int64_t tensor_bytes_now() { return g_bytes_now.load(); }
-std::int64_t tensor_bytes_peak() { return g_bytes_peak.load(); }
-void reset_tensor_bytes_peak() { g_bytes_peak = g_bytes_now.load(); }
+std::int64_t tensor_bytes_now() { return g_process.now.load(); }
+std::int64_t tensor_bytes_peak() { return g_process.peak.load(); }
+void reset_tensor_bytes_peak() { g_process.peak = g_process.now.load(); }
+
+TensorMeter::TensorMeter() : count_(std::make_shared<Count>()), outer_(std::exchange(t_meter, count_)) {}
+TensorMeter::~TensorMeter() { t_meter = outer_; }
+std::int64_t TensorMeter::now() const { return count_->now.load(); }
+std::int64_t TensorMeter::peak() const { return count_->peak.load(); }
 
 }  // namespace dattn

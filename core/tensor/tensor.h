@@ -107,4 +107,22 @@ std::int64_t tensor_bytes_now();
 std::int64_t tensor_bytes_peak();
 void reset_tensor_bytes_peak();
 
+// Counts what Tensors hold that this thread makes while the meter lives, until they are freed, on whatever thread. The
+// innermost meter of a thread counts alone.
+class TensorMeter {
+ public:
+  struct Count;
+
+  TensorMeter();
+  ~TensorMeter();
+  TensorMeter(const TensorMeter&) = delete;
+  TensorMeter& operator=(const TensorMeter&) = delete;
+
+  std::int64_t now() const;
+  std::int64_t peak() const;
+
+ private:
+  std::shared_ptr<Count> count_, outer_;
+};
+
 }  // namespace dattn
