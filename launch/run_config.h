@@ -33,6 +33,18 @@ struct ConfigNames<DType> {
   static constexpr std::array<std::pair<std::string_view, DType>, 2> kAll{{{"fp32", DType::kF32}, {"bf16", DType::kBF16}}};
 };
 
+// Axes of the tensors in a file: batch, sequence, heads, dim; thd: the tokens of all documents behind each other, one batch
+// row.
+enum class TensorFormat { kBSHD, kSBHD, kBHSD, kTHD };
+
+template <>
+struct ConfigNames<TensorFormat> {
+  static constexpr std::array<std::pair<std::string_view, TensorFormat>, 4> kAll{{{"bshd", TensorFormat::kBSHD},
+                                                                                  {"sbhd", TensorFormat::kSBHD},
+                                                                                  {"bhsd", TensorFormat::kBHSD},
+                                                                                  {"thd", TensorFormat::kTHD}}};
+};
+
 template <>
 struct ConfigNames<Objective> {
   static constexpr std::array<std::pair<std::string_view, Objective>, 2> kAll{
@@ -104,6 +116,7 @@ struct RunConfig {
   std::string machine;
   DType dtype = DType::kF32;
   Determinism determinism = Determinism::kRepeatable;
+  TensorFormat tensor_format = TensorFormat::kBSHD;
   DeviceChoice device = DeviceChoice::kAuto;
   int ranks_per_device = 1;
   int threads = 0;
@@ -171,6 +184,8 @@ void describe(V& v, RunConfig& c) {
   v("determinism", c.determinism,
     "off or repeatable: same mesh, same bits; invariant: the same bits on every mesh (training: of data and sequence ranks in "
     "layout zigzag)");
+  v("tensor_format", c.tensor_format,
+    "axes of q, k, v, dout, out, dq, dk, dv in the files of `dattn attention`; thd: [tokens, heads, dim], documents packed");
   v("device", c.device, "where ranks compute: auto takes CUDA devices where each host has enough for its ranks");
   v("ranks_per_device", c.ranks_per_device, "ranks of a host that share a CUDA device");
   v("threads", c.threads, "threads per rank; 0 = cores / ranks on this machine");
@@ -182,16 +197,23 @@ void describe(V& v, RunConfig& c) {
 }
 
 inline void check(const MeshConfig& c, const ConfigCheck& at) {
-  at.require("data", c.data >= 1, "must be at least 1");
-  at.require("tensor", c.tensor >= 1, "must be at least 1");
-  at.require("ulysses", c.ulysses >= 1, "must be at least 1");
-  at.require("rows", c.rows >= 1, "must be at least 1");
-  at.require("ring", c.ring.inner >= 1 && c.ring.outer >= 1, "must be at least 1");
+  std::int64_t product = 1;
+  const auto check_axis = [&](std::string_view key, int size) {
+    at.require(key, size >= 1 && size <= kMaxRanks, "must lie in [1, {}]", kMaxRanks);
+    product *= size;
+    at.require(key, product <= kMaxRanks, "makes more than {} ranks with the axes before it", kMaxRanks);
+  };
+  check_axis("data", c.data);
+  check_axis("tensor", c.tensor);
+  check_axis("ulysses", c.ulysses);
+  check_axis("rows", c.rows);
+  check_axis("ring", c.ring.inner);
+  check_axis("ring", c.ring.outer);
   if (!c.ranks) return;
   at.require("ranks", c.ulysses == 1 && c.rows == 1 && c.ring.inner == 1 && c.ring.outer == 1,
              "stands in place of ulysses, rows and ring; give either it or those");
-  at.require("ranks", *c.ranks >= 1 && *c.ranks % (c.data * c.tensor) == 0, "must be a multiple of data {} x tensor {}", c.data,
-             c.tensor);
+  at.require("ranks", *c.ranks >= 1 && *c.ranks <= kMaxRanks && *c.ranks % (c.data * c.tensor) == 0,
+             "must be a multiple of data {} x tensor {}, at most {}", c.data, c.tensor, kMaxRanks);
 }
 
 inline void check(const ShapeConfig& c, const ConfigCheck& at) {
@@ -211,6 +233,30 @@ inline void check(const RunConfig& c, const ConfigCheck& at) {
   at.require("threads", c.threads >= 0, "must be at least 0");
   at.require("ranks_per_device", c.ranks_per_device >= 1, "must be at least 1");
   at.require("objective", c.objective != Objective::kTime || !c.machine.empty(), "needs the machine: give machine: FILE");
+}
+
+inline AttentionOptions attention_options(const RunConfig& config, std::int64_t seq_q, std::int64_t seq_kv) {
+  const AttentionConfig& attention = config.attention;
+  return {.mask = to_mask(attention.mask, seq_q, seq_kv),
+          .softmax_scale = attention.softmax_scale,
+          .layout = config.layout.value_or(kDefaultLayout),
+          .strategy = config.strategy,
+          .determinism = config.determinism,
+          .softcap = attention.softcap.value_or(0),
+          .alibi_slopes = attention.alibi_slopes.value_or(std::vector<double>{}),
+          .dropout = attention.dropout.p,
+          .dropout_seed = static_cast<std::uint64_t>(attention.dropout.seed)};
+}
+
+inline AttentionShape shape_of(const ShapeConfig& shape, DType dtype) {
+  return {shape.batch,
+          shape.seq,
+          shape.seq_kv.value_or(shape.seq),
+          shape.heads,
+          shape.kv_heads.value_or(shape.heads),
+          shape.dim,
+          shape.dim_v.value_or(shape.dim),
+          dtype};
 }
 
 // The text of configs/SCHEMA.md.

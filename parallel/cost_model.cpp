@@ -189,15 +189,6 @@ Positions rows_along(const Problem& problem, bool key_side, int first, int count
   return Positions(runs);
 }
 
-std::vector<Interval> seen_by(const CompiledMask& mask, const Positions& queries) {
-  std::vector<Interval> seen;
-  for (const BatchRegions& part : mask) {
-    const std::vector<Interval> more = seen_keys(part.regions, queries);
-    seen.insert(seen.end(), more.begin(), more.end());
-  }
-  return join(std::move(seen));
-}
-
 }  // namespace
 
 SeenRows seen_rows(const Problem& problem) {
@@ -206,7 +197,7 @@ SeenRows seen_rows(const Problem& problem) {
   if (parts == 1) return seen;
   const std::vector<int> places = sample(parts, parts <= kExactRanks ? parts : kSampledRanks);
   for (const int place : places) {
-    const std::vector<Interval> wanted = seen_by(problem.mask, rows_of_places(problem, false, place * ulysses, ulysses));
+    const std::vector<Interval> wanted = seen_keys(problem.mask, rows_of_places(problem, false, place * ulysses, ulysses));
     const auto held = [&](int other) {
       return rows_of_places(problem, true, around(other, parts) * ulysses, ulysses).inside(wanted).count();
     };

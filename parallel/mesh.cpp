@@ -70,6 +70,16 @@ std::vector<int> MeshShape::group(int rank, std::span<const Axis> axes) const {
   return ranks;
 }
 
+void MeshShape::require_valid() const {
+  std::int64_t product = 1;
+  for (const Axis axis : kAxes) {
+    require(size(axis) >= 1 && size(axis) <= kMaxRanks, "mesh.{} is {}; use a size from 1 to {}", name_of(axis), size(axis),
+            kMaxRanks);
+    product *= size(axis);
+    require(product <= kMaxRanks, "the mesh {} has more than {} ranks; use smaller axes", text(), kMaxRanks);
+  }
+}
+
 std::string MeshShape::text() const {
   std::string all;
   for (const Axis axis : kAxes) {
@@ -79,9 +89,7 @@ std::string MeshShape::text() const {
 }
 
 Mesh::Mesh(Communicator& world, const MeshShape& shape) : world_(world), shape_(shape) {
-  for (const Axis axis : kAxes) {
-    require(shape.size(axis) >= 1, "mesh.{} is {}; use a size of at least 1", name_of(axis), shape.size(axis));
-  }
+  shape.require_valid();
   require(shape.ranks() == world.size(), "the mesh {} has {} ranks but the job has {}; start {} ranks or change the mesh",
           shape.text(), shape.ranks(), world.size(), shape.ranks());
   for (const Axis axis : kAxes) {

@@ -22,6 +22,8 @@ inline constexpr std::array<Axis, 4> kSequenceAxes{Axis::kRingOuter, Axis::kRing
 std::string_view name_of(Axis axis);
 constexpr int around(int coordinate, int parts) { return (coordinate % parts + parts) % parts; }  // on a cyclic axis
 
+inline constexpr int kMaxRanks = 1 << 16;
+
 // Sizes of the axes; what a config states. Pure values, for any number of ranks.
 struct MeshShape {
   std::array<int, kAxes.size()> sizes{1, 1, 1, 1, 1, 1};
@@ -36,7 +38,8 @@ struct MeshShape {
   int sequence_index(int rank) const;                                  // place along the sequence: the context-parallel rank
   int neighbour(int rank, Axis axis, int coordinate) const;            // the rank that differs from this one in that axis only
   std::vector<int> group(int rank, std::span<const Axis> axes) const;  // ranks that agree with it on all other axes, ascending
-  std::string text() const;                                            // "ring 2 x ulysses 2"; axes of one rank are left out
+  void require_valid() const;  // throws Error(kBadInput) unless all are positive and their product is at most kMaxRanks
+  std::string text() const;    // "ring 2 x ulysses 2"; axes of one rank are left out
   bool operator==(const MeshShape&) const = default;
 };
 

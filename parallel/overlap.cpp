@@ -1,6 +1,7 @@
 #include "parallel/overlap.h"
 
 #include <algorithm>
+#include <set>
 
 #include "parallel/rank_plan.h"
 
@@ -10,18 +11,19 @@ namespace {
 class Walk {
  public:
   explicit Walk(const Plan& plan) : plan_(plan), moves_(plan.steps.size()) {
-    at_hand_.assign(plan.values.size(), false);
     producer_.assign(plan.values.size(), kNobody);
-    for (const ValueId value : plan.inputs) at_hand_[index(value)] = true;
+    movers_.resize(plan.values.size());
     for (std::size_t i = 0; i < plan.steps.size(); ++i) {
       if (!is_move(plan.steps[i].verb)) continue;
       producer_[index(plan.steps[i].out[0])] = i;
-      waiting_.push_back(i);
+      movers_[index(plan.steps[i].in[0])].push_back(i);
     }
+    for (const ValueId value : plan.inputs) set_at_hand(value);
   }
 
   std::vector<Action> actions() && {
     for (std::size_t i = 0; i < plan_.steps.size(); ++i) {
+      position_ = i;
       if (!is_move(plan_.steps[i].verb)) {
         compute(i);
       } else if (moves_[i] == Move::kWaiting) {
@@ -46,17 +48,20 @@ class Walk {
     for (std::size_t j = 0; j < computation.in.size(); ++j) {
       if (computation.in[j] != kNoValue && consumes(computation, j)) take(computation.in[j]);
     }
-    actions_.push_back({Action::Kind::kCompute, step});
+    actions_.push_back({Action::Kind::kCompute, step, position_});
     for (const ValueId value : computation.out) {
-      if (value != kNoValue) at_hand_[index(value)] = true;
+      if (value != kNoValue) set_at_hand(value);
+    }
+  }
+
+  void set_at_hand(ValueId value) {
+    for (const std::size_t move : movers_[index(value)]) {
+      if (moves_[move] == Move::kWaiting) ready_.insert(move);
     }
   }
 
   void start_ready_moves() {
-    const std::vector<std::size_t> before = waiting_;
-    for (const std::size_t move : before) {
-      if (at_hand_[index(plan_.steps[move].in[0])]) start(move);
-    }
+    while (!ready_.empty()) start(*ready_.begin());
   }
 
   void need(ValueId value) {
@@ -80,23 +85,25 @@ class Walk {
 
   void start(std::size_t move) {
     moves_[move] = Move::kUnderWay;
-    waiting_.erase(std::find(waiting_.begin(), waiting_.end(), move));
+    ready_.erase(move);
     under_way_.insert(std::lower_bound(under_way_.begin(), under_way_.end(), move), move);
-    actions_.push_back({Action::Kind::kStart, move});
+    actions_.push_back({Action::Kind::kStart, move, position_});
   }
 
   void wait(std::size_t move) {
     moves_[move] = Move::kDone;
     under_way_.erase(std::find(under_way_.begin(), under_way_.end(), move));
-    at_hand_[index(plan_.steps[move].out[0])] = true;
-    actions_.push_back({Action::Kind::kWait, move});
+    set_at_hand(plan_.steps[move].out[0]);
+    actions_.push_back({Action::Kind::kWait, move, position_});
   }
 
   const Plan& plan_;
   std::vector<Move> moves_;
-  std::vector<bool> at_hand_;
   std::vector<std::size_t> producer_;             // the move that makes each value
-  std::vector<std::size_t> waiting_, under_way_;  // moves, in list order
+  std::vector<std::vector<std::size_t>> movers_;  // the moves that read each value
+  std::set<std::size_t> ready_;                   // moves that wait, with their input at hand
+  std::vector<std::size_t> under_way_;            // moves, in list order
+  std::size_t position_ = 0;
   std::vector<Action> actions_;
 };
 

@@ -18,6 +18,7 @@ struct Action {
   enum class Kind { kStart, kWait, kCompute };
   Kind kind = Kind::kCompute;
   std::size_t step = 0;
+  std::size_t at = 0;  // how far the list is worked off then: its step that is about to start or be computed
 
   bool operator==(const Action&) const = default;
 };

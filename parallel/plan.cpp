@@ -142,13 +142,7 @@ const Placing& Plan::placing(ValueId value) const {
 }
 
 std::vector<Interval> Plan::wanted(const Placing& fetched, int rank) const {
-  const Positions queries = rows(fetched.wanted, rank);
-  std::vector<Interval> seen;
-  for (const BatchRegions& part : problem->mask) {
-    const std::vector<Interval> more = seen_keys(part.regions, queries);
-    seen.insert(seen.end(), more.begin(), more.end());
-  }
-  return join(std::move(seen));
+  return seen_keys(problem->mask, rows(fetched.wanted, rank));
 }
 
 HeadRange Plan::heads(ValueId value, int rank) const {

@@ -100,7 +100,9 @@ class Planner {
 
   std::vector<Layout> layouts(int parts) const {
     if (request_.fixed_layout) return {request_.options.layout};
-    std::vector<Layout> all{Layout::kZigzag, Layout::kContiguous, Layout::kStriped};
+    std::vector<Layout> all{Layout::kZigzag, Layout::kContiguous};
+    const AttentionShape& shape = request_.shape;  // of longer ones most strategies would work off strides one by one
+    if (std::max(shape.seq_q, shape.seq_kv) <= kMostSingleRows) all.push_back(Layout::kStriped);
     if (parts <= kBalancedParts) all.push_back(Layout::kBalanced);
     return all;
   }

@@ -36,11 +36,12 @@ class RankPlanner {
 
   RankPlan make() {
     for (const Step& step : plan_.steps) result_.steps.push_back(make_step(step));
-    count_memory();
+    count_values_memory();
     for (std::size_t i = 0; i < plan_.values.size(); ++i) {
       block(static_cast<ValueId>(i));
       result_.blocks.push_back(std::move(blocks_[static_cast<ValueId>(i)]));
     }
+    result_.cost.peak_memory = runner_memory(plan_, result_);
     return std::move(result_);
   }
 
@@ -137,7 +138,7 @@ class RankPlanner {
     result_.cost.flops += mine.flops;
   }
 
-  void count_memory() {
+  void count_values_memory() {
     const std::vector<int> last = last_uses(plan_);
     std::vector<std::int64_t> bytes(plan_.values.size(), 0);
     std::int64_t now = 0;
@@ -149,7 +150,7 @@ class RankPlanner {
       for (const ValueId value : step.out) {
         if (value != kNoValue) now += bytes[static_cast<std::size_t>(value)] = bytes_of(plan_, value, block(value));
       }
-      result_.cost.peak_memory = std::max(result_.cost.peak_memory, now);
+      result_.cost.values_memory = std::max(result_.cost.values_memory, now);
       for (const auto* values : {&step.in, &step.out}) {
         for (const ValueId id : *values) {
           const auto value = static_cast<std::size_t>(id);

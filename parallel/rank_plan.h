@@ -39,7 +39,8 @@ struct RankCost {
   std::int64_t bytes_received = 0;  // at the type it travels in, without statistics
   std::int64_t stats_bytes = 0;     // lse and delta
   double flops = 0;
-  std::int64_t peak_memory = 0;                          // bytes of the plan's own values alive at once, inputs not counted
+  std::int64_t values_memory = 0;  // the most bytes of the plan's own values alive at once, by the list; inputs not counted
+  std::int64_t peak_memory = 0;    // the most that a runner holds: values from the start of their move, and messages
   std::map<std::string, std::int64_t> received_by_verb;  // statistics included
 };
 
@@ -69,5 +70,9 @@ std::vector<int> last_uses(const Plan& plan);
 bool consumes(const Step& step, std::size_t index);
 
 std::int64_t bytes_of(const Plan& plan, ValueId value, const Block& block);  // all fields
+
+// The most bytes that a runner holds at once in the order of overlap.h, its inputs not counted: values, messages that are
+// packed and unpacked, and what a type is converted through. What kernels need for themselves is theirs.
+std::int64_t runner_memory(const Plan& plan, const RankPlan& mine);
 
 }  // namespace dattn

@@ -12,16 +12,34 @@
 namespace dattn {
 namespace {
 
+// Sizes up to which bytes and pairs can be counted.
+constexpr double kMostBytes = 0x1p53, kMostPairs = 0x1p62;
+constexpr std::int64_t kMostHeads = 1 << 20;
+
+void check_size(const AttentionShape& shape) {
+  const auto batch = static_cast<double>(shape.batch), heads = static_cast<double>(shape.heads);
+  const auto queries = static_cast<double>(shape.seq_q), keys = static_cast<double>(shape.seq_kv);
+  require(batch * queries * keys <= kMostPairs, "attention shape: batch {} x seq_q {} x seq_kv {} are more than 2^62 pairs",
+          shape.batch, shape.seq_q, shape.seq_kv);
+  const double row = std::max(static_cast<double>(std::max(shape.dim_qk, shape.dim_v)), shape.bias ? keys : 0.0);
+  require(batch * std::max(queries, keys) * heads * row * 8 <= kMostBytes,
+          "attention shape: batch {} x {} positions x {} heads of {} numbers are more than 2^50 numbers", shape.batch,
+          std::max(shape.seq_q, shape.seq_kv), shape.heads, row);
+}
+
 void check_shape(const AttentionShape& shape) {
+  require(shape.dtype != DType::kI32, "attention dtype is {}; use fp32, bf16 or fp64", name_of(shape.dtype));
   require(shape.batch >= 0 && shape.seq_q >= 0 && shape.seq_kv >= 0,
           "attention shape: batch {}, seq_q {} and seq_kv {} must not be negative", shape.batch, shape.seq_q, shape.seq_kv);
-  require(shape.heads >= 1 && shape.kv_heads >= 1, "attention shape: heads {} and kv_heads {} must be at least 1", shape.heads,
-          shape.kv_heads);
+  require(shape.heads >= 1 && shape.kv_heads >= 1 && shape.heads <= kMostHeads && shape.kv_heads <= shape.heads,
+          "attention shape: heads {} and kv_heads {} must be at least 1, heads at most {} and kv_heads at most heads",
+          shape.heads, shape.kv_heads, kMostHeads);
   require(shape.heads % shape.kv_heads == 0, "query heads {} are no multiple of KV heads {}; use a multiple, for example {}",
           shape.heads, shape.kv_heads, (shape.heads / shape.kv_heads + 1) * shape.kv_heads);
   for (const std::int64_t dim : {shape.dim_qk, shape.dim_v}) {
     require(dim >= 1 && dim <= 256, "attention head dim {} is outside 1..256", dim);
   }
+  check_size(shape);
 }
 
 void check_terms(const AttentionShape& shape, const AttentionOptions& options) {
@@ -37,6 +55,28 @@ void check_terms(const AttentionShape& shape, const AttentionOptions& options) {
           "attention dropout has room for {} positions and 2^32 rows of one head; the call has {} positions and {} rows of {} "
           "heads",
           kDropoutPositions, std::max(shape.seq_q, shape.seq_kv), shape.batch, shape.heads);
+}
+
+// Rows of the layout's step beside rows of another, as after a gather, are worked off one by one: found on rank 0, which has
+// as many as any.
+void check_single_rows(const Plan& plan) {
+  if (plan.problem->layout != Layout::kStriped) return;
+  const auto check = [&](const Step& step, ValueId a, ValueId b) {
+    const Positions rows_a = plan.rows(a, 0), rows_b = plan.rows(b, 0);
+    if (rows_a.count() == 0 || rows_b.count() == 0) return;
+    const Run &one = rows_a.runs()[0], &other = rows_b.runs()[0];
+    if (one.count == 1 || other.count == 1 || one.step == other.step) return;
+    const std::int64_t single = is_move(step.verb) ? std::min(rows_a.count(), rows_b.count()) : rows_a.count();
+    require(
+        single <= kMostSingleRows,
+        "strategy {}: layout striped leaves {} positions of step {} beside positions of step {} ({}), to be worked off one by "
+        "one, and at most {} may be; use layout contiguous or zigzag, or strategy ring",
+        plan.strategy, single, one.step, other.step, name_of(step.verb), kMostSingleRows);
+  };
+  for (const Step& step : plan.steps) {
+    if (step.verb == Verb::kAttend) check(step, step.in[0], step.in[1]);
+    if (is_move(step.verb) && step.verb != Verb::kRotate) check(step, step.in[0], step.out[0]);
+  }
 }
 
 }  // namespace
@@ -69,6 +109,7 @@ std::string choose_strategy(const MeshShape& mesh) {
 
 std::shared_ptr<const Problem> make_problem(const MeshShape& mesh, const AttentionShape& shape,
                                             const AttentionOptions& options) {
+  mesh.require_valid();
   check_shape(shape);
   check_terms(shape, options);
   auto problem = std::make_shared<Problem>();
@@ -93,7 +134,9 @@ Plan write_plan(const Strategy& strategy, std::shared_ptr<const Problem> problem
   require(support.ok, "{} (mesh {})", support.why, problem->mesh.text());
   PlanBuilder builder(std::string(strategy.name), std::move(problem));
   const ValueId result = strategy.write(builder);
-  return std::move(builder).build(result);
+  Plan plan = std::move(builder).build(result);
+  check_single_rows(plan);
+  return plan;
 }
 
 Plan make_plan(const MeshShape& mesh, const AttentionShape& shape, const AttentionOptions& options) {

@@ -32,15 +32,23 @@ std::int64_t area_below(Interval q, Interval k, std::int64_t hi) {
   return sum;
 }
 
+// Twice what a plan may have (strategy.cpp), so that all ranks are refused there alike.
+void require_few_single_rows(std::int64_t rows, std::int64_t step, std::int64_t other) {
+  require(rows <= 2 * kMostSingleRows,
+          "{} positions of step {} meet keys of step or window {} one by one, at most {} may; use layout contiguous or zigzag",
+          rows, step, other, 2 * kMostSingleRows);
+}
+
+// The rows of a run, taken with a step that is its own unless it has one row, whose positions lie in a range.
+Interval rows_inside(const Run& run, std::int64_t step, Interval range) {
+  const std::int64_t begin = std::clamp<std::int64_t>(ceil_div(range.begin - run.begin, step), 0, run.count);
+  return {begin, std::clamp<std::int64_t>(ceil_div(range.end - run.begin, step), begin, run.count)};
+}
+
 // The tile of one region and a pair of runs with equal step.
 std::optional<Tile> tile_of(const Region& region, const Run& q, std::int64_t q_row, const Run& k, std::int64_t k_row) {
   const std::int64_t step = q.count == 1 ? k.step : q.step;
-  const auto rows_inside = [step](const Run& run, Interval range) {
-    const std::int64_t begin = std::clamp<std::int64_t>(ceil_div(range.begin - run.begin, step), 0, run.count);
-    const std::int64_t end = std::clamp<std::int64_t>(ceil_div(range.end - run.begin, step), begin, run.count);
-    return Interval{begin, end};
-  };
-  const Interval q_inside = rows_inside(q, region.q), k_inside = rows_inside(k, region.k);
+  const Interval q_inside = rows_inside(q, step, region.q), k_inside = rows_inside(k, step, region.k);
   const std::int64_t offset = k.begin - q.begin;  // position difference of rows 0 and 0
   Region local{{0, q.count}, {0, k.count}, -kUnbounded, kUnbounded};
   if (bounded(region.lo)) local.lo = ceil_div(region.lo - offset, step);
@@ -123,14 +131,30 @@ std::string to_text(const Region& region) {
                      bound(region.lo), bound(region.hi));
 }
 
-std::vector<Tile> make_tiles(std::span<const Region> mask, const Positions& queries, const Positions& keys) {
+RegionList::RegionList(std::vector<Region> regions) : regions_(std::move(regions)) {
+  latest_.resize(regions_.size());
+  earliest_.resize(regions_.size());
+  std::int64_t latest = INT64_MIN, earliest = INT64_MAX;
+  for (std::size_t i = 0; i < regions_.size(); ++i) latest_[i] = latest = std::max(latest, regions_[i].q.end);
+  for (std::size_t i = regions_.size(); i-- > 0;) earliest_[i] = earliest = std::min(earliest, regions_[i].q.begin);
+}
+
+Interval RegionList::meeting(Interval queries) const {
+  const auto first = std::upper_bound(latest_.begin(), latest_.end(), queries.begin);
+  const auto last = std::lower_bound(earliest_.begin(), earliest_.end(), queries.end);
+  const std::int64_t begin = first - latest_.begin(), end = last - earliest_.begin();
+  return {begin, std::max(begin, end)};
+}
+
+std::vector<Tile> make_tiles(const RegionList& mask, const Positions& queries, const Positions& keys) {
   std::vector<Tile> tiles;
   const auto visit = [&](const Run& q, std::int64_t q_row) {
+    const Interval met = mask.meeting({q.begin, q.last() + 1});
     for (std::size_t j = 0; j < keys.runs().size(); ++j) {
       const Run& k = keys.runs()[j];
       const bool equal_steps = q.step == k.step || q.count == 1 || k.count == 1;
-      for (std::size_t r = 0; r < mask.size(); ++r) {
-        const Region& region = mask[r];
+      for (std::int64_t r = met.begin; r < met.end; ++r) {
+        const Region& region = mask[static_cast<std::size_t>(r)];
         if (region.q.begin > q.last() || region.q.end <= q.begin || region.k.begin > k.last() || region.k.end <= k.begin)
           continue;
         const auto add = [&](const Run& rows, std::int64_t first) {
@@ -143,7 +167,9 @@ std::vector<Tile> make_tiles(std::span<const Region> mask, const Positions& quer
           add(q, q_row);
           continue;
         }
-        for (std::int64_t row = 0; row < q.count; ++row) add({q.at(row), 1, 1}, q_row + row);
+        const Interval inside = rows_inside(q, q.step, region.q);
+        require_few_single_rows(inside.count(), q.step, k.step);
+        for (std::int64_t row = inside.begin; row < inside.end; ++row) add({q.at(row), 1, 1}, q_row + row);
       }
     }
   };
@@ -177,15 +203,15 @@ void append_seen(const Region& region, std::int64_t first, std::int64_t last, st
   };
   const bool gaps = bounded(region.lo) && bounded(region.hi) && region.hi - region.lo + 1 < step;
   if (!gaps) return append(first, last);
+  require_few_single_rows((last - first) / step + 1, step, region.hi - region.lo + 1);
   for (std::int64_t row = first; row <= last; row += step) append(row, row);
 }
 
-}  // namespace
-
-std::vector<Interval> seen_keys(std::span<const Region> mask, const Positions& queries) {
-  std::vector<Interval> seen;
+void append_seen(const RegionList& mask, const Positions& queries, std::vector<Interval>& seen) {
   for (const Run& run : queries.runs()) {
-    for (const Region& region : mask) {
+    const Interval met = mask.meeting({run.begin, run.last() + 1});
+    for (std::int64_t r = met.begin; r < met.end; ++r) {
+      const Region& region = mask[static_cast<std::size_t>(r)];
       if (region.q.begin > run.last() || region.q.end <= run.begin) continue;
       const auto part = restrict_to(region, {run.begin, run.last() + 1}, region.k);
       if (!part) continue;
@@ -194,6 +220,19 @@ std::vector<Interval> seen_keys(std::span<const Region> mask, const Positions& q
       if (first <= last) append_seen(*part, first, last, run.step, seen);
     }
   }
+}
+
+}  // namespace
+
+std::vector<Interval> seen_keys(const RegionList& mask, const Positions& queries) {
+  std::vector<Interval> seen;
+  append_seen(mask, queries, seen);
+  return join(std::move(seen));
+}
+
+std::vector<Interval> seen_keys(const CompiledMask& mask, const Positions& queries) {
+  std::vector<Interval> seen;
+  for (const BatchRegions& part : mask) append_seen(part.regions, queries, seen);
   return join(std::move(seen));
 }
 

@@ -43,10 +43,33 @@ std::vector<Region> subtract(const Region& a,
                              const Region& b);  // the pairs of a that b lacks: at most 6 disjoint trimmed regions
 std::string to_text(const Region& region);
 
+// Regions in a fixed order, and which of them a stretch of queries can meet: found in logarithmic time where they are
+// ordered by query, as compile() makes them.
+class RegionList {
+ public:
+  RegionList() = default;
+  RegionList(std::vector<Region> regions);  // NOLINT: any list of regions will do
+
+  // Numbers [begin, end): no region outside that range holds one of the query positions.
+  Interval meeting(Interval queries) const;
+
+  const Region& operator[](std::size_t i) const { return regions_[i]; }
+  std::size_t size() const { return regions_.size(); }
+  bool empty() const { return regions_.empty(); }
+  auto begin() const { return regions_.begin(); }
+  auto end() const { return regions_.end(); }
+  bool operator==(const RegionList& other) const { return regions_ == other.regions_; }
+
+ private:
+  std::vector<Region> regions_;
+  std::vector<std::int64_t> latest_;    // of regions 0..i: the greatest q.end
+  std::vector<std::int64_t> earliest_;  // of regions i..: the least q.begin
+};
+
 // The regions of a run of consecutive batch rows that share them.
 struct BatchRegions {
   Interval batch;
-  std::vector<Region> regions;
+  RegionList regions;
 };
 using CompiledMask = std::vector<BatchRegions>;  // ascending, covering [0, batch)
 
@@ -63,13 +86,17 @@ struct Tile {
   bool operator==(const Tile&) const = default;
 };
 
+// Positions that are worked off one by one: unequal steps, windows narrower than a step. More are refused.
+inline constexpr std::int64_t kMostSingleRows = std::int64_t{1} << 20;
+
 // The visible pairs of a block of queries and a block of keys, as disjoint non-empty tiles, ordered by query row, then
 // key row, then region. Runs of one row fit any step; runs of unequal steps are taken row by row.
-std::vector<Tile> make_tiles(std::span<const Region> mask, const Positions& queries, const Positions& keys);
+std::vector<Tile> make_tiles(const RegionList& mask, const Positions& queries, const Positions& keys);
 std::int64_t area(std::span<const Tile> tiles);
 std::int64_t area(std::span<const Region> mask);
 
 // The smallest ascending disjoint ranges of positions that hold every key which one of the queries sees.
-std::vector<Interval> seen_keys(std::span<const Region> mask, const Positions& queries);
+std::vector<Interval> seen_keys(const RegionList& mask, const Positions& queries);
+std::vector<Interval> seen_keys(const CompiledMask& mask, const Positions& queries);  // by any batch row
 
 }  // namespace dattn

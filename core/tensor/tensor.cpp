@@ -15,15 +15,24 @@ namespace {
 
 constexpr std::size_t kAlignment = 64;
 
-std::atomic<std::int64_t> g_bytes_now{0};
-std::atomic<std::int64_t> g_bytes_peak{0};
+}  // namespace
 
-void count_bytes(std::int64_t bytes) {
-  const std::int64_t now = g_bytes_now.fetch_add(bytes) + bytes;
-  std::int64_t peak = g_bytes_peak.load();
-  while (now > peak && !g_bytes_peak.compare_exchange_weak(peak, now)) {
+// Bytes now and at most.
+struct TensorCount {
+  std::atomic<std::int64_t> now{0}, peak{0};
+
+  void add(std::int64_t bytes) {
+    const std::int64_t sum = now.fetch_add(bytes) + bytes;
+    std::int64_t most = peak.load();
+    while (sum > most && !peak.compare_exchange_weak(most, sum)) {
+    }
   }
-}
+};
+
+namespace {
+
+TensorCount g_process;
+thread_local std::shared_ptr<TensorCount> t_meter;
 
 void* allocate_on_host(std::int64_t bytes) {
   const auto rounded = (static_cast<std::size_t>(bytes) + kAlignment - 1) / kAlignment * kAlignment;
@@ -203,7 +212,8 @@ TensorView TensorView::reshape(const Shape& extents) const {
 }
 
 void FreeTensor::operator()(void* memory) const {
-  g_bytes_now -= bytes;
+  g_process.now -= bytes;
+  if (meter) meter->now -= bytes;
   if (device.is_cuda())
     cuda_module().free(memory, stream);
   else
@@ -212,11 +222,12 @@ void FreeTensor::operator()(void* memory) const {
 
 Tensor Tensor::uninitialized(DType dtype, const Shape& shape) {
   const Device device = current_device();
-  const FreeTensor free{device, current_stream().native(), shape.elements() * size_of(dtype)};
+  const FreeTensor free{device, current_stream().native(), shape.elements() * size_of(dtype), t_meter};
   void* memory = device.is_cuda()
                      ? cuda_module().allocate(static_cast<std::size_t>(std::max<std::int64_t>(free.bytes, 1)), free.stream)
                      : allocate_on_host(free.bytes);
-  count_bytes(free.bytes);
+  g_process.add(free.bytes);
+  if (t_meter) t_meter->add(free.bytes);
   Tensor tensor;
   tensor.memory_ = {memory, free};
   tensor.view_ = TensorView(memory, dtype, shape, device);
@@ -277,8 +288,13 @@ Tensor to_device(const TensorView& view, Device device) {
   return result;
 }
 
-std::int64_t tensor_bytes_now() { return g_bytes_now.load(); }
-std::int64_t tensor_bytes_peak() { return g_bytes_peak.load(); }
-void reset_tensor_bytes_peak() { g_bytes_peak = g_bytes_now.load(); }
+std::int64_t tensor_bytes_now() { return g_process.now.load(); }
+std::int64_t tensor_bytes_peak() { return g_process.peak.load(); }
+void reset_tensor_bytes_peak() { g_process.peak = g_process.now.load(); }
+
+TensorMeter::TensorMeter() : count_(std::make_shared<TensorCount>()), outer_(std::exchange(t_meter, count_)) {}
+TensorMeter::~TensorMeter() { t_meter = outer_; }
+std::int64_t TensorMeter::now() const { return count_->now.load(); }
+std::int64_t TensorMeter::peak() const { return count_->peak.load(); }
 
 }  // namespace dattn

@@ -69,11 +69,14 @@ struct TensorView {
   TensorView reshape(const Shape& extents) const;  // contiguous views only
 };
 
+struct TensorCount;  // of a TensorMeter, below
+
 // Gives a Tensor's memory back.
 struct FreeTensor {
   Device device;
   void* stream = nullptr;  // in whose order
   std::int64_t bytes = 0;
+  std::shared_ptr<TensorCount> meter;  // what counts it beside the process, or none
   void operator()(void* memory) const;
 };
 
@@ -118,5 +121,21 @@ bool on_cuda(
 std::int64_t tensor_bytes_now();
 std::int64_t tensor_bytes_peak();
 void reset_tensor_bytes_peak();
+
+// Counts what Tensors hold that this thread makes while the meter lives, until they are freed, on whatever thread. The
+// innermost meter of a thread counts alone.
+class TensorMeter {
+ public:
+  TensorMeter();
+  ~TensorMeter();
+  TensorMeter(const TensorMeter&) = delete;
+  TensorMeter& operator=(const TensorMeter&) = delete;
+
+  std::int64_t now() const;
+  std::int64_t peak() const;
+
+ private:
+  std::shared_ptr<TensorCount> count_, outer_;
+};
 
 }  // namespace dattn

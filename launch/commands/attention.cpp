@@ -3,6 +3,7 @@
 #include "parallel/attention.h"
 
 #include <chrono>
+#include <map>
 #include <memory>
 
 #include <fmt/format.h>
@@ -22,39 +23,44 @@ struct Inputs {
   AttentionShape shape;
 };
 
-TensorView read_tensor(const SafetensorsFile& file, std::string_view name, const char* axes) {
-  require(file.has(name),
-          "{}: no tensor '{}'; it must hold q [B,S,H,D], k [B,Skv,Hkv,D], v [B,Skv,Hkv,Dv] and may hold dout [B,S,H,Dv]",
-          file.path(), name);
+// A tensor of the file as [B, S, H, X].
+TensorView read_tensor(const SafetensorsFile& file, std::string_view name, TensorFormat format) {
+  require(file.has(name), "{}: no tensor '{}'; it must hold q, k and v, and may hold dout", file.path(), name);
+  static const std::map<TensorFormat, std::string_view> kAxes{{TensorFormat::kBSHD, "[batch, seq, heads, dim]"},
+                                                              {TensorFormat::kSBHD, "[seq, batch, heads, dim]"},
+                                                              {TensorFormat::kBHSD, "[batch, heads, seq, dim]"},
+                                                              {TensorFormat::kTHD, "[tokens, heads, dim]"}};
   const TensorView view = file.view(name);
-  require(view.axes() == 4, "{}: tensor '{}' has shape {}; expected 4 axes {}", file.path(), name, view.shape.text(), axes);
+  require(view.axes() == (format == TensorFormat::kTHD ? 3 : 4),
+          "{}: tensor '{}' has shape {}; expected the axes {} of tensor_format", file.path(), name, view.shape.text(),
+          kAxes.at(format));
   require(view.dtype != DType::kI32, "{}: tensor '{}' has dtype int32; use fp32 or bf16", file.path(), name);
-  return view;
+  return from_format(view, format);
 }
 
-Inputs read_inputs(const SafetensorsFile& file, DType dtype) {
+Inputs read_inputs(const SafetensorsFile& file, DType dtype, TensorFormat format) {
   Inputs in;
-  in.q = read_tensor(file, "q", "[B,S,H,D]");
-  in.k = read_tensor(file, "k", "[B,Skv,Hkv,D]");
-  in.v = read_tensor(file, "v", "[B,Skv,Hkv,Dv]");
+  in.q = read_tensor(file, "q", format);
+  in.k = read_tensor(file, "k", format);
+  in.v = read_tensor(file, "v", format);
   in.shape = {in.q.size(0), in.q.size(1), in.k.size(1), in.q.size(2), in.k.size(2), in.q.size(3), in.v.size(3), dtype};
   const AttentionShape& s = in.shape;
   const auto check = [&](const char* name, const TensorView& tensor, const Shape& expected) {
-    require(tensor.shape == expected, "{}: tensor '{}' has shape {}, but by q {}, k {} and v {} it must be {}", file.path(),
-            name, tensor.shape.text(), in.q.shape.text(), in.k.shape.text(), in.v.shape.text(), expected.text());
+    require(tensor.shape == expected,
+            "{}: tensor '{}' has shape {}, but by q {}, k {} and v {} it must be {} (all as [batch, seq, heads, dim])",
+            file.path(), name, tensor.shape.text(), in.q.shape.text(), in.k.shape.text(), in.v.shape.text(), expected.text());
   };
   check("k", in.k, {s.batch, s.seq_kv, s.kv_heads, s.dim_qk});
   check("v", in.v, {s.batch, s.seq_kv, s.kv_heads, s.dim_v});
   in.has_dout = file.has("dout");
   if (in.has_dout) {
-    in.dout = read_tensor(file, "dout", "[B,S,H,Dv]");
+    in.dout = read_tensor(file, "dout", format);
     check("dout", in.dout, {s.batch, s.seq_q, s.heads, s.dim_v});
   }
   if (file.has("bias")) {
-    in.bias = read_tensor(file, "bias", "[B or 1, H or 1, S, Skv]");
-    in.shape.bias = BiasShape{in.bias.size(0) != 1, in.bias.size(1) != 1};
-    check("bias", in.bias, {in.bias.size(0) == 1 ? 1 : s.batch, in.bias.size(1) == 1 ? 1 : s.heads, s.seq_q, s.seq_kv});
-    in.bias = in.bias.transpose(1, 2);  // [B or 1, S, H or 1, Skv], as the queries lie
+    in.bias = read_tensor(file, "bias", TensorFormat::kBHSD);  // [B or 1, H or 1, S, Skv] in any format
+    in.shape.bias = BiasShape{in.bias.size(0) != 1, in.bias.size(2) != 1};
+    check("bias", in.bias, {in.bias.size(0) == 1 ? 1 : s.batch, s.seq_q, in.bias.size(2) == 1 ? 1 : s.heads, s.seq_kv});
   }
   if (file.has("sink")) {
     in.sink = file.view("sink");
@@ -76,7 +82,7 @@ void run_attention(const RunConfig& unplanned, Communicator& world, const std::s
                    bool json) {
   const auto start = std::chrono::steady_clock::now();
   const SafetensorsFile file(in_path);
-  const Inputs in = read_inputs(file, unplanned.dtype);
+  const Inputs in = read_inputs(file, unplanned.dtype, unplanned.tensor_format);
   const RunConfig config = resolve_mesh(unplanned, with_batch_of_first(in.shape, unplanned.mesh.data));
   const Mesh mesh(world, config.mesh.shape());
   const Interval batch = split_evenly(in.shape.batch, config.mesh.data, mesh.coordinate(Axis::kData));
@@ -103,7 +109,7 @@ void run_attention(const RunConfig& unplanned, Communicator& world, const std::s
   const AttentionResult result = attention.forward(q, k, v, call);
 
   const Plan& forward = attention.forward_plan();
-  Gatherer gatherer(mesh, *forward.problem, in.shape.batch);
+  Gatherer gatherer(mesh, *forward.problem, in.shape.batch, config.tensor_format);
   const AttentionShape& whole = in.shape;
   const DType sums = accumulate_type(config.dtype);
   gatherer.add("out", result.out, {whole.batch, whole.seq_q, whole.heads, whole.dim_v}, Side::kQuery);
@@ -143,7 +149,8 @@ Command add_attention(CLI::App& app) {
   const auto options = std::make_shared<Options>();
   command->add_option("config", options->config, "YAML file with attention, mesh, layout, strategy, dtype")->required();
   command->add_option("--in", options->in, "safetensors file with q, k, v and, for gradients, dout")->required();
-  command->add_option("--out", options->out, "safetensors file to write: out, lse [B,H,S], and dq, dk, dv")->required();
+  command->add_option("--out", options->out, "safetensors file to write: out, lse [B,H,S] (thd: [H,T]), and dq, dk, dv")
+      ->required();
   options->common.declare(*command, true);
   return [options] {
     const auto load = [&] { return load_run_config(options->config, options->common); };

@@ -67,12 +67,12 @@ void bench_attention(const AttentionBench& bench, const RunConfig& config, Commu
   ShardedAttention attention(mesh, shape, options);
   const std::int64_t rows = attention.q_positions().count(), keys = attention.kv_positions().count();
   const HeadRange heads = attention.heads();
+  const TensorMeter memory;
   const Tensor q = random_tensor(shape.dtype, {shape.batch, rows, heads.q.count(), shape.dim_qk}, 1);
   const Tensor k = random_tensor(shape.dtype, {shape.batch, keys, heads.kv.count(), shape.dim_qk}, 2);
   const Tensor v = random_tensor(shape.dtype, {shape.batch, keys, heads.kv.count(), shape.dim_v}, 3);
   const Tensor dout = random_tensor(shape.dtype, {shape.batch, rows, heads.q.count(), shape.dim_v}, 4);
 
-  reset_tensor_bytes_peak();
   AttentionResult result;
   const Percentiles forward = time_calls(world, bench.repeat, [&] { result = attention.forward(q, k, v); });
   const double pairs = static_cast<double>(area(compile(options.mask, shape.seq_q, shape.seq_kv))) *
@@ -88,7 +88,7 @@ void bench_attention(const AttentionBench& bench, const RunConfig& config, Commu
     done["backward_gflops"] = pairs * 2 * (3 * d + 2 * dv) / backward.p50 * 1e-6;
     done["milliseconds"]["backward"] = backward.json();
   }
-  done["peak_memory_bytes"] = tensor_bytes_peak();
+  done["peak_memory_bytes"] = memory.peak();  // of this rank, inputs and what the kernel packs included
   if (world.rank() != 0) return;
   print_line(bench.common.json ? done.dump() : done.dump(2));
 }

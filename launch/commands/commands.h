@@ -33,8 +33,6 @@ inline void print_json(const Json& event) { print_line(event.dump()); }
 // The config with its overrides. Relative paths in the file are relative to it; those given by --set, to where the user
 // stands.
 RunConfig load_run_config(const std::string& path, const CommonOptions& common);
-AttentionOptions attention_options(const RunConfig& config, std::int64_t seq_q, std::int64_t seq_kv);
-AttentionShape shape_of(const ShapeConfig& shape, DType dtype);
 
 // Loads a config and runs the body as every rank of the job. A config that cannot be loaded fails inside the job, so that
 // of all ranks one says so.

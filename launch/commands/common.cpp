@@ -42,30 +42,6 @@ RunConfig load_run_config(const std::string& path, const CommonOptions& common) 
   return config;
 }
 
-AttentionOptions attention_options(const RunConfig& config, std::int64_t seq_q, std::int64_t seq_kv) {
-  const AttentionConfig& attention = config.attention;
-  return {.mask = to_mask(attention.mask, seq_q, seq_kv),
-          .softmax_scale = attention.softmax_scale,
-          .layout = config.layout.value_or(kDefaultLayout),
-          .strategy = config.strategy,
-          .determinism = config.determinism,
-          .softcap = attention.softcap.value_or(0),
-          .alibi_slopes = attention.alibi_slopes.value_or(std::vector<double>{}),
-          .dropout = attention.dropout.p,
-          .dropout_seed = static_cast<std::uint64_t>(attention.dropout.seed)};
-}
-
-AttentionShape shape_of(const ShapeConfig& shape, DType dtype) {
-  return {shape.batch,
-          shape.seq,
-          shape.seq_kv.value_or(shape.seq),
-          shape.heads,
-          shape.kv_heads.value_or(shape.heads),
-          shape.dim,
-          shape.dim_v.value_or(shape.dim),
-          dtype};
-}
-
 int run_with_config(const CommonOptions& common, const std::function<RunConfig()>& load,
                     const std::function<void(const RunConfig&, Communicator&)>& body) {
   RunConfig config;

@@ -24,6 +24,18 @@ void for_each_run(const TensorView& whole, const Shard& shard, const Body& body)
 
 }  // namespace
 
+TensorView from_format(TensorView view, TensorFormat format) {
+  if (format == TensorFormat::kSBHD) return view.transpose(0, 1);
+  if (format == TensorFormat::kBHSD) return view.transpose(1, 2);
+  if (format == TensorFormat::kBSHD) return view;
+  return view.reshape({1, view.size(0), view.size(1), view.size(2)});
+}
+
+TensorView to_format(TensorView bshd, TensorFormat format) {
+  if (format != TensorFormat::kTHD) return from_format(bshd, format);  // which swaps two axes or none
+  return bshd.reshape({bshd.size(1), bshd.size(2), bshd.size(3)});
+}
+
 Tensor take_shard(const TensorView& whole, const Shard& shard, DType dtype) {
   Tensor mine = Tensor::uninitialized(dtype, {shard.batch.count(), shard.rows.count(), shard.heads.count(), whole.size(3)});
   for_each_run(whole, shard, [&](const TensorView& part, std::int64_t row) { copy(part, mine->slice(1, row, part.size(1))); });
@@ -74,12 +86,12 @@ Tensor Gatherer::collect(const TensorView& own, const Shape& whole, const std::f
   return all;
 }
 
-void Gatherer::keep(const std::string& name, Tensor whole) {
-  if (whole.defined()) collected_.emplace_back(name, std::move(whole));
+void Gatherer::keep(const std::string& name, Tensor whole, bool formatted) {
+  if (whole.defined()) collected_.push_back({name, std::move(whole), formatted});
 }
 
 void Gatherer::add(const std::string& name, const TensorView& own, const Shape& whole, Side side) {
-  keep(name, collect(own, whole, [&](int rank) { return shard_of(rank, side, whole); }));
+  keep(name, collect(own, whole, [&](int rank) { return shard_of(rank, side, whole); }), true);
 }
 
 void Gatherer::add_by_head(const std::string& name, const TensorView& own, const Shape& whole) {
@@ -102,9 +114,12 @@ void Gatherer::write(const std::string& path) {
   if (world.rank() == 0) {
     try {
       std::vector<NamedTensor> tensors;
-      for (const auto& [name, tensor] : collected_) {
-        TensorView view = tensor.view();
-        if (name == "lse") view = view.reshape({view.size(0), view.size(1), view.size(2)});
+      for (const auto& [name, tensor, formatted] : collected_) {
+        TensorView view = formatted ? to_format(tensor, format_) : tensor.view();
+        if (name == "lse") {
+          const bool packed = format_ == TensorFormat::kTHD;
+          view = view.reshape(packed ? Shape{view.size(1), view.size(2)} : Shape{view.size(0), view.size(1), view.size(2)});
+        }
         if (name == "dsink") view = view.reshape({view.size(2)});
         tensors.push_back({name, view});
       }

@@ -5,6 +5,7 @@
 #include <string>
 #include <vector>
 
+#include "launch/run_config.h"
 #include "parallel/plan.h"
 
 namespace dattn {
@@ -18,6 +19,10 @@ struct Shard {
   Interval heads;
 };
 
+// A tensor of a file as [B, S, H, X], and such a tensor as a file has it: views of the same memory.
+TensorView from_format(TensorView view, TensorFormat format);
+TensorView to_format(TensorView bshd, TensorFormat format);
+
 Tensor take_shard(const TensorView& whole, const Shard& shard, DType dtype);
 TensorView statistics_as_rows(const TensorView& statistics);  // [B, H, S] seen as [B, S, H, 1]
 
@@ -26,24 +31,32 @@ TensorView statistics_as_rows(const TensorView& statistics);  // [B, H, S] seen 
 class Gatherer {
  public:
   // problem: of this rank's batch rows; batch: the rows of the whole job.
-  Gatherer(const Mesh& mesh, const Problem& problem, std::int64_t batch) : mesh_(mesh), problem_(problem), batch_(batch) {}
+  Gatherer(const Mesh& mesh, const Problem& problem, std::int64_t batch, TensorFormat format)
+      : mesh_(mesh), problem_(problem), batch_(batch), format_(format) {}
 
   // Collective. `own` is this rank's shard of the tensor of shape `whole`.
   void add(const std::string& name, const TensorView& own, const Shape& whole, Side side);
   void add_by_head(const std::string& name, const TensorView& own, const Shape& whole);  // query side; kept as [B, H, S, X]
   void add_heads(const std::string& name, const TensorView& own, std::int64_t heads);    // own: one number a query head here
-  // Collective: rank 0 writes the file ("lse" as [B, H, S], "dsink" as [H]); a failure there is an error on every rank.
+  // Collective: rank 0 writes the file (what add() collected in the format; "lse" as [B, H, S], of packed tokens [H, S];
+  // "dsink" as [H]); a failure there is an error on every rank.
   void write(const std::string& path);
 
  private:
   Shard shard_of(int rank, Side side, const Shape& whole) const;
   Tensor collect(const TensorView& own, const Shape& whole, const std::function<Shard(int rank)>& shard_of);  // rank 0
-  void keep(const std::string& name, Tensor whole);
+  void keep(const std::string& name, Tensor whole, bool formatted = false);
 
   const Mesh& mesh_;
   const Problem& problem_;
   std::int64_t batch_;
-  std::vector<std::pair<std::string, Tensor>> collected_;  // rank 0
+  TensorFormat format_;
+  struct Collected {
+    std::string name;
+    Tensor whole;
+    bool formatted = false;
+  };
+  std::vector<Collected> collected_;  // rank 0
 };
 
 }  // namespace dattn

@@ -137,9 +137,9 @@ void check_steps(const Plan& plan, Blocks& blocks, Findings& findings) {
 
 void check_rank(const Plan& plan, Blocks& blocks, const RankPlan& mine, Findings& findings) {
   const Peak peak = peak_of(plan, blocks, mine.rank);
-  if (peak.bytes != mine.cost.peak_memory) {
-    findings.add(mine.rank, peak.step, "the values alive need {} bytes, but the plan promises {}", peak.bytes,
-                 mine.cost.peak_memory);
+  if (peak.bytes != mine.cost.values_memory || peak.bytes > mine.cost.peak_memory) {
+    findings.add(mine.rank, peak.step, "the values alive need {} bytes, but the plan promises {}, and {} with its messages",
+                 peak.bytes, mine.cost.values_memory, mine.cost.peak_memory);
   }
   for (std::size_t i = 0; i < plan.steps.size(); ++i) {
     const Step& step = plan.steps[i];

@@ -177,12 +177,12 @@ class Visible {
   CompiledMask mask_near(const Positions& own) const {
     CompiledMask near;
     for (const BatchRegions& part : problem_.mask) {
-      BatchRegions touching{part.batch, {}};
+      std::vector<Region> touching;
       for (const Region& region : part.regions) {
         const Interval& side = key_side_ ? region.k : region.q;
-        if (own.inside({&side, 1}).count() > 0) touching.regions.push_back(region);
+        if (own.inside({&side, 1}).count() > 0) touching.push_back(region);
       }
-      near.push_back(std::move(touching));
+      near.push_back({part.batch, std::move(touching)});
     }
     return near;
   }

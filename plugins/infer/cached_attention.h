@@ -63,7 +63,7 @@ class CachedAttention final : public Attention {
 
   const Mesh& mesh_;
   Options options_;
-  std::vector<Region> mask_;
+  RegionList mask_;
   HeadRange tensor_heads_;  // of this tensor part, numbered globally
   HeadRange heads_;         // of this rank: its share of these over ulysses
   std::vector<Layer> layers_;

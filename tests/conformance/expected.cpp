@@ -35,7 +35,7 @@ Results attend_whole(const AttentionKernel& kernel, DType dtype, const Case& one
   const Tensor bias = s.bias ? to_dtype(bias_part(e.bias, e.heads.q), dtype) : Tensor();
   const TensorView sink = s.sink ? e.sink->slice(0, e.heads.q.begin, e.heads.q.count()) : TensorView();
   const HeadMap heads{e.heads.q.begin, 0, s.heads / s.kv_heads};
-  const double scale = 1.0 / std::sqrt(static_cast<double>(s.dim_qk));
+  const double scale = options.softmax_scale.value_or(1.0 / std::sqrt(static_cast<double>(s.dim_qk)));
   const auto tiles = make_tiles(compile_batch(options.mask, s.batch, s.seq_q, s.seq_kv), Positions::range(0, s.seq_q),
                                 Positions::range(0, s.seq_kv));
   const auto terms_of = [&](Interval batch) {

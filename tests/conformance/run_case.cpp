@@ -4,10 +4,10 @@
 #include <fmt/format.h>
 
 #include "parallel/comm/decorators.h"
-#include "parallel/rank_plan.h"
 #include "parallel/strategy.h"
 #include "parallel/verify.h"
 #include "tests/conformance/expected.h"
+#include "tests/parallel/plan_run.h"
 
 namespace dattn::conformance {
 namespace {
@@ -53,6 +53,19 @@ std::string check_bytes(const Plan& plan, int rank, const ByteCounter& counter, 
                      cost.stats_bytes, counted);
 }
 
+// What a runner holds, kernels apart, is what the plan promises to the byte.
+std::string check_memory(const Plan& plan, const Mesh& mesh, const char* which) {
+  const RankPlan mine = make_rank_plan(plan, mesh.rank());
+  const PlanInputs inputs(plan, mine);
+  const NoKernel kernel;
+  Runner runner(plan, mine, mesh, kernel);
+  const TensorMeter meter;
+  runner.run(inputs.views, {});
+  if (meter.peak() == mine.cost.peak_memory && meter.now() == 0) return {};
+  return fmt::format("{}: the plan promises {} bytes of memory, the runner held {} and leaves {}\n", which,
+                     mine.cost.peak_memory, meter.peak(), meter.now());
+}
+
 std::string check_plan(const Plan& plan, const char* which) {
   std::string all;
   for (const std::string& problem : verify(plan).problems) all += fmt::format("{} plan: {}\n", which, problem);
@@ -93,6 +106,7 @@ std::string run_case(const Case& one, Communicator& world) {
   counter->reset();
   const AttentionGradients gradients = attention.backward(q, k, v, result, dout, call);
   problems += check_bytes(gradient, world.rank(), *counter, "backward");
+  problems += check_memory(forward, mesh, "forward") + check_memory(gradient, mesh, "backward");
 
   const auto check = [&](const char* name, const TensorView& got, Tensor Results::*field, const Positions& rows, Interval part,
                          std::int64_t terms = 1) {
@@ -104,7 +118,8 @@ std::string run_case(const Case& one, Communicator& world) {
   const Interval local_q{0, heads.q.count()};
   check("out", result.out, &Results::out, q_rows, local_q);
   check("dq", gradients.dq, &Results::dq, q_rows, local_q);
-  const std::int64_t rows_a_key = std::max<std::int64_t>(1, one.shape.seq_q / std::max<std::int64_t>(1, one.shape.seq_kv));
+  const std::int64_t rows_a_key = std::max<std::int64_t>(1, one.shape.seq_q / std::max<std::int64_t>(1, one.shape.seq_kv)) *
+                                  (one.shape.heads / one.shape.kv_heads);
   check("dk", gradients.dk, &Results::dk, kv_rows, heads.kv, rows_a_key);  // of one key alone: a sum of what cancels
   check("dv", gradients.dv, &Results::dv, kv_rows, heads.kv);
   if (one.shape.bias) check("dbias", gradients.dbias, &Results::dbias, q_rows, {0, e.exact.dbias->size(2)}, one.shape.dim_v);

@@ -1,8 +1,9 @@
 #include "tests/conformance/sweep.h"
 
 #include <algorithm>
-#include <random>
+#include <cstdlib>
 #include <set>
+#include <string_view>
 
 #include <fmt/format.h>
 
@@ -137,6 +138,7 @@ std::string Case::text() const {
 }
 
 AttentionOptions options_of(const Case& one) {
+  if (one.drawn) return *one.drawn;
   AttentionOptions options;
   options.mask = mask_named(one.mask, one.shape);
   options.layout = one.layout;
@@ -230,30 +232,14 @@ std::vector<Case> sweep(const std::string& strategy, int ranks, bool full) {
   return cases;
 }
 
-std::vector<Case> random_cases(int ranks, std::size_t count, std::uint64_t seed) {
-  std::mt19937_64 random(seed);
-  const auto pick = [&random](std::int64_t from, std::int64_t to) {
-    return std::uniform_int_distribution<std::int64_t>(from, to)(random);
-  };
-  const auto choose = [&](const auto& list) { return list[static_cast<std::size_t>(pick(0, std::ssize(list) - 1))]; };
-  const std::vector<MeshShape> all = meshes(ranks);
-  std::vector<Case> cases;
-  while (cases.size() < count) {
-    const Strategy& strategy = choose(strategies());
-    const std::int64_t kv_heads = pick(1, 4), seq_q = pick(1, 150), dim = pick(1, 40);
-    const std::int64_t seq_kv = pick(0, 2) == 0 ? pick(1, 150) : seq_q;
-    const std::string terms = choose(kTerms);
-    const Dims& dims = choose(kDims);
-    const Case one{std::string(strategy.name),
-                   choose(all),
-                   choose(kLayouts),
-                   choose(kMasks),
-                   with_terms(terms, {pick(1, 3), seq_q, seq_kv, kv_heads * pick(1, 4), kv_heads, dim,
-                                      pick(0, 1) == 0 ? dim : pick(1, 40), dims.dtype}),
-                   terms};
-    if (strategy.accepts(*make_problem(one.mesh, one.shape, options_of(one))).ok) cases.push_back(one);
-  }
-  return cases;
+bool full_sweep() {
+  const char* value = std::getenv("DATTN_SWEEP");
+  return value != nullptr && std::string_view(value) == "full";
+}
+
+std::uint64_t sweep_seed() {
+  const char* value = std::getenv("DATTN_SEED");
+  return value != nullptr ? std::strtoull(value, nullptr, 10) : 20261124;
 }
 
 }  // namespace dattn::conformance

@@ -2,6 +2,7 @@
 // on one device, with gradients. New strategies and kernels join it without an edit.
 #pragma once
 
+#include <memory>
 #include <string>
 #include <vector>
 
@@ -16,7 +17,8 @@ struct Case {
   Layout layout = Layout::kZigzag;
   std::string mask;  // a name of masks()
   AttentionShape shape;
-  std::string terms;  // of the scores, by name
+  std::string terms;                                   // of the scores, by name
+  std::shared_ptr<const AttentionOptions> drawn = {};  // in place of mask and terms, which then are a text that is its alone
 
   std::string problem_text() const;  // mask, sizes, terms: what the right answer depends on
   std::string text() const;
@@ -31,8 +33,8 @@ AttentionOptions options_of(const Case& one);
 // dimensions in turn; otherwise a choice in which every pair of values of two dimensions occurs, but those of mesh and mask.
 std::vector<Case> sweep(const std::string& strategy, int ranks, bool full);
 
-// A random case: any strategy, mesh of `ranks` ranks, layout, mask, sizes, terms; kept where the strategy accepts it.
-std::vector<Case> random_cases(int ranks, std::size_t count, std::uint64_t seed);
+bool full_sweep();           // DATTN_SWEEP=full
+std::uint64_t sweep_seed();  // of random calls: DATTN_SEED, or always the same
 
 // Runs one case on the ranks of `world` and returns what this rank found wrong, or an empty string.
 std::string run_case(const Case& one, Communicator& world);

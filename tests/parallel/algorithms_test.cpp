@@ -165,7 +165,7 @@ Counted counted(const Plan& plan) {
     const RankCost cost = make_rank_plan(plan, rank).cost;
     mean.bytes += static_cast<double>(cost.bytes_received) / ranks;
     mean.statistics += static_cast<double>(cost.stats_bytes) / ranks;
-    mean.memory += static_cast<double>(cost.peak_memory) / ranks;
+    mean.memory += static_cast<double>(cost.values_memory) / ranks;
   }
   return mean;
 }

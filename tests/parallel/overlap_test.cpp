@@ -6,8 +6,8 @@
 #include <gtest/gtest.h>
 
 #include "parallel/comm/thread.h"
-#include "parallel/message.h"
 #include "parallel/run.h"
+#include "tests/parallel/plan_run.h"
 #include "tests/parallel/small_machine.h"
 
 namespace dattn {
@@ -73,19 +73,8 @@ std::vector<Action> recorded(const Plan& plan, Communicator& world) {
   const Mesh mesh(recorder, plan.problem->mesh);
   const RankPlan mine = make_rank_plan(plan, world.rank());
   const Counter kernel(plan, log);
-  std::vector<std::vector<Tensor>> inputs;
-  std::vector<std::vector<TensorView>> views;
-  for (const ValueId value : plan.inputs) {
-    const What what = plan.values[static_cast<std::size_t>(value)].what;
-    const Block& block = mine.blocks[static_cast<std::size_t>(value)];
-    inputs.emplace_back();
-    views.emplace_back();
-    for (const Field& field : fields_of(what, plan.problem->shape)) {
-      inputs.back().emplace_back(field.dtype, field_shape(field, 1, block.rows.count(), block.heads_for(what).count()));
-      views.back().push_back(inputs.back().back().view());
-    }
-  }
-  Runner(plan, mine, mesh, kernel).run(views, {});
+  const PlanInputs inputs(plan, mine);
+  Runner(plan, mine, mesh, kernel).run(inputs.views, {});
   return *log;
 }
 

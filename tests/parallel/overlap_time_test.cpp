@@ -13,9 +13,9 @@
 #include "parallel/comm/decorators.h"
 #include "parallel/comm/slowed.h"
 #include "parallel/comm/thread.h"
-#include "parallel/message.h"
 #include "parallel/run.h"
 #include "parallel/simulate.h"
+#include "tests/parallel/plan_run.h"
 #include "tests/parallel/small_machine.h"
 
 namespace dattn {
@@ -72,22 +72,11 @@ Measured measure(const Plan& plan, const Machine& machine) {
     const Mesh mesh(*group, plan.problem->mesh);
     const RankPlan mine = make_rank_plan(plan, world.rank());
     const SleepingKernel kernel(machine, trace);
-    std::vector<std::vector<Tensor>> inputs;
-    std::vector<std::vector<TensorView>> views;
-    for (const ValueId value : plan.inputs) {
-      const What what = plan.values[static_cast<std::size_t>(value)].what;
-      const Block& block = mine.blocks[static_cast<std::size_t>(value)];
-      inputs.emplace_back();
-      views.emplace_back();
-      for (const Field& field : fields_of(what, plan.problem->shape)) {
-        inputs.back().emplace_back(field.dtype, field_shape(field, 1, block.rows.count(), block.heads_for(what).count()));
-        views.back().push_back(inputs.back().back().view());
-      }
-    }
+    const PlanInputs inputs(plan, mine);
     Runner runner(plan, mine, mesh, kernel);
     world.barrier({});
     const auto begin = Clock::now();
-    runner.run(views, {});
+    runner.run(inputs.views, {});
     seconds[rank] = seconds_since(begin);
     measured.traces[rank] = nlohmann::json::parse(fmt::format("[{}]", trace->json_events()));
   });

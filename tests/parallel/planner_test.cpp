@@ -147,6 +147,12 @@ TEST(Planner, PlansThousandsOfRanksAtOnce) {
   }
 }
 
+TEST(Planner, PlansABillionPositions) {
+  PlanRequest request = request_of(32, 8, 64, Mask::window(1 << 20, 0));
+  request.shape.seq_q = request.shape.seq_kv = 1'000'000'000;
+  EXPECT_NE(plan_attention(request).chosen.layout, Layout::kStriped);
+}
+
 TEST(Planner, SaysWhyNot) {
   PlanRequest request = request_of(32, 8, 64);
   const Choice choice = plan_attention(request);

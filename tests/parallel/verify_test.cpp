@@ -49,8 +49,9 @@ TEST(Verify, ProvesPlansOfOddSizes) {
         const Plan plan = make_plan(mesh, {2, queries, keys, 2, 1, 8, 8, DType::kF32}, options);
         expect_proved(plan, verify(plan).pairs);
         auto other = std::make_shared<Problem>(*plan.problem);
-        other->mask = {{{0, 1}, {{{0, queries}, {0, keys}, -2, 1}}},
-                       {{1, 2}, {{{queries / 2, queries}, {0, keys}, -kUnbounded, 0}}}};
+        const std::vector<Region> first{{{0, queries}, {0, keys}, -2, 1}};
+        const std::vector<Region> second{{{queries / 2, queries}, {0, keys}, -kUnbounded, 0}};
+        other->mask = {{{0, 1}, first}, {{1, 2}, second}};
         const Plan mixed = write_plan(find_strategy(strategy), other);
         expect_proved(mixed, verify(mixed).pairs);
       }

@@ -1,8 +1,5 @@
 // The sweep on ranks as processes: run under mpirun. DATTN_SWEEP=full takes every combination. Prints every failure and,
 // on rank 0, the number of cases.
-#include <cstdlib>
-#include <string_view>
-
 #include <fmt/format.h>
 
 #include "core/base/error.h"
@@ -12,12 +9,11 @@
 
 int main() {
   using namespace dattn;
-  const char* sweep_size = std::getenv("DATTN_SWEEP");
-  const bool full = sweep_size != nullptr && std::string_view(sweep_size) == "full";
   return run_job({}, [&](Communicator& world) {
     std::size_t cases = 0, failures = 0;
     for (const Strategy& strategy : strategies()) {
-      for (const conformance::Case& one : conformance::sweep(std::string(strategy.name), world.size(), full)) {
+      for (const conformance::Case& one :
+           conformance::sweep(std::string(strategy.name), world.size(), conformance::full_sweep())) {
         ++cases;
         const std::string problems = conformance::run_case(one, world);
         for (const std::string& said : world.gather_strings(problems, {"conformance"})) {

@@ -21,7 +21,7 @@ void assert_runs(const CompiledMask& compiled, std::int64_t batch) {
   RC_ASSERT(next == batch);
 }
 
-const std::vector<Region>& regions_of(const CompiledMask& compiled, std::int64_t row) {
+const RegionList& regions_of(const CompiledMask& compiled, std::int64_t row) {
   const auto run = std::find_if(compiled.begin(), compiled.end(), [&](const BatchRegions& one) { return row < one.batch.end; });
   return run->regions;
 }

@@ -6,6 +6,7 @@
 #include <gtest/gtest.h>
 #include <rapidcheck/gtest.h>
 
+#include "core/base/error.h"
 #include "tests/core/random.h"
 
 namespace dattn {
@@ -114,6 +115,29 @@ TEST(Region, BoundsBeyondInfinityMeanNoBoundAndClosedOnesNothing) {
 }
 
 TEST(Region, Text) { EXPECT_EQ(to_text({{0, 4}, {2, 8}, -kUnbounded, 0}), "{q: [0, 4], k: [2, 8], lo: null, hi: 0}"); }
+
+TEST(RegionList, FindsWhatAStretchOfQueriesMeets) {
+  std::vector<Region> documents;
+  for (std::int64_t i = 0; i < 100; ++i) documents.push_back({{10 * i, 10 * i + 10}, {10 * i, 10 * i + 10}});
+  const RegionList list(documents);
+  EXPECT_EQ(list.meeting({25, 40}), (Interval{2, 4}));
+  EXPECT_EQ(list.meeting({0, 1}), (Interval{0, 1}));
+  EXPECT_EQ(list.meeting({1000, 2000}).count(), 0);
+  std::swap(documents[2], documents[50]);  // in no order all that is met is still inside
+  const Interval met = RegionList(documents).meeting({25, 40});
+  EXPECT_LE(met.begin, 3);
+  EXPECT_GE(met.end, 51);
+}
+
+TEST(Tiles, TooManySingleRowsAreRefused) {
+  const std::int64_t rows = 3 * kMostSingleRows;
+  const std::vector<Region> all{{{0, rows}, {0, rows}}};
+  EXPECT_THROW(make_tiles(all, Positions::range(0, rows), Positions({{0, 10, 7}})), Error);
+  const std::vector<Region> window{{{0, 8 * rows}, {0, 8 * rows}, -1, 0}};
+  EXPECT_THROW(seen_keys(window, Positions({{0, rows, 8}})), Error);
+  const std::vector<Region> few{{{0, 70}, {0, rows}}};
+  EXPECT_EQ(make_tiles(few, Positions::range(0, rows), Positions({{0, 10, 7}})).size(), 70u);
+}
 
 // ---- tiles ----
 

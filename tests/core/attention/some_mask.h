@@ -127,7 +127,7 @@ inline MaskCase some_mask(std::int64_t seq_q, std::int64_t seq_kv) {
 }
 
 // Every pair lies in exactly one region where it is visible, in none where it is not; regions are trimmed and inside.
-inline void assert_shows(const std::vector<Region>& regions, const Sees& sees, std::int64_t seq_q, std::int64_t seq_kv) {
+inline void assert_shows(const RegionList& regions, const Sees& sees, std::int64_t seq_q, std::int64_t seq_kv) {
   std::int64_t visible = 0;
   for (std::int64_t q = 0; q < seq_q; ++q) {
     for (std::int64_t k = 0; k < seq_kv; ++k) {

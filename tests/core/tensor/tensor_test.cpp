@@ -1,6 +1,7 @@
 // Views, strided copies and sums against plain loops; memory accounting.
 #include "core/tensor/tensor.h"
 
+#include <thread>
 #include <vector>
 
 #include <gtest/gtest.h>
@@ -167,6 +168,26 @@ TEST(Tensor, AMovedFromTensorIsUndefined) {
   first = std::move(second);
   EXPECT_TRUE(first.defined());
   EXPECT_FALSE(second.defined());  // NOLINT
+}
+
+TEST(Tensor, AMeterCountsWhatItsThreadMakes) {
+  Tensor later;
+  const TensorMeter meter;
+  {
+    const Tensor a(DType::kF32, {100});
+    later = Tensor(DType::kF32, {50});
+    std::thread([] { const Tensor elsewhere(DType::kF32, {1000}); }).join();
+    EXPECT_EQ(meter.now(), 600);
+  }
+  EXPECT_EQ(meter.now(), 200);
+  {
+    const TensorMeter inner;
+    const Tensor b(DType::kF32, {10});
+    std::thread([freed = std::move(later)] {}).join();
+    EXPECT_EQ(inner.peak(), 40);
+  }
+  EXPECT_EQ(meter.now(), 0);
+  EXPECT_EQ(meter.peak(), 600);
 }
 
 TEST(Tensor, BytesHeldAreCounted) {
