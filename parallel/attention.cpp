@@ -16,6 +16,8 @@ void check_tensor(std::string_view name, const TensorView& tensor, const Shape& 
           expected.text());
   require(tensor.dtype == dtype, "attention: {} has dtype {} but the plan was made for {}", name, name_of(tensor.dtype),
           name_of(dtype));
+  require(tensor.empty() || tensor.device == current_device(), "attention: {} is on {} but this rank computes on {}", name,
+          to_text(tensor.device), to_text(current_device()));
   require(tensor.empty() || tensor.size(3) == 1 || tensor.stride(3) == 1,
           "attention: the last axis of {} must be contiguous, its stride is {}", name, tensor.stride(3));
 }
@@ -34,7 +36,7 @@ struct ShardedAttention::Impl {
         backward_plan(dattn::backward(forward_plan)),
         forward_mine(make_rank_plan(forward_plan, on_mesh.rank())),
         backward_mine(make_rank_plan(backward_plan, on_mesh.rank())),
-        kernel(select_kernel({with_shape.dtype, with_shape.dim_qk, with_shape.dim_v})),
+        kernel(select_kernel({with_shape.dtype, with_shape.dim_qk, with_shape.dim_v, current_device()})),
         forward_runner(forward_plan, forward_mine, on_mesh, kernel),
         backward_runner(backward_plan, backward_mine, on_mesh, kernel) {
     note_once(fmt::format("attention strategy {} on mesh {}", forward_plan.strategy, on_mesh.shape().text()));

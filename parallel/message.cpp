@@ -16,13 +16,13 @@ TensorView part_of(const FieldSet& set, std::size_t field, const Piece& piece) {
 
 // Calls visit(piece, its fields' places in the message) in the message's order.
 template <class Visit>
-void for_each_slot(std::span<const Field> fields, std::int64_t batch, std::span<const Piece> pieces, void* message,
+void for_each_slot(std::span<const Field> fields, std::int64_t batch, std::span<const Piece> pieces, const TensorView& message,
                    const Visit& visit) {
-  char* cursor = static_cast<char*>(message);
+  char* cursor = message.ptr<char>();
   for (const Piece& piece : pieces) {
     std::vector<TensorView> slots;
     for (const Field& field : fields) {
-      slots.emplace_back(cursor, field.dtype, field_shape(field, batch, piece.rows, piece.heads.count()));
+      slots.emplace_back(cursor, field.dtype, field_shape(field, batch, piece.rows, piece.heads.count()), message.device);
       cursor += slots.back().bytes();
     }
     visit(piece, slots);
@@ -61,14 +61,14 @@ std::int64_t message_bytes(std::span<const Field> fields, std::int64_t batch, st
   return bytes;
 }
 
-void pack(const FieldSet& from, std::span<const Piece> pieces, void* message) {
+void pack(const FieldSet& from, std::span<const Piece> pieces, const TensorView& message) {
   for_each_slot(from.fields, from.batch, pieces, message, [&](const Piece& piece, const std::vector<TensorView>& slots) {
     put(parts_of(from, piece), slots, Arrival::kCopy);
   });
 }
 
-void unpack(const void* message, std::span<const Piece> pieces, const FieldSet& to, Arrival arrival) {
-  for_each_slot(to.fields, to.batch, pieces, const_cast<void*>(message),
+void unpack(const TensorView& message, std::span<const Piece> pieces, const FieldSet& to, Arrival arrival) {
+  for_each_slot(to.fields, to.batch, pieces, message,
                 [&](const Piece& piece, const std::vector<TensorView>& slots) { put(slots, parts_of(to, piece), arrival); });
 }
 

@@ -25,8 +25,9 @@ struct FieldSet {
 std::vector<std::span<const Piece>> by_peer(const std::vector<Piece>& pieces);  // pieces are sorted by peer
 
 std::int64_t message_bytes(std::span<const Field> fields, std::int64_t batch, std::span<const Piece> pieces);
-void pack(const FieldSet& from, std::span<const Piece> pieces, void* message);
-void unpack(const void* message, std::span<const Piece> pieces, const FieldSet& to, Arrival arrival);
+// message: contiguous, of message_bytes, on the device of the fields.
+void pack(const FieldSet& from, std::span<const Piece> pieces, const TensorView& message);
+void unpack(const TensorView& message, std::span<const Piece> pieces, const FieldSet& to, Arrival arrival);
 // Pieces that stay on the rank: as many on both sides, in the same order.
 void move_within(const FieldSet& from, std::span<const Piece> sent, const FieldSet& to, std::span<const Piece> received,
                  Arrival arrival);

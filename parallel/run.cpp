@@ -57,7 +57,7 @@ ValueData Runner::allocate(ValueId value, bool zero) const {
     made.packed = Tensor::uninitialized(DType::kBF16, {bytes / 2});
     char* cursor = made.packed.ptr<char>();
     for (const Field& field : fields) {
-      made.fields.emplace_back(cursor, field.dtype, field_shape(field, batch, rows, heads));
+      made.fields.emplace_back(cursor, field.dtype, field_shape(field, batch, rows, heads), made.packed->device);
       cursor += made.fields.back().bytes();
     }
     if (zero) fill_zero(made.packed);
@@ -157,16 +157,18 @@ void Runner::start_move(std::size_t index) {
     const Tensor& whole = data(step.in[0]).packed;
     const bool in_place = rotates && whole.defined();
     const TensorView message = in_place ? whole.view() : message_of(pieces);
-    if (!in_place) pack(from, pieces, message.data);
+    if (!in_place) pack(from, pieces, message);
     sends.push_back({pieces[0].peer, message.data, static_cast<std::size_t>(message.bytes())});
   }
+  std::vector<RecvPart> receives;
   for (const auto pieces : by_peer(mine.receives)) {
     if (pieces[0].peer == own) continue;
     const TensorView message = rotates ? data(step.out[0]).packed.view() : message_of(pieces);
-    transfer.receives.push_back({pieces[0].peer, message.data, static_cast<std::size_t>(message.bytes())});
+    transfer.received.push_back(message);
+    receives.push_back({pieces[0].peer, message.data, static_cast<std::size_t>(message.bytes())});
   }
   transfer.ticket =
-      mesh_.axis(step.axis).start(sends, transfer.receives, {name_of(step.verb), call_.layer, static_cast<int>(index)});
+      mesh_.axis(step.axis).start(sends, receives, {name_of(step.verb), call_.layer, static_cast<int>(index)});
   transfer.state = Transfer::State::kUnderWay;
 }
 
@@ -194,10 +196,10 @@ void Runner::place_pieces(std::size_t index) {
   const FieldSet from = field_set(step.in[0], fields), to = field_set(step.out[0], fields);
   const int own = mesh_.coordinate(step.axis);
   const auto sent = by_peer(mine.sends);
-  auto received = transfers_[index].receives.begin();
+  auto received = transfers_[index].received.begin();
   for (const auto pieces : by_peer(mine.receives)) {
     if (pieces[0].peer != own) {
-      unpack((received++)->data, pieces, to, arrival_of(step.verb));
+      unpack(*received++, pieces, to, arrival_of(step.verb));
       continue;
     }
     const auto stays = std::find_if(sent.begin(), sent.end(), [&](const auto& group) { return group[0].peer == own; });

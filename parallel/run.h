@@ -34,7 +34,7 @@ class Runner {
     State state = State::kWaiting;
     Communicator::Ticket ticket = 0;
     std::vector<Tensor> buffers;  // of messages that are not values themselves
-    std::vector<RecvPart> receives;
+    std::vector<TensorView> received;  // messages, by ascending peers
   };
 
   void start_ready_moves(std::size_t from);

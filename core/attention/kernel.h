@@ -95,6 +95,7 @@ struct AttendTraits {
   DType storage = DType::kF32;
   std::int64_t dim_qk = 0;
   std::int64_t dim_v = 0;
+  Device device{};
 };
 
 struct Support {
@@ -113,8 +114,9 @@ class AttentionKernel {
   virtual void attend_grad(const AttendGradArgs& args) const = 0;
 };
 
-std::span<const AttentionKernel* const> attention_kernels();  // best first, reference last
-const AttentionKernel& find_kernel(std::string_view name);    // throws Error(kBadInput) naming the known ones
+// Best first; on the cpu the reference last. Those of CUDA devices are in the CUDA module (core/device/cuda_module.h).
+std::span<const AttentionKernel* const> attention_kernels(Device device = {});
+const AttentionKernel& find_kernel(std::string_view name, Device device = {});  // throws Error(kBadInput) naming the known ones
 // The first kernel of the list that supports the problem; DATTN_KERNEL=name forces one. Logs choice and refusals once.
 const AttentionKernel& select_kernel(const AttendTraits& traits);
 

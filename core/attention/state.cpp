@@ -5,6 +5,8 @@
 
 #include "core/base/error.h"
 #include "core/base/threads.h"
+#include "core/device/cuda_module.h"
+#include "core/device/stream.h"
 
 namespace dattn {
 namespace {
@@ -114,6 +116,8 @@ void merge_state(const TensorView& out, const TensorView& lse, const TensorView&
   check_accumulator(other_out, out.dtype, "the other out");
   check_accumulator(other_lse, out.dtype, "the other lse");
   if (out.elements() == 0) return;
+  if (on_cuda({&out, &lse, &other_out, &other_lse}))
+    return cuda_module().merge_state(out, lse, other_out, other_lse, current_stream().native());
   if (out.dtype == DType::kF64)
     merge_rows<double>(out, lse, other_out, other_lse);
   else
@@ -124,6 +128,7 @@ void clear_state(const TensorView& out, const TensorView& lse) {
   check_state(out, lse);
   check_accumulator(lse, out.dtype, "lse");
   if (out.elements() == 0) return;
+  if (on_cuda({&out, &lse})) return cuda_module().clear_state(out, lse, current_stream().native());
   if (out.dtype == DType::kF64)
     clear_rows<double>(out, lse);
   else
@@ -136,6 +141,7 @@ void merge_sink(const TensorView& out, const TensorView& lse, const TensorView& 
   ensure(sink.dtype == DType::kF32 && sink.shape == Shape({out.size(2)}), "sink logits {} {} for {} heads", name_of(sink.dtype),
          sink.shape.text(), out.size(2));
   if (out.elements() == 0) return;
+  if (on_cuda({&out, &lse, &sink})) return cuda_module().merge_sink(out, lse, sink, current_stream().native());
   if (out.dtype == DType::kF64)
     merge_sink_rows<double>(out, lse, sink);
   else
@@ -148,6 +154,9 @@ void add_sink_gradient(const TensorView& lse, const TensorView& delta, const Ten
          "sink gradient of lse {}, delta {}, sink {}, dsink {}", lse.shape.text(), delta.shape.text(), sink.shape.text(),
          dsink.shape.text());
   check_accumulator(lse, lse.dtype, "lse");
+  if (on_cuda({&lse, &delta, &sink, &dsink})) {
+    return cuda_module().add_sink_gradient(lse, delta, sink, dsink, current_stream().native());
+  }
   if (lse.dtype == DType::kF64)
     add_sink_rows<double>(lse, delta, sink, dsink);
   else
@@ -159,6 +168,7 @@ void attention_delta(const TensorView& dout, const TensorView& out, const Tensor
   ensure(dout.shape == out.shape, "dout has shape {} and out {}", dout.shape.text(), out.shape.text());
   check_accumulator(delta, accumulate_type(dout.dtype), "delta");
   if (out.elements() == 0) return;
+  if (on_cuda({&dout, &out, &delta})) return cuda_module().attention_delta(dout, out, delta, current_stream().native());
   dispatch_float(dout.dtype, [&]<class Grad>(Grad) {
     dispatch_float(out.dtype, [&]<class Out>(Out) {
       if (delta.dtype == DType::kF64)

@@ -47,8 +47,11 @@ struct CudaModule {
   bool (*event_done)(NativeEvent event);
   void (*synchronize_event)(NativeEvent event);
 
-  // Tensors (core/tensor/tensor.h). Bytes: between host and device in any direction.
+  // Tensors (core/tensor/tensor.h). Bytes go between host and device in any direction; host memory that is read may be written
+  // again at the return, host memory that is written has been. copy_pinned: only in order
+  // on the stream, for memory of allocate_pinned.
   void (*copy_bytes)(void* to, const void* from, std::size_t bytes, NativeStream stream);
+  void (*copy_pinned)(void* to, const void* from, std::size_t bytes, NativeStream stream);
   void (*fill_zero)(const TensorView& view, NativeStream stream);
   void (*copy)(const TensorView& from, const TensorView& to, NativeStream stream);
   void (*add)(const TensorView& from, const TensorView& to, NativeStream stream);
@@ -62,7 +65,7 @@ struct CudaModule {
                             NativeStream stream);
   void (*attention_delta)(const TensorView& dout, const TensorView& out, const TensorView& delta, NativeStream stream);
 
-  // Attention kernels, best first; they use current_stream() of the thread, handed over as the last argument of `bind`.
+  // Attention kernels, best first; their work goes on the thread's current stream (CudaHost).
   std::span<const AttentionKernel* const> (*kernels)();
 };
 

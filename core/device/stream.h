@@ -22,14 +22,15 @@ class Stream {
   void synchronize() const;  // the host waits for all work given so far; throws Error(kSystem) with the device's error
 
  private:
-  friend const Stream& current_stream();
-  Stream(Device device, void* native) : device_(device), native_(native) {}
+  friend Stream current_stream();
+  Stream(Device device, void* native) : device_(device), native_(native), owned_(false) {}
 
   Device device_;
   void* native_ = nullptr;
+  bool owned_ = true;
 };
 
-const Stream& current_stream();  // this thread's, of its current device
+Stream current_stream();  // this thread's, of its current device
 
 // A point in a stream.
 class Event {

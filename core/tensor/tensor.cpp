@@ -6,6 +6,8 @@
 #include <cstring>
 
 #include "core/base/error.h"
+#include "core/device/cuda_module.h"
+#include "core/device/stream.h"
 
 namespace dattn {
 namespace {
@@ -15,24 +17,24 @@ constexpr std::size_t kAlignment = 64;
 std::atomic<std::int64_t> g_bytes_now{0};
 std::atomic<std::int64_t> g_bytes_peak{0};
 
-// A block starts with its size, one alignment unit before the address handed out.
-void* allocate(std::int64_t bytes) {
-  const auto rounded = (static_cast<std::size_t>(bytes) + kAlignment - 1) / kAlignment * kAlignment + kAlignment;
-  void* block = std::aligned_alloc(kAlignment, rounded);
-  if (block == nullptr)
-    fail(ErrorCode::kSystem, "out of memory: a tensor of {} bytes; use more ranks or a smaller batch", bytes);
-  *static_cast<std::int64_t*>(block) = bytes;
+void count_bytes(std::int64_t bytes) {
   const std::int64_t now = g_bytes_now.fetch_add(bytes) + bytes;
   std::int64_t peak = g_bytes_peak.load();
   while (now > peak && !g_bytes_peak.compare_exchange_weak(peak, now)) {
   }
-  return static_cast<char*>(block) + kAlignment;
+}
+
+void* allocate_on_host(std::int64_t bytes) {
+  const auto rounded = (static_cast<std::size_t>(bytes) + kAlignment - 1) / kAlignment * kAlignment;
+  void* memory = std::aligned_alloc(kAlignment, std::max(rounded, kAlignment));
+  if (memory == nullptr)
+    fail(ErrorCode::kSystem, "out of memory: a tensor of {} bytes; use more ranks or a smaller batch", bytes);
+  return memory;
 }
 
 // Calls body(from_offset, to_offset, inner_count) for every innermost row of two equally shaped views.
 template <class Body>
 void for_each_row(const TensorView& a, const TensorView& b, const Body& body) {
-  ensure(a.shape == b.shape, "tensors of shapes {} and {} are combined", a.shape.text(), b.shape.text());
   if (a.elements() == 0) return;
   const int last = std::max(0, a.axes() - 1);
   std::array<std::int64_t, kMaxAxes> index{};
@@ -60,6 +62,12 @@ To narrow(From value) {
     return static_cast<To>(value);
 }
 
+void check_transfer(const TensorView& from, const TensorView& to, bool plain_copy) {
+  ensure(from.shape == to.shape, "tensors of shapes {} and {} are combined", from.shape.text(), to.shape.text());
+  ensure(plain_copy || (from.dtype != DType::kI32 && to.dtype != DType::kI32),
+         "integer tensors are neither added nor converted: {} to {}", name_of(from.dtype), name_of(to.dtype));
+}
+
 template <bool kAdd>
 void transfer(const TensorView& from, const TensorView& to) {
   const int last = std::max(0, from.axes() - 1);
@@ -78,8 +86,6 @@ void transfer(const TensorView& from, const TensorView& to) {
     });
     return;
   }
-  ensure(from.dtype != DType::kI32 && to.dtype != DType::kI32, "integer tensors are neither added nor converted: {} to {}",
-         name_of(from.dtype), name_of(to.dtype));
   dispatch_float(from.dtype, [&](auto from_zero) {
     dispatch_float(to.dtype, [&](auto to_zero) {
       using From = decltype(from_zero);
@@ -99,6 +105,34 @@ void transfer(const TensorView& from, const TensorView& to) {
       });
     });
   });
+}
+
+void fill_zero_on_host(const TensorView& view) {
+  if (view.contiguous()) {
+    if (view.bytes() > 0) std::memset(view.data, 0, static_cast<std::size_t>(view.bytes()));
+    return;
+  }
+  for (std::int64_t i = 0; i < view.size(0); ++i) {
+    TensorView row = view.slice(0, i, 1);
+    if (view.axes() == 1) {
+      std::memset(row.data, 0, static_cast<std::size_t>(size_of(view.dtype)));
+      continue;
+    }
+    for (int axis = 0; axis + 1 < row.axes(); ++axis) {
+      row.shape[axis] = row.shape[axis + 1];
+      row.strides[static_cast<std::size_t>(axis)] = row.strides[static_cast<std::size_t>(axis) + 1];
+    }
+    --row.shape.axes;
+    fill_zero_on_host(row);
+  }
+}
+
+// Bytes cross between contiguous tensors of one type; what is not is made so on its own side.
+void copy_between_devices(const TensorView& from, const TensorView& to) {
+  if (!from.contiguous() || from.dtype != to.dtype) return copy_between_devices(to_dtype(from, to.dtype), to);
+  if (!to.contiguous()) return dattn::copy(to_device(from, to.device), to);
+  const DeviceScope scope(to.device.is_cuda() ? to.device : from.device);
+  cuda_module().copy_bytes(to.data, from.data, static_cast<std::size_t>(from.bytes()), current_stream().native());
 }
 
 }  // namespace
@@ -126,7 +160,8 @@ std::string Shape::text() const {
   return "[" + list + "]";
 }
 
-TensorView::TensorView(void* memory, DType type, const Shape& extents) : data(memory), dtype(type), shape(extents) {
+TensorView::TensorView(void* memory, DType type, const Shape& extents, Device where)
+    : data(memory), dtype(type), device(where), shape(extents) {
   std::int64_t step = 1;
   for (int axis = extents.axes - 1; axis >= 0; --axis) {
     strides[static_cast<std::size_t>(axis)] = step;
@@ -162,53 +197,80 @@ TensorView TensorView::transpose(int a, int b) const {
 
 TensorView TensorView::reshape(const Shape& extents) const {
   ensure(contiguous() && extents.elements() == elements(), "a tensor {} cannot be seen as {}", shape.text(), extents.text());
-  return {data, dtype, extents};
+  return {data, dtype, extents, device};
 }
 
-void Tensor::Free::operator()(void* memory) const {
-  char* block = static_cast<char*>(memory) - kAlignment;
-  g_bytes_now -= *reinterpret_cast<std::int64_t*>(block);
-  std::free(block);
+void FreeTensor::operator()(void* memory) const {
+  g_bytes_now -= bytes;
+  if (device.is_cuda())
+    cuda_module().free(memory, stream);
+  else
+    std::free(memory);
 }
 
 Tensor Tensor::uninitialized(DType dtype, const Shape& shape) {
+  const Device device = current_device();
+  const FreeTensor free{device, current_stream().native(), shape.elements() * size_of(dtype)};
+  void* memory = device.is_cuda()
+                     ? cuda_module().allocate(static_cast<std::size_t>(std::max<std::int64_t>(free.bytes, 1)), free.stream)
+                     : allocate_on_host(free.bytes);
+  count_bytes(free.bytes);
   Tensor tensor;
-  tensor.memory_.reset(allocate(shape.elements() * size_of(dtype)));
-  tensor.view_ = TensorView(tensor.memory_.get(), dtype, shape);
+  tensor.memory_ = {memory, free};
+  tensor.view_ = TensorView(memory, dtype, shape, device);
   return tensor;
 }
 
-Tensor::Tensor(DType dtype, const Shape& shape) : Tensor(uninitialized(dtype, shape)) {
-  std::memset(view_.data, 0, static_cast<std::size_t>(view_.bytes()));
-}
+Tensor::Tensor(DType dtype, const Shape& shape) : Tensor(uninitialized(dtype, shape)) { fill_zero(view_); }
 
 Tensor Tensor::clone() const { return to_dtype(view_, view_.dtype); }
 
-void fill_zero(const TensorView& view) {
-  if (view.contiguous()) {
-    if (view.bytes() > 0) std::memset(view.data, 0, static_cast<std::size_t>(view.bytes()));
-    return;
+bool on_cuda(std::initializer_list<const TensorView*> views) {
+  const Device device = (*views.begin())->device;
+  for (const TensorView* view : views) {
+    ensure(view->device == device, "tensors of {} and {} are combined; to_device brings one to the other", to_text(device),
+           to_text(view->device));
   }
-  for (std::int64_t i = 0; i < view.size(0); ++i) {
-    TensorView row = view.slice(0, i, 1);
-    if (view.axes() == 1) {
-      std::memset(row.data, 0, static_cast<std::size_t>(size_of(view.dtype)));
-      continue;
-    }
-    for (int axis = 0; axis + 1 < row.axes(); ++axis) {
-      row.shape[axis] = row.shape[axis + 1];
-      row.strides[static_cast<std::size_t>(axis)] = row.strides[static_cast<std::size_t>(axis) + 1];
-    }
-    --row.shape.axes;
-    fill_zero(row);
-  }
+  return device.is_cuda();
 }
 
-void copy(const TensorView& from, const TensorView& to) { transfer<false>(from, to); }
-void add(const TensorView& from, const TensorView& to) { transfer<true>(from, to); }
+void fill_zero(const TensorView& view) {
+  if (view.elements() == 0) return;
+  if (on_cuda({&view}))
+    cuda_module().fill_zero(view, current_stream().native());
+  else
+    fill_zero_on_host(view);
+}
+
+void copy(const TensorView& from, const TensorView& to) {
+  check_transfer(from, to, from.dtype == to.dtype);
+  if (from.elements() == 0) return;
+  if (from.device != to.device) return copy_between_devices(from, to);
+  if (on_cuda({&from, &to}))
+    cuda_module().copy(from, to, current_stream().native());
+  else
+    transfer<false>(from, to);
+}
+
+void add(const TensorView& from, const TensorView& to) {
+  check_transfer(from, to, false);
+  if (from.elements() == 0) return;
+  if (on_cuda({&from, &to}))
+    cuda_module().add(from, to, current_stream().native());
+  else
+    transfer<true>(from, to);
+}
 
 Tensor to_dtype(const TensorView& view, DType dtype) {
+  const DeviceScope scope(view.device);
   Tensor result = Tensor::uninitialized(dtype, view.shape);
+  copy(view, result);
+  return result;
+}
+
+Tensor to_device(const TensorView& view, Device device) {
+  const DeviceScope scope(device);
+  Tensor result = Tensor::uninitialized(view.dtype, view.shape);
   copy(view, result);
   return result;
 }

@@ -1,4 +1,5 @@
-// TensorView: a strided window on memory that somebody else owns. Tensor: owning, contiguous, 64-byte aligned.
+// TensorView: a strided window on memory that somebody else owns. Tensor: owning, contiguous, 64-byte aligned, on the thread's
+// current device (core/device/device.h). Work on a device's tensors goes in order on the thread's current stream.
 // Shapes and strides are in elements. Axis order is stated where a tensor is named, e.g. q [B, S, H, D].
 #pragma once
 
@@ -11,6 +12,7 @@
 #include <utility>
 
 #include "core/base/dtype.h"
+#include "core/device/device.h"
 
 namespace dattn {
 
@@ -34,11 +36,12 @@ struct Shape {
 struct TensorView {
   void* data = nullptr;
   DType dtype = DType::kF32;
+  Device device;  // where the memory is
   Shape shape;
   std::array<std::int64_t, kMaxAxes> strides{};
 
   TensorView() = default;
-  TensorView(void* memory, DType type, const Shape& extents);  // contiguous, last axis fastest
+  TensorView(void* memory, DType type, const Shape& extents, Device where = {});  // contiguous, last axis fastest
 
   int axes() const { return shape.axes; }
   std::int64_t size(int axis) const { return shape[axis]; }
@@ -52,7 +55,7 @@ struct TensorView {
   T* ptr() const {
     return static_cast<T*>(data);
   }
-  template <class T, class... Index>
+  template <class T, class... Index>  // of memory that the host reads
   T& at(Index... index) const {
     const std::array<std::int64_t, sizeof...(Index)> i{static_cast<std::int64_t>(index)...};
     std::int64_t offset = 0;
@@ -64,6 +67,14 @@ struct TensorView {
   TensorView slice(int axis, std::int64_t begin, std::int64_t count) const;
   TensorView transpose(int a, int b) const;
   TensorView reshape(const Shape& extents) const;  // contiguous views only
+};
+
+// Gives a Tensor's memory back.
+struct FreeTensor {
+  Device device;
+  void* stream = nullptr;  // in whose order
+  std::int64_t bytes = 0;
+  void operator()(void* memory) const;
 };
 
 class Tensor {
@@ -89,20 +100,21 @@ class Tensor {
   }
 
  private:
-  struct Free {
-    void operator()(void* memory) const;
-  };
-  std::unique_ptr<void, Free> memory_;
+  std::unique_ptr<void, FreeTensor> memory_;
   TensorView view_;
 };
 
+// All take views of one device, but for copy between host and device, which waits until the bytes have arrived.
 void fill_zero(const TensorView& view);
 void copy(const TensorView& from, const TensorView& to);  // equal shapes; converts between floating types
 void add(const TensorView& from, const TensorView& to);   // to += from; equal shapes; accumulates in the type of `to`
 
-Tensor to_dtype(const TensorView& view, DType dtype);  // a contiguous copy
+Tensor to_dtype(const TensorView& view, DType dtype);     // a contiguous copy on the same device
+Tensor to_device(const TensorView& view, Device device);  // a contiguous copy
+bool on_cuda(
+    std::initializer_list<const TensorView*> views);  // are they? Throws Error(kInternal) when they lie on several devices
 
-// Bytes held by Tensors of this process now, and the most since the last reset: what memory assertions read.
+// Bytes held by Tensors of this process now, on all devices, and the most since the last reset: what memory assertions read.
 std::int64_t tensor_bytes_now();
 std::int64_t tensor_bytes_peak();
 void reset_tensor_bytes_peak();

@@ -5,8 +5,6 @@
 
 #include <array>
 #include <chrono>
-#include <cstdlib>
-#include <filesystem>
 #include <future>
 #include <thread>
 #include <vector>
@@ -14,6 +12,7 @@
 #include <fmt/format.h>
 
 #include "core/base/error.h"
+#include "core/base/library.h"
 #include "parallel/comm/engine.h"
 #include "parallel/comm/mpi_shim.h"
 
@@ -23,22 +22,6 @@ namespace {
 constexpr std::chrono::seconds kLeaveWithin{10};
 constexpr const char* kShimName = "libdattn_mpi.so";
 
-// Where the shim may be, in the order it is looked for: what the user says, beside the program, the loader's paths.
-std::vector<std::string> candidates() {
-  std::vector<std::string> paths;
-  if (const char* named = std::getenv("DATTN_MPI_SHIM")) return {named};
-  std::error_code error;
-  const std::filesystem::path program = std::filesystem::read_symlink("/proc/self/exe", error);
-  if (!error) {
-    for (const char* place : {"../lib", "lib", "."}) {
-      const auto path = program.parent_path() / place / kShimName;
-      if (std::filesystem::exists(path, error)) paths.push_back(path.lexically_normal().string());
-    }
-  }
-  paths.emplace_back(kShimName);
-  return paths;
-}
-
 struct Loaded {
   const DattnMpiTable* table = nullptr;
   std::string tried;
@@ -47,23 +30,16 @@ struct Loaded {
 // RTLD_GLOBAL, because Open MPI's plugins look its symbols up in the global scope. Never unloaded: neither is MPI.
 Loaded load_shim() {
   Loaded loaded;
-  for (const std::string& path : candidates()) {
-    void* library = dlopen(path.c_str(), RTLD_NOW | RTLD_GLOBAL);
-    if (library == nullptr) {
-      const char* why = dlerror();
-      loaded.tried += fmt::format("{}{}", loaded.tried.empty() ? "" : "; ", why ? why : path);
-      continue;
+  for (const std::string& path : library_candidates("DATTN_MPI_SHIM", kShimName)) {
+    const LibraryEntry entry = find_entry(path, "dattn_mpi_table", RTLD_NOW | RTLD_GLOBAL);
+    std::string why = entry.why;
+    if (entry.address != nullptr) {
+      loaded.table = reinterpret_cast<const DattnMpiTable* (*)()>(entry.address)();
+      if (loaded.table->version == DATTN_MPI_SHIM_VERSION) return loaded;
+      why = fmt::format("{} has version {}, not {}", path, loaded.table->version, DATTN_MPI_SHIM_VERSION);
+      loaded.table = nullptr;
     }
-    using Entry = const DattnMpiTable* (*)();
-    const auto entry = reinterpret_cast<Entry>(dlsym(library, "dattn_mpi_table"));
-    const DattnMpiTable* table = entry ? entry() : nullptr;
-    if (table && table->version == DATTN_MPI_SHIM_VERSION) {
-      loaded.table = table;
-      return loaded;
-    }
-    loaded.tried += fmt::format("{}{}: {}", loaded.tried.empty() ? "" : "; ", path,
-                                table ? fmt::format("has version {}, not {}", table->version, DATTN_MPI_SHIM_VERSION)
-                                      : std::string("is not an MPI shim of dattn"));
+    loaded.tried += (loaded.tried.empty() ? "" : "; ") + why;
   }
   return loaded;
 }
