@@ -23,12 +23,6 @@ std::string error_text(cudaError_t error, const char* call) {
   return fmt::format("{}: {} ({})", call, cudaGetErrorString(error), cudaGetErrorName(error));
 }
 
-int this_device() {
-  int device = 0;
-  check(cudaGetDevice(&device), "cudaGetDevice");
-  return device;
-}
-
 // Memory that goes back to the device's pool stays there: otherwise every synchronisation would return it to the driver.
 void keep_freed_memory(int device) {
   static std::array<std::once_flag, 64> once;
@@ -48,7 +42,7 @@ void keep_freed_memory(int device) {
   fail(
       ErrorCode::kSystem,
       "out of memory on cuda:{}: {} bytes were asked for, {} of {} are free; use a smaller batch, more ranks, or recomputation",
-      this_device(), bytes, free_bytes, total_bytes);
+      current_device_index(), bytes, free_bytes, total_bytes);
 }
 
 cudaMemoryType type_of(const void* memory) {
@@ -61,7 +55,8 @@ bool on_device(const void* memory) { return type_of(memory) == cudaMemoryTypeDev
 
 bool staged_at_return(const void* memory) {
   int reads_pageable = 0;
-  check(cudaDeviceGetAttribute(&reads_pageable, cudaDevAttrPageableMemoryAccess, this_device()), "cudaDeviceGetAttribute");
+  check(cudaDeviceGetAttribute(&reads_pageable, cudaDevAttrPageableMemoryAccess, current_device_index()),
+        "cudaDeviceGetAttribute");
   return type_of(memory) == cudaMemoryTypeUnregistered && reads_pageable == 0;
 }
 
@@ -87,6 +82,12 @@ void adopt_error_context() {
 cudaStream_t current_stream() {
   adopt_error_context();
   return native(g_host->current_stream());
+}
+
+int current_device_index() {
+  int device = 0;
+  check(cudaGetDevice(&device), "cudaGetDevice");
+  return device;
 }
 
 void check(cudaError_t error, const char* call) {

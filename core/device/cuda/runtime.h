@@ -16,6 +16,8 @@ namespace dattn::cuda {
 // a kernel's entry calls it first.
 cudaStream_t current_stream();
 
+int current_device_index();  // of the thread
+
 // Sets what the program adds to errors of this thread.
 void adopt_error_context();
 
