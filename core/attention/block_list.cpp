@@ -100,8 +100,8 @@ class Builder {
       patch_words_.resize(words + static_cast<std::size_t>(list_.block_rows));
       const std::int64_t column = block * kBlockColumns;
       for (std::int64_t row = part.q.begin; row < part.q.end; ++row) {
-        patch_words_[words + static_cast<std::size_t>(row - first_row_)] =
-            bits(std::clamp<std::int64_t>(begin_of(row) - column, 0, 64), std::clamp<std::int64_t>(end_of(row) - column, 0, 64));
+        patch_words_[words + static_cast<std::size_t>(row - first_row_)] = bits(
+            std::clamp<std::int64_t>(begin_of(row) - column, 0, 64), std::clamp<std::int64_t>(end_of(row) - column, 0, 64));
       }
     }
   }

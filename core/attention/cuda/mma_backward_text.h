@@ -136,9 +136,9 @@ __global__ void DATTN_LAUNCH_BOUNDS(kMmaThreads, 1) mma_backward(GradParams para
   constexpr bool kWithDs = kSums != Sums::kValues;
   constexpr int kBuffer = kTileBytes<kDimQk + kDimV, kGradStep>;
   DATTN_SHARED_MEMORY(shared);
-  unsigned char* const row_tile = shared;                                          // Q or K
-  unsigned char* const row_dp_tile = row_tile + kTileBytes<kDimQk, kGradRows>;     // dO or V
-  unsigned char* const buffers = row_dp_tile + kTileBytes<kDimV, kGradRows>;       // two of K and V, or Q and dO
+  unsigned char* const row_tile = shared;                                       // Q or K
+  unsigned char* const row_dp_tile = row_tile + kTileBytes<kDimQk, kGradRows>;  // dO or V
+  unsigned char* const buffers = row_dp_tile + kTileBytes<kDimV, kGradRows>;    // two of K and V, or Q and dO
   const Problem& p = params.problem;
   const Blocks& blocks = kByKey ? params.keys : params.queries;
   const int row_block = blocks.order[blockIdx.x];

@@ -87,8 +87,7 @@ __device__ __forceinline__ void exponentiate(Softmax<kTiles>& softmax, float fac
 
 // Dropped probabilities become 0.
 template <int kTiles, int kFragments>
-__device__ __forceinline__ void drop(const Problem& p, int row, int first_key,
-                                     float (&s)[kTiles][kFragments][4]) {
+__device__ __forceinline__ void drop(const Problem& p, int row, int first_key, float (&s)[kTiles][kFragments][4]) {
   const int lane = static_cast<int>(threadIdx.x) % 32;
   const std::uint32_t dropper_row = dropout_row(p.terms, static_cast<int>(blockIdx.z), static_cast<int>(blockIdx.y));
 #pragma unroll

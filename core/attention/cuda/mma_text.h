@@ -13,7 +13,7 @@ inline constexpr int kMmaWarps = kMmaThreads / 32;
 inline constexpr int kWarpTile = 16;  // rows of one mma
 
 template <int kDim, int kRows>
-inline constexpr int kTileBytes = kRows * kDim * 2;
+inline constexpr int kTileBytes = kRows* kDim * 2;
 
 // Where a lane's row and chunk, below 8 and 16-byte units, are within 8 or more rows from a multiple of 8 on. What comes on top
 // for other rows and chunks is constant, and added or exclusive-or'ed: few addresses live in registers.
@@ -42,8 +42,8 @@ struct Steps {
     part = 0;
     walk.next(blocks);
   }
-  // What row `row` of the block sees of columns [32 i, 32 i + 32) of the step, shifted to a lane's: bits 0, 1, 8, 9, .. are those
-  // of its columns in fragments 4 i ..
+  // What row `row` of the block sees of columns [32 i, 32 i + 32) of the step, shifted to a lane's: bits 0, 1, 8, 9, .. are
+  // those of its columns in fragments 4 i ..
   __device__ __forceinline__ std::uint32_t bits(const Blocks& blocks, int block_rows, int row, int i) const {
     const int mask = walk.mask(blocks), t = static_cast<int>(threadIdx.x) % 4;
     if (mask < 0) return ~0u;

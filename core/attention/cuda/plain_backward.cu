@@ -19,14 +19,15 @@ struct RowStatistics {
 template <class Sum>
 __device__ __forceinline__ RowStatistics<Sum> statistics_of(const GradParams& params, int b, int h, int query) {
   const Sum none = static_cast<Sum>(minus_infinity()), lse = *element_of<const Sum>(params.lse, b, h, query);
-  return {lse == none ? none : -lse * static_cast<Sum>(1.44269504088896340736), *element_of<const Sum>(params.delta, b, h, query)};
+  return {lse == none ? none : -lse * static_cast<Sum>(1.44269504088896340736),
+          *element_of<const Sum>(params.delta, b, h, query)};
 }
 
 // Adds dS before the softcap to dbias on the way. The pair must be visible.
 template <class Sum>
 __device__ __forceinline__ PairGradient<Sum> gradient_of(const GradParams& params, const HeadTerms<Sum>& head, int b, int h,
-                                                         int query, int key, Sum product, Sum dp,
-                                                         const RowStatistics<Sum>& row, bool to_bias) {
+                                                         int query, int key, Sum product, Sum dp, const RowStatistics<Sum>& row,
+                                                         bool to_bias) {
   const ScoreParams& terms = params.problem.terms;
   const Score<Sum> score = score_of(terms, head, product, query, key);
   const Sum probability = power_of_2(score.value * static_cast<Sum>(1.44269504088896340736) + row.minus_lse);

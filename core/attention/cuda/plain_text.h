@@ -11,7 +11,7 @@ namespace dattn::cuda {
 inline constexpr int kPlainThreads = 256;
 inline constexpr int kPlainColumns = kBlockColumns;
 inline constexpr int kWarpRows = kPlainRows / (kPlainThreads / 32);
-inline constexpr int kChunk = 32;               // elements of the dim
+inline constexpr int kChunk = 32;                // elements of the dim
 inline constexpr int kChunkStride = kChunk + 1;  // lanes that read a column do not share banks
 
 // Shared memory: chunks of both operands, then matrices of weights [64][64].
@@ -80,8 +80,8 @@ __device__ __forceinline__ void multiply(const PlainMemory<Sum>& memory, const O
 
 // sums[i][c], element lane + 32 c, += weights of row (8 warp + i) times the rows of `from`.
 template <int kChunks, class T, class Sum>
-__device__ __forceinline__ void accumulate(const PlainMemory<Sum>& memory, const Sum* weights, const Operand<T>& from, int first,
-                                           Sum (&sums)[kWarpRows][kChunks]) {
+__device__ __forceinline__ void accumulate(const PlainMemory<Sum>& memory, const Sum* weights, const Operand<T>& from,
+                                           int first, Sum (&sums)[kWarpRows][kChunks]) {
   const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
 #pragma unroll
   for (int c = 0; c < kChunks; ++c) {
