@@ -52,6 +52,17 @@ __device__ __forceinline__ std::uint32_t pack_bf16(float low, float high) {
   return packed;
 }
 
+// x, about which the compiler knows nothing more: what is computed from it is not moved out of loops, where it would take
+// registers.
+__device__ __forceinline__ int opaque(int x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+
+// a * b, rounded: never fused with what is added to it.
+__device__ __forceinline__ float multiply_rounded(float a, float b) { return __fmul_rn(a, b); }
+__device__ __forceinline__ double multiply_rounded(double a, double b) { return __dmul_rn(a, b); }
+
 // 2^x, about 2 ulp; -inf gives 0.
 __device__ __forceinline__ float exp2_fast(float x) {
   float y;

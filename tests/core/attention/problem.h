@@ -78,10 +78,14 @@ struct Results {
   Tensor out, lse, dq, dk, dv, dbias{};
 };
 
-inline Results run_kernel(const AttentionKernel& kernel, const Problem& p, const Inputs& inputs, DType storage) {
-  const Tensor q = to_dtype(inputs.q, storage), k = to_dtype(inputs.k, storage), v = to_dtype(inputs.v, storage);
-  const Tensor dout = to_dtype(inputs.dout, storage);
-  const Tensor bias = inputs.bias.defined() ? to_dtype(inputs.bias, p.fp32_bias ? DType::kF32 : storage) : Tensor();
+// On `device`; results are brought back.
+inline Results run_kernel(const AttentionKernel& kernel, const Problem& p, const Inputs& inputs, DType storage,
+                          Device device = {}) {
+  const DeviceScope scope(device);
+  const auto send = [&](const Tensor& tensor, DType type) { return to_device(to_dtype(tensor, type), device); };
+  const Tensor q = send(inputs.q, storage), k = send(inputs.k, storage), v = send(inputs.v, storage);
+  const Tensor dout = send(inputs.dout, storage);
+  const Tensor bias = inputs.bias.defined() ? send(inputs.bias, p.fp32_bias ? DType::kF32 : storage) : Tensor();
   const ScoreTerms terms = terms_of(p, bias);
   const DType sum = accumulate_type(storage);
   Results r{Tensor(sum, {p.batch, p.seq_q, p.heads, p.dim_v}),
@@ -94,7 +98,9 @@ inline Results run_kernel(const AttentionKernel& kernel, const Problem& p, const
   const Tensor delta(sum, {p.batch, p.heads, p.seq_q});
   attention_delta(dout, r.out, delta);
   kernel.attend_grad({q, k, v, p.map, p.tiles, p.factor(), dout, r.lse, delta, r.dq, r.dk, r.dv, terms, p.invariant, r.dbias});
-  return r;
+  if (!device.is_cuda()) return r;
+  const auto bring = [](const Tensor& tensor) { return tensor.defined() ? to_device(tensor, {}) : Tensor(); };
+  return {bring(r.out), bring(r.lse), bring(r.dq), bring(r.dk), bring(r.dv), bring(r.dbias)};
 }
 
 // ||a - b|| / ||b||, where equal infinities differ by 0; where b vanishes, the root mean square of a; inf where NaN or

@@ -110,6 +110,17 @@ void cp_async_wait() {
 
 inline std::uint32_t pack_bf16(float low, float high) { return standin::round_bf16(low) | standin::round_bf16(high) << 16; }
 
+inline int opaque(int x) { return x; }
+
+inline float multiply_rounded(float a, float b) {
+  const volatile float product = a * b;  // volatile: no fused multiply-add
+  return product;
+}
+inline double multiply_rounded(double a, double b) {
+  const volatile double product = a * b;
+  return product;
+}
+
 inline float exp2_fast(float x) {
   const float y = std::exp2(x);
   return y < 1.17549435e-38f ? 0.0f : y;  // flushes what is not normal

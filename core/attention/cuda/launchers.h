@@ -1,0 +1,32 @@
+// The kernels as functions of the host; on `stream`, errors as core/device/cuda/language.h's check().
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include "core/attention/cuda/params.h"
+
+namespace dattn::cuda {
+
+// positions[row + i] = position + i * step for each run.
+void expand_positions(const PositionRun* runs, int n_runs, std::int64_t* positions, cudaStream_t stream);
+
+// Any storage, dims up to kMaxPlainDim; block lists of kPlainRows rows.
+inline constexpr int kMaxPlainDim = 256;
+inline constexpr int kPlainRows = 64;
+void plain_attend(const AttendParams& params, cudaStream_t stream);
+void plain_attend_grad(const GradParams& params, cudaStream_t stream);
+
+// bf16 on tensor cores, for dims up to those of the name; rows of all operands aligned to 16 bytes, dims multiples of 8.
+// Block lists of 128 query rows, of 64 for dims up to 256.
+void mma_attend_64(const AttendParams& params, cudaStream_t stream);
+void mma_attend_128(const AttendParams& params, cudaStream_t stream);
+void mma_attend_192(const AttendParams& params, cudaStream_t stream);  // 192 and 128
+void mma_attend_256(const AttendParams& params, cudaStream_t stream);
+
+// Block lists of 64 rows.
+void mma_attend_grad_64(const GradParams& params, cudaStream_t stream);
+void mma_attend_grad_128(const GradParams& params, cudaStream_t stream);
+void mma_attend_grad_192(const GradParams& params, cudaStream_t stream);
+void mma_attend_grad_256(const GradParams& params, cudaStream_t stream);
+
+}  // namespace dattn::cuda

@@ -1,0 +1,38 @@
+// Tests of the cuda kernel on the first CUDA device, in the tests' default run that of the stand-in, against the reference in
+// fp64. Sizes are small: the stand-in makes some ten million steps of a thread a second.
+#pragma once
+
+#include <gtest/gtest.h>
+
+#include "core/device/cuda_module.h"
+#include "tests/core/attention/every_path.h"
+
+namespace dattn::testing {
+
+inline constexpr Device kCuda{DeviceKind::kCuda, 0};
+
+class OnCuda : public ::testing::Test {
+ protected:
+  void SetUp() override {
+    std::string why;
+    if (cuda_devices(why).empty()) GTEST_SKIP() << why;
+  }
+};
+
+inline const AttentionKernel& cuda_kernel() { return find_kernel("cuda", kCuda); }
+
+inline Results run_cuda(const Problem& p, const Inputs& inputs, DType storage) {
+  return run_kernel(cuda_kernel(), p, inputs, storage, kCuda);
+}
+
+inline void check_cuda(const Problem& p, DType storage, const std::string& what) {
+  const Inputs inputs = random_inputs(p, DType::kBF16);
+  const double tolerance = storage == DType::kBF16 ? 1.5 * kBf16Rounding : storage == DType::kF32 ? kFp32Tolerance : 1e-13;
+  expect_close(run_cuda(p, inputs, storage), run_kernel(reference_kernel(), p, inputs, DType::kF64), tolerance,
+               fmt::format("{} {}", what, name_of(storage)));
+}
+inline void check_cuda(const Problem& p, const std::string& what) {
+  for (const DType storage : {DType::kF32, DType::kBF16}) check_cuda(p, storage, what);
+}
+
+}  // namespace dattn::testing
