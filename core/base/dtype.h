@@ -11,19 +11,19 @@ namespace dattn {
 
 enum class DType : std::uint8_t { kF32, kBF16, kF64, kI32 };
 
-// Brain floating point: the upper half of an fp32. Rounds to nearest even; NaN stays NaN.
+// Brain floating point: the upper half of an fp32. Rounds to nearest even; NaN stays NaN. constexpr: kernels use it too.
 struct BFloat16 {
   std::uint16_t bits = 0;
 
   BFloat16() = default;
-  explicit BFloat16(float value) {
+  constexpr explicit BFloat16(float value) {
     const auto word = std::bit_cast<std::uint32_t>(value);
     const bool is_nan = (word & 0x7fffffffu) > 0x7f800000u;
     bits = is_nan ? static_cast<std::uint16_t>((word >> 16) | 0x40u)
                   : static_cast<std::uint16_t>((word + 0x7fffu + ((word >> 16) & 1u)) >> 16);
   }
-  explicit operator float() const { return std::bit_cast<float>(static_cast<std::uint32_t>(bits) << 16); }
-  explicit operator double() const { return static_cast<double>(static_cast<float>(*this)); }
+  constexpr explicit operator float() const { return std::bit_cast<float>(static_cast<std::uint32_t>(bits) << 16); }
+  constexpr explicit operator double() const { return static_cast<double>(static_cast<float>(*this)); }
 };
 
 constexpr std::int64_t size_of(DType type) {

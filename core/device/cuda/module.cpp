@@ -1,0 +1,47 @@
+// The table of the CUDA module (core/device/cuda_module.h), found by the program under the name dattn_cuda_module.
+#include "core/attention/cuda/kernels.h"
+#include "core/device/cuda/runtime.h"
+
+namespace dattn::cuda {
+namespace {
+
+const CudaModule kTable{
+    .version = kCudaModuleVersion,
+    .flavour = DATTN_CUDA_FLAVOUR,  // by the build: of these sources, or of the same against the tests' stand-in
+    .devices = devices,
+    .versions = versions,
+    .set_device = set_device,
+    .allocate = allocate,
+    .free = release,
+    .allocate_pinned = allocate_pinned,
+    .free_pinned = free_pinned,
+    .memory_now = memory_now,
+    .make_stream = make_stream,
+    .destroy_stream = destroy_stream,
+    .synchronize = synchronize,
+    .make_event = make_event,
+    .destroy_event = destroy_event,
+    .record = record,
+    .wait_event = wait_event,
+    .event_done = event_done,
+    .synchronize_event = synchronize_event,
+    .copy_bytes = copy_bytes,
+    .copy_pinned = copy_pinned,
+    .fill_zero = fill_zero,
+    .copy = copy,
+    .add = add,
+    .clear_state = clear_state,
+    .merge_state = merge_state,
+    .merge_sink = merge_sink,
+    .add_sink_gradient = add_sink_gradient,
+    .attention_delta = attention_delta,
+    .kernels = cuda_kernels,
+};
+
+}  // namespace
+}  // namespace dattn::cuda
+
+extern "C" __attribute__((visibility("default"))) const dattn::CudaModule* dattn_cuda_module(const dattn::CudaHost* host) {
+  dattn::cuda::bind_host(host);
+  return &dattn::cuda::kTable;
+}

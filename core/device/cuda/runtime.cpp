@@ -1,0 +1,239 @@
+// Devices, memory, streams and events by CUDA's runtime.
+#include "core/device/cuda/runtime.h"
+
+#include <array>
+#include <atomic>
+#include <cstdint>
+#include <cstdlib>
+#include <mutex>
+#include <unordered_set>
+
+#include "core/base/error.h"
+#include "core/device/cuda/language.h"
+
+namespace dattn::cuda {
+namespace {
+
+const CudaHost* g_host = nullptr;
+
+cudaStream_t native(NativeStream stream) { return static_cast<cudaStream_t>(stream); }
+cudaEvent_t native_event(NativeEvent event) { return static_cast<cudaEvent_t>(event); }
+
+std::string error_text(cudaError_t error, const char* call) {
+  return fmt::format("{}: {} ({})", call, cudaGetErrorString(error), cudaGetErrorName(error));
+}
+
+// Memory that goes back to the device's pool stays there: otherwise every synchronisation would return it to the driver.
+void keep_freed_memory(int device) {
+  static std::array<std::once_flag, 64> once;
+  if (device >= static_cast<int>(once.size())) return;
+  std::call_once(once[static_cast<std::size_t>(device)], [&] {
+    cudaMemPool_t pool = nullptr;
+    check(cudaDeviceGetDefaultMemPool(&pool, device), "cudaDeviceGetDefaultMemPool");
+    std::uint64_t everything = UINT64_MAX;
+    check(cudaMemPoolSetAttribute(pool, cudaMemPoolAttrReleaseThreshold, &everything), "cudaMemPoolSetAttribute");
+  });
+}
+
+[[noreturn]] void fail_out_of_memory(std::size_t bytes) {
+  std::size_t free_bytes = 0, total_bytes = 0;
+  memory_now(free_bytes, total_bytes);
+  adopt_error_context();
+  fail(
+      ErrorCode::kSystem,
+      "out of memory on cuda:{}: {} bytes were asked for, {} of {} are free; use a smaller batch, more ranks, or recomputation",
+      current_device_index(), bytes, free_bytes, total_bytes);
+}
+
+cudaMemoryType type_of(const void* memory) {
+  cudaPointerAttributes attributes{};
+  check(cudaPointerGetAttributes(&attributes, memory), "cudaPointerGetAttributes");
+  return attributes.type;
+}
+
+bool on_device(const void* memory) { return type_of(memory) == cudaMemoryTypeDevice; }
+
+bool staged_at_return(const void* memory) {
+  int reads_pageable = 0;
+  check(cudaDeviceGetAttribute(&reads_pageable, cudaDevAttrPageableMemoryAccess, current_device_index()),
+        "cudaDeviceGetAttribute");
+  return type_of(memory) == cudaMemoryTypeUnregistered && reads_pageable == 0;
+}
+
+// Pinned memory that could not be had and is pageable instead.
+struct Pageable {
+  std::mutex mutex;
+  std::unordered_set<void*> all;
+};
+Pageable& pageable() {
+  static auto* const instance = new Pageable;  // outlives what is freed at exit
+  return *instance;
+}
+
+}  // namespace
+
+void bind_host(const CudaHost* host) { g_host = host; }
+
+void adopt_error_context() {
+  const std::string& context = g_host->error_context();
+  if (context != error_context()) set_error_context(context);
+}
+
+cudaStream_t current_stream() {
+  adopt_error_context();
+  return native(g_host->current_stream());
+}
+
+int current_device_index() {
+  int device = 0;
+  check(cudaGetDevice(&device), "cudaGetDevice");
+  return device;
+}
+
+void check(cudaError_t error, const char* call) {
+  if (error == cudaSuccess) return;
+  cudaGetLastError();  // it has been told here
+  adopt_error_context();
+  int device = -1;
+  cudaGetDevice(&device);
+  fail(ErrorCode::kSystem, "cuda:{}: {}", device, error_text(error, call));
+}
+
+std::vector<CudaDevice> devices(std::string& why) {
+  int count = 0;
+  const cudaError_t error = cudaGetDeviceCount(&count);
+  if (error != cudaSuccess || count == 0) {
+    cudaGetLastError();
+    why = error != cudaSuccess ? error_text(error, "cudaGetDeviceCount") : "the driver sees no CUDA device";
+    return {};
+  }
+  std::vector<CudaDevice> all;
+  for (int i = 0; i < count; ++i) {
+    cudaDeviceProp properties{};
+    const cudaError_t failed = cudaGetDeviceProperties(&properties, i);
+    if (failed != cudaSuccess) {
+      cudaGetLastError();
+      why = fmt::format("device {}: {}", i, error_text(failed, "cudaGetDeviceProperties"));
+      return {};
+    }
+    std::array<char, 32> pci{};
+    if (cudaDeviceGetPCIBusId(pci.data(), static_cast<int>(pci.size()), i) != cudaSuccess) cudaGetLastError();
+    all.push_back({properties.name, properties.major, properties.minor, properties.multiProcessorCount,
+                   static_cast<std::int64_t>(properties.totalGlobalMem), pci.data()});
+  }
+  return all;
+}
+
+std::string versions() {
+  int driver = 0, runtime = 0;
+  if (cudaDriverGetVersion(&driver) != cudaSuccess) cudaGetLastError();
+  if (cudaRuntimeGetVersion(&runtime) != cudaSuccess) cudaGetLastError();
+  const auto text = [](int version) { return fmt::format("{}.{}", version / 1000, version % 1000 / 10); };
+  return fmt::format("{}, runtime {}", driver == 0 ? "no driver" : "driver " + text(driver), text(runtime));
+}
+
+void set_device(int index) {
+  check(cudaSetDevice(index), "cudaSetDevice");
+  keep_freed_memory(index);
+}
+
+void* allocate(std::size_t bytes, NativeStream stream) {
+  void* memory = nullptr;
+  const cudaError_t error = cudaMallocAsync(&memory, bytes, native(stream));
+  if (error == cudaErrorMemoryAllocation) {
+    cudaGetLastError();
+    fail_out_of_memory(bytes);
+  }
+  check(error, "cudaMallocAsync");
+  return memory;
+}
+
+void release(void* memory, NativeStream stream) noexcept {
+  if (memory != nullptr && cudaFreeAsync(memory, native(stream)) != cudaSuccess) cudaGetLastError();
+}
+
+void* allocate_pinned(std::size_t bytes) {
+  void* memory = nullptr;
+  if (cudaMallocHost(&memory, bytes) == cudaSuccess) return memory;
+  cudaGetLastError();
+  memory = std::malloc(bytes);
+  if (memory == nullptr) {
+    adopt_error_context();
+    fail(ErrorCode::kSystem, "out of memory: {} bytes of host memory for transfers", bytes);
+  }
+  const std::lock_guard lock(pageable().mutex);
+  pageable().all.insert(memory);
+  return memory;
+}
+
+void free_pinned(void* memory) noexcept {
+  {
+    const std::lock_guard lock(pageable().mutex);
+    if (pageable().all.erase(memory) > 0) {
+      std::free(memory);
+      return;
+    }
+  }
+  if (cudaFreeHost(memory) != cudaSuccess) cudaGetLastError();
+}
+
+void memory_now(std::size_t& free_bytes, std::size_t& total_bytes) {
+  check(cudaMemGetInfo(&free_bytes, &total_bytes), "cudaMemGetInfo");
+}
+
+NativeStream make_stream(bool high_priority) {
+  int least = 0, greatest = 0;
+  check(cudaDeviceGetStreamPriorityRange(&least, &greatest), "cudaDeviceGetStreamPriorityRange");
+  cudaStream_t stream = nullptr;
+  check(cudaStreamCreateWithPriority(&stream, cudaStreamNonBlocking, high_priority ? greatest : least),
+        "cudaStreamCreateWithPriority");
+  return stream;
+}
+
+void destroy_stream(NativeStream stream) noexcept {
+  if (cudaStreamDestroy(native(stream)) != cudaSuccess) cudaGetLastError();
+}
+
+void synchronize(NativeStream stream) { check(cudaStreamSynchronize(native(stream)), "cudaStreamSynchronize"); }
+
+NativeEvent make_event() {
+  cudaEvent_t event = nullptr;
+  check(cudaEventCreateWithFlags(&event, cudaEventDisableTiming), "cudaEventCreateWithFlags");
+  return event;
+}
+
+void destroy_event(NativeEvent event) noexcept {
+  if (cudaEventDestroy(native_event(event)) != cudaSuccess) cudaGetLastError();
+}
+
+void record(NativeEvent event, NativeStream stream) {
+  check(cudaEventRecord(native_event(event), native(stream)), "cudaEventRecord");
+}
+
+void wait_event(NativeStream stream, NativeEvent event) {
+  check(cudaStreamWaitEvent(native(stream), native_event(event), 0), "cudaStreamWaitEvent");
+}
+
+bool event_done(NativeEvent event) {
+  const cudaError_t state = cudaEventQuery(native_event(event));
+  if (state == cudaErrorNotReady) {
+    cudaGetLastError();
+    return false;
+  }
+  check(state, "cudaEventQuery");
+  return true;
+}
+
+void synchronize_event(NativeEvent event) { check(cudaEventSynchronize(native_event(event)), "cudaEventSynchronize"); }
+
+void copy_pinned(void* to, const void* from, std::size_t bytes, NativeStream stream) {
+  if (bytes > 0) check(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDefault, native(stream)), "cudaMemcpyAsync");
+}
+
+// The runtime itself stages what comes from pageable memory before it returns, but for devices that read it where it is.
+void copy_bytes(void* to, const void* from, std::size_t bytes, NativeStream stream) {
+  copy_pinned(to, from, bytes, stream);
+  if (!on_device(to) || (!on_device(from) && !staged_at_return(from))) synchronize(stream);
+}
+
+}  // namespace dattn::cuda

@@ -1,0 +1,42 @@
+// A plain matrix product on the device, where cuBLASLt is missing: one thread for each element of the result, sums in fp32 in
+// ascending order.
+#include "core/device/cuda/loops.h"
+#include "core/device/cuda/number.h"
+#include "core/nn/cuda/ops.h"
+
+namespace dattn::cuda {
+namespace {
+
+template <class In, class Out>
+struct Product {
+  const In *a, *b;
+  std::int64_t a_row, a_column, b_row, b_column, inner, columns, c_row;
+  const float* bias;
+  bool accumulate;
+  Out* c;
+
+  __device__ void operator()(std::int64_t i) const {
+    const std::int64_t row = i / columns, column = i % columns;
+    const In *left = a + row * a_row, *right = b + column * b_column;
+    float sum = 0.0f;
+    for (std::int64_t k = 0; k < inner; ++k) sum = fmaf(load(left[k * a_column]), load(right[k * b_row]), sum);
+    Out& place = c[row * c_row + column];
+    if (bias != nullptr) sum += bias[column];
+    store(place, accumulate ? load(place) + sum : sum);
+  }
+};
+
+}  // namespace
+
+void plain_matmul(const TensorView& a, const TensorView& b, const TensorView& c, const float* bias, bool accumulate,
+                  NativeStream stream) {
+  with_number(a.dtype, [&]<class In>(In) {
+    with_number(c.dtype, [&]<class Out>(Out) {
+      for_each(c.elements(), stream,
+               Product<In, Out>{a.ptr<In>(), b.ptr<In>(), a.stride(0), a.stride(1), b.stride(0), b.stride(1), a.size(1), c.size(1),
+                                c.stride(0), bias, accumulate, c.ptr<Out>()});
+    });
+  });
+}
+
+}  // namespace dattn::cuda

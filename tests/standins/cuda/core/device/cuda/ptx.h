@@ -1,0 +1,118 @@
+// What core/device/cuda/ptx.h says, on the host: the same fragments, with the exchange done by the last thread of the warp.
+#pragma once
+
+#include <bit>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#include "core/device/cuda/language.h"
+
+namespace dattn::cuda {
+namespace standin {
+
+inline float low_bf16(std::uint32_t pair) { return std::bit_cast<float>(pair << 16); }
+inline float high_bf16(std::uint32_t pair) { return std::bit_cast<float>(pair & 0xffff0000u); }
+inline std::uint32_t round_bf16(float x) {
+  const auto word = std::bit_cast<std::uint32_t>(x);
+  if (x != x) return 0x7fffu;
+  return (word + 0x7fffu + ((word >> 16) & 1u)) >> 16;
+}
+
+struct Mma {
+  float* c;
+  const std::uint32_t* a;
+  const std::uint32_t* b;
+};
+
+inline void mma_warp(void* const* lanes) {
+  float a[16][16], b[16][8];
+  for (int lane = 0; lane < kWarp; ++lane) {
+    const auto& from = *static_cast<const Mma*>(lanes[lane]);
+    const int g = lane / 4, t = lane % 4;
+    for (int i = 0; i < 4; ++i) {
+      a[g + i % 2 * 8][2 * t + i / 2 * 8] = low_bf16(from.a[i]);
+      a[g + i % 2 * 8][2 * t + i / 2 * 8 + 1] = high_bf16(from.a[i]);
+    }
+    for (int i = 0; i < 2; ++i) {
+      b[2 * t + i * 8][g] = low_bf16(from.b[i]);
+      b[2 * t + i * 8 + 1][g] = high_bf16(from.b[i]);
+    }
+  }
+  float sum[16][8] = {};
+  for (int row = 0; row < 16; ++row) {
+    for (int k = 0; k < 16; ++k) {
+      for (int column = 0; column < 8; ++column) sum[row][column] += a[row][k] * b[k][column];
+    }
+  }
+  for (int lane = 0; lane < kWarp; ++lane) {
+    float* c = static_cast<const Mma*>(lanes[lane])->c;
+    const int g = lane / 4, t = lane % 4;
+    for (int i = 0; i < 4; ++i) c[i] += sum[g + i / 2 * 8][2 * t + i % 2];
+  }
+}
+
+struct LoadMatrix {
+  std::uint32_t* r;
+  const void* row;
+};
+
+template <bool kTranspose>
+void load_matrices(void* const* lanes) {
+  for (int m = 0; m < 4; ++m) {
+    std::uint16_t matrix[8][8];
+    for (int row = 0; row < 8; ++row) std::memcpy(matrix[row], static_cast<LoadMatrix*>(lanes[m * 8 + row])->row, 16);
+    for (int lane = 0; lane < kWarp; ++lane) {
+      const int row = lane / 4, column = lane % 4 * 2;
+      const std::uint32_t low = kTranspose ? matrix[column][row] : matrix[row][column];
+      const std::uint32_t high = kTranspose ? matrix[column + 1][row] : matrix[row][column + 1];
+      static_cast<LoadMatrix*>(lanes[lane])->r[m] = low | high << 16;
+    }
+  }
+}
+
+}  // namespace standin
+
+inline void mma_bf16(float (&c)[4], const std::uint32_t (&a)[4], const std::uint32_t (&b)[2], standin::Place place = {}) {
+  standin::Mma request{c, a, b};
+  standin::warp_meet("mma_bf16", place, &request, standin::mma_warp);
+}
+
+inline void ldmatrix_x4(std::uint32_t (&r)[4], const void* row, standin::Place place = {}) {
+  standin::want_shared(row, 16, "ldmatrix_x4", place);
+  standin::LoadMatrix request{r, row};
+  standin::warp_meet("ldmatrix_x4", place, &request, standin::load_matrices<false>);
+}
+inline void ldmatrix_x4_trans(std::uint32_t (&r)[4], const void* row, standin::Place place = {}) {
+  standin::want_shared(row, 16, "ldmatrix_x4_trans", place);
+  standin::LoadMatrix request{r, row};
+  standin::warp_meet("ldmatrix_x4_trans", place, &request, standin::load_matrices<true>);
+}
+
+inline void cp_async_16(void* shared, const void* device, int bytes, standin::Place place = {}) {
+  standin::want_shared(shared, 16, "cp_async_16", place);
+  if (bytes < 0 || bytes > 16) standin::give_up("cp_async_16", place, "%d bytes; 0 to 16", bytes);
+  if (reinterpret_cast<std::uintptr_t>(device) % 16 != 0) {
+    standin::give_up("cp_async_16", place, "device address %p is not a multiple of 16", device);
+  }
+  standin::start_copy({shared, device, bytes});
+}
+inline void cp_async_commit() { standin::commit_copies(); }
+template <int kPending>
+void cp_async_wait() {
+  standin::PendingCopy copy{};
+  while (standin::next_due_copy(kPending, copy)) {
+    unsigned char row[16] = {};
+    std::memcpy(row, copy.from, static_cast<std::size_t>(copy.bytes));
+    std::memcpy(copy.to, row, 16);
+  }
+}
+
+inline std::uint32_t pack_bf16(float low, float high) { return standin::round_bf16(low) | standin::round_bf16(high) << 16; }
+
+inline float exp2_fast(float x) {
+  const float y = std::exp2(x);
+  return y < 1.17549435e-38f ? 0.0f : y;  // flushes what is not normal
+}
+
+}  // namespace dattn::cuda
