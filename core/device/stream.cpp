@@ -6,8 +6,8 @@
 #include <vector>
 
 #include "core/base/error.h"
+#include "core/device/check.h"
 #include "core/device/cuda_module.h"
-#include "core/device/lost_work.h"
 
 namespace dattn {
 namespace {
@@ -76,7 +76,7 @@ void Stream::wait(const Event& event) const {
 void Stream::synchronize() const {
   if (native_ == nullptr) return;
   cuda_module().synchronize(native_);
-  check_lost_work();
+  check_device(device_);
 }
 
 Stream current_stream() {
@@ -115,7 +115,7 @@ bool Event::done() const { return native_ == nullptr || cuda_module().event_done
 void Event::synchronize() const {
   if (native_ == nullptr) return;
   cuda_module().synchronize_event(native_);
-  check_lost_work();
+  check_device(device_);
 }
 
 }  // namespace dattn

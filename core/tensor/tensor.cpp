@@ -6,8 +6,8 @@
 #include <cstring>
 
 #include "core/base/error.h"
+#include "core/device/check.h"
 #include "core/device/cuda_module.h"
-#include "core/device/lost_work.h"
 #include "core/device/stream.h"
 
 namespace dattn {
@@ -143,7 +143,7 @@ void copy_between_devices(const TensorView& from, const TensorView& to) {
   if (!to.contiguous()) return dattn::copy(to_device(from, to.device), to);
   const DeviceScope scope(to.device.is_cuda() ? to.device : from.device);
   cuda_module().copy_bytes(to.data, from.data, static_cast<std::size_t>(from.bytes()), current_stream().native());
-  check_lost_work();
+  check_device(current_device());
 }
 
 }  // namespace

@@ -70,11 +70,12 @@ class Communicator {
     wait(start(sends, receives, label));
   }
 
-  // The sub-group of the given ranks of this group (ascending, this rank among them), without communication: every
-  // rank of the sub-group makes the same call. Groups of equal ranks and name are the same group.
+  // The sub-group of the given ranks of this group (ascending, this rank among them): every rank of the sub-group makes the
+  // same call, and ranks that share several groups make them in one order (nccl waits for the others, the rest communicates
+  // nothing). Groups of equal ranks and name are the same group.
   virtual std::unique_ptr<Communicator> split(std::span<const int> ranks, std::string_view name) = 0;
-  // The same where every rank of this group makes the call at this point, for disjoint sub-groups of one size: a back end may
-  // communicate to prepare them.
+  // The same where every rank of this group makes the call at this point, for disjoint sub-groups of one size: cheaper for
+  // nccl.
   virtual std::unique_ptr<Communicator> partition(std::span<const int> ranks, std::string_view name) {
     return split(ranks, name);
   }

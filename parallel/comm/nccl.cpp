@@ -46,6 +46,17 @@ struct Call {
   std::string text() const { return fmt::format("{} bytes ({})", bytes, label_text({verb.data(), layer, step})); }
 };
 
+// The two sides of a transfer compare what they are about to do.
+struct CallCheck {
+  struct Awaited {
+    int peer = 0;
+    Call wanted, told;
+  };
+  std::vector<Call> mine;
+  std::vector<Awaited> awaited;
+  Communicator::Ticket ticket = 0;  // of the control communicator
+};
+
 bool equal(std::span<const std::int64_t> counts) {
   return std::all_of(counts.begin(), counts.end(), [&](std::int64_t count) { return count == counts[0] && count > 0; });
 }
@@ -107,7 +118,7 @@ class NcclCommunicator : public Communicator {
 
   Ticket start(std::span<const SendPart> sends, std::span<const RecvPart> receives, const OpLabel& label) override;
   void wait(Ticket ticket) override;
-  std::unique_ptr<Communicator> split(std::span<const int> ranks, std::string_view name) override { return part(ranks, name); }
+  std::unique_ptr<Communicator> split(std::span<const int> ranks, std::string_view name) override;
   std::unique_ptr<Communicator> partition(std::span<const int> ranks, std::string_view name) override;
 
   void abort(const std::string& reason) noexcept override { abort(reason, ErrorCode::kPeer); }
@@ -129,6 +140,7 @@ class NcclCommunicator : public Communicator {
   struct Running {
     std::shared_ptr<DeviceTransfer> transfer;  // or that of the control communicator
     Ticket control = 0;
+    std::unique_ptr<CallCheck> check;
   };
 
   Communicator& control() const { return control_ ? *control_ : job_->control(); }
@@ -138,7 +150,9 @@ class NcclCommunicator : public Communicator {
   template <class Enqueue, class After>
   void run_native(const OpLabel& label, std::size_t bytes, const Enqueue& enqueue, const After& after);
   nccl::Result enqueue(std::span<const SendPart> sends, std::span<const RecvPart> receives);
-  void check_calls(std::span<const SendPart> sends, std::span<const RecvPart> receives, const OpLabel& label);
+  std::unique_ptr<CallCheck> tell_calls(std::span<const SendPart> sends, std::span<const RecvPart> receives,
+                                        const OpLabel& label);
+  void compare_calls(const CallCheck& check);
 
   std::shared_ptr<NcclGroup> group_;
   std::unique_ptr<Communicator> control_;
@@ -165,13 +179,13 @@ Communicator::Ticket NcclCommunicator::start(std::span<const SendPart> sends, st
   };
   note(receives, false);
   note(sends, true);
+  Running& running = running_[next_ticket_];
   if (!transfer->parts.empty()) {
-    if (group_->comm == nullptr) initialise();
-    if (job_->options.check_calls) check_calls(sends, receives, label);
+    if (job_->options.check_calls) running.check = tell_calls(sends, receives, label);
     job_->launch(
         *group_, transfer, [&] { return enqueue(sends, receives); }, [] {});
   }
-  running_[next_ticket_].transfer = transfer;
+  running.transfer = transfer;
   return next_ticket_++;
 }
 
@@ -201,6 +215,7 @@ void NcclCommunicator::wait(Ticket ticket) {
   const Running running = std::move(entry->second);
   running_.erase(entry);
   if (!running.transfer) return control().wait(running.control);
+  if (running.check) compare_calls(*running.check);
   {
     const std::lock_guard lock(job_->mutex);
     job_->check_running_locked();
@@ -208,31 +223,37 @@ void NcclCommunicator::wait(Ticket ticket) {
   current_stream().wait(running.transfer->done);
 }
 
-// Each pair of ranks compares what the two are about to do, before anything is enqueued.
-void NcclCommunicator::check_calls(std::span<const SendPart> sends, std::span<const RecvPart> receives, const OpLabel& label) {
-  std::vector<Call> mine, theirs(receives.size());
-  mine.reserve(sends.size());
+std::unique_ptr<CallCheck> NcclCommunicator::tell_calls(std::span<const SendPart> sends, std::span<const RecvPart> receives,
+                                                        const OpLabel& label) {
+  auto check = std::make_unique<CallCheck>();
+  check->mine.reserve(sends.size());
+  check->awaited.reserve(receives.size());
   std::vector<SendPart> out;
   std::vector<RecvPart> in;
   for (const SendPart& one : sends) {
     if (one.peer == rank() || one.bytes == 0) continue;
-    mine.emplace_back(label, one.bytes);
-    out.push_back({one.peer, &mine.back(), sizeof(Call)});
+    check->mine.emplace_back(label, one.bytes);
+    out.push_back({one.peer, &check->mine.back(), sizeof(Call)});
   }
-  for (std::size_t i = 0; i < receives.size(); ++i) {
-    if (receives[i].peer == rank() || receives[i].bytes == 0) continue;
-    in.push_back({receives[i].peer, &theirs[i], sizeof(Call)});
+  for (const RecvPart& one : receives) {
+    if (one.peer == rank() || one.bytes == 0) continue;
+    check->awaited.push_back({one.peer, Call(label, one.bytes), {}});
+    in.push_back({one.peer, &check->awaited.back().told, sizeof(Call)});
   }
-  control().exchange(out, in, label);
-  for (std::size_t i = 0; i < receives.size(); ++i) {
-    if (receives[i].peer == rank() || receives[i].bytes == 0) continue;
-    const Call wanted(label, receives[i].bytes);
-    if (theirs[i] == wanted) continue;
+  check->ticket = control().start(out, in, label);
+  return check;
+}
+
+// When the host waits, not at the start: transfers of different groups may be started in another order on each rank.
+void NcclCommunicator::compare_calls(const CallCheck& check) {
+  control().wait(check.ticket);
+  for (const auto& [peer, wanted, told] : check.awaited) {
+    if (told == wanted) continue;
     const std::lock_guard lock(job_->mutex);
     job_->fail_locked(
         fmt::format("the ranks do not make the same calls: in group '{}' of {} rank {} awaits {}, but rank {} sends {}", name(),
                     size(), group_->ranks[static_cast<std::size_t>(rank())], wanted.text(),
-                    group_->ranks[static_cast<std::size_t>(receives[i].peer)], theirs[i].text()));
+                    group_->ranks[static_cast<std::size_t>(peer)], told.text()));
   }
 }
 
@@ -243,11 +264,16 @@ std::unique_ptr<NcclCommunicator> NcclCommunicator::part(std::span<const int> ra
   return std::make_unique<NcclCommunicator>(job_, job_->group(members, place, name), control().split(ranks, name));
 }
 
+std::unique_ptr<Communicator> NcclCommunicator::split(std::span<const int> ranks, std::string_view name) {
+  auto made = part(ranks, name);
+  if (made->size() > 1 && made->group_->comm == nullptr) made->initialise();
+  return made;
+}
+
 std::unique_ptr<Communicator> NcclCommunicator::partition(std::span<const int> ranks, std::string_view name) {
   auto made = part(ranks, name);
   NcclGroup& sub = *made->group_;
   if (sub.size() == 1 || sub.comm != nullptr) return made;
-  if (group_->comm == nullptr) initialise();
   job_->create(sub, "split", [&](nccl::Comm* comm, nccl::Config* config) {
     return job_->nccl.comm_split(group_->comm, ranks[0], sub.rank, comm, config);  // the lowest rank is the colour
   });
@@ -274,12 +300,11 @@ void NcclCommunicator::share_id(nccl::UniqueId& id, IdFile& file) {
   control().broadcast(std::as_writable_bytes(std::span(id.internal)), 0, {.verb = "nccl_id"});
 }
 
-// Whether NCCL's own collective may serve this tensor; makes the communicator if it is missing.
+// Whether NCCL's own collective may serve this tensor.
 bool NcclCommunicator::native(const TensorView& data, const OpLabel& label) {
   if (!data.device.is_cuda() || size() == 1 || !data.contiguous() || data.elements() == 0) return false;
   ensure(data.device == job_->device, "{}: a tensor of {} on a rank whose device is {}", label_text(label),
          to_text(data.device), to_text(job_->device));
-  if (group_->comm == nullptr) initialise();
   return true;
 }
 
@@ -327,12 +352,12 @@ void NcclCommunicator::all_gather(const TensorView& all, std::span<const std::in
   std::byte* own_into = into + slot * static_cast<std::size_t>(rank());
   const Stream& stream = group_->stream;
   const auto call = [&] {
-    if (symmetric) cuda_module().copy_bytes(own_into, own, slot, stream.native());
+    if (symmetric) cuda_module().copy_pinned(own_into, own, slot, stream.native());
     return job_->nccl.all_gather(own_into, into, static_cast<std::size_t>(counts[0]), nccl_type(all.dtype), group_->comm,
                                  stream.native());
   };
   const auto after = [&] {
-    if (symmetric) cuda_module().copy_bytes(all.data, into, whole, stream.native());
+    if (symmetric) cuda_module().copy_pinned(all.data, into, whole, stream.native());
   };
   run_native(label, whole, call, after);
 }

@@ -9,7 +9,7 @@
 // A transfer holds up the device, not the host, so a watcher thread looks after it: when NCCL reports an error, or a transfer
 // that could begin has not ended within the deadline, or the job has ended elsewhere, it ends the job over the control
 // communicator and aborts NCCL, so that streams run empty; the host hears the reason in its next call or synchronisation
-// (core/device/lost_work.h). NCCL gives no signs of life: on devices, a peer that computes for longer than the deadline while
+// (core/device/check.h). NCCL gives no signs of life: on devices, a peer that computes for longer than the deadline while
 // others wait for it counts as failed.
 #pragma once
 
@@ -30,8 +30,8 @@ struct NcclOptions {
   // version.
   bool ordered_sums = true;
 
-  // Before every transfer, ranks tell their peers over the control communicator what they are about to do; the first difference
-  // is named. Costs a message each; for finding out which calls do not match. DATTN_COMM_CHECK=1.
+  // With every transfer, ranks tell their peers over the control communicator what they are about to do; the first difference
+  // is named. Costs a message each, which wait() waits for; for finding out which calls do not match. DATTN_COMM_CHECK=1.
   bool check_calls = false;
 
   int max_ctas = 0;       // thread blocks that NCCL may take from computation; 0: NCCL's choice
@@ -62,8 +62,10 @@ struct NcclOptions {
 // The calling thread's current device, a CUDA one, becomes this rank's. All ranks of `control` make the call. Throws
 // Error(kSystem) where NCCL is not found, saying what was looked for, and Error(kPeer) when not all come within the deadline.
 //
-// split() makes groups without communication: NCCL's communicator for one is made at its first transfer of device memory,
-// which all its ranks must take part in. partition() makes it at once, by ncclCommSplit.
+// partition() makes the groups' NCCL communicators by ncclCommSplit. split() cannot, since not all ranks of the group take
+// part: it makes one from an id that travels over the control communicator of the sub-group. Both wait for all ranks of the
+// sub-group (making it at the first transfer instead would bind the order of transfers in different groups), so ranks that
+// share several groups must make them in one order.
 std::unique_ptr<Communicator> nccl_world(std::unique_ptr<Communicator> control, const NcclOptions& options);
 
 }  // namespace dattn

@@ -72,6 +72,7 @@ void NcclGroup::destroy() noexcept {
 
 NcclJob::NcclJob(std::unique_ptr<Communicator> control, const nccl::Api& api, Device where, const NcclOptions& wanted)
     : nccl(api), device(where), options(wanted), control_(std::move(control)) {
+  check_ = std::make_unique<DeviceCheck>(device, [this] { check_work(); });
   watcher_ = std::thread([this, context = error_context()] {
     set_error_context(context);
     watch();
@@ -112,7 +113,7 @@ void NcclJob::check_running_locked() const {
 
 void NcclJob::fail_locked(const std::string& reason) {
   control().abort(reason, ErrorCode::kPeer);
-  end_locked(control().job_end().reason);
+  end_locked();
   check_running_locked();
   throw Error(ErrorCode::kPeer, reason);
 }
@@ -187,13 +188,18 @@ std::string NcclJob::failure_of(NcclGroup& group) {
       options.timeout_s, parts_text(*first, group));
 }
 
-void NcclJob::end_locked(const std::string& reason) noexcept {
-  if (lost_) return;
-  try {
-    lost_ = std::make_unique<LostWork>(reason);
-  } catch (...) {
-    // Out of memory: the calls to come fail by the control communicator's end.
+void NcclJob::check_work() {
+  const std::lock_guard lock(mutex);
+  check_running_locked();
+  for (const auto& group : in_order_) {
+    const std::string reason = failure_of(*group);
+    if (!reason.empty()) fail_locked(reason);
   }
+}
+
+void NcclJob::end_locked() noexcept {
+  if (abandoned_) return;
+  abandoned_ = true;
   for (const auto& group : in_order_) group->abandon();
 }
 
@@ -223,7 +229,7 @@ void NcclJob::watch() {
       }
       const JobEnd end = control_->job_end();
       if (end.rank < 0) continue;
-      end_locked(end.reason);
+      end_locked();
       if (!ended) ended = NcclClock::now();
       if (drained_locked()) return;
       if (seconds_since(*ended) > kDrainWithin) {
@@ -235,7 +241,7 @@ void NcclJob::watch() {
   } catch (const std::exception& error) {  // of the device: it is lost
     if (!lock.owns_lock()) lock.lock();
     control_->abort(error.what(), ErrorCode::kSystem);
-    end_locked(error.what());
+    end_locked();
   }
 }
 
@@ -248,13 +254,15 @@ void NcclJob::close() noexcept {
   }
   changed_.notify_all();
   watcher_.join();
+  check_.reset();
   std::unique_lock lock(mutex);
   try {
     const DeviceScope scope(device);
-    if (std::uncaught_exceptions() > 0 && control_->job_end().rank < 0) control_->abort("a rank left the job by an exception");
+    // An exception on its way out ends the job with its own words, further out.
+    if (std::uncaught_exceptions() > 0) end_locked();
     const auto begin = NcclClock::now();
     for (const auto& group : in_order_) {
-      if (control_->job_end().rank >= 0) break;
+      if (abandoned_ || control_->job_end().rank >= 0) break;
       settle(lock, *group, group->finish(), "leave");
       while (!group->under_way.empty()) {
         const std::string failure = failure_of(*group);
@@ -265,14 +273,13 @@ void NcclJob::close() noexcept {
         std::this_thread::sleep_for(std::chrono::microseconds(100));
       }
     }
-    if (control_->job_end().rank >= 0) end_locked(control_->job_end().reason);
+    if (control_->job_end().rank >= 0) end_locked();
   } catch (...) {
     // The job has ended with its reason.
   }
   for (const auto& group : in_order_) group->destroy();
   in_order_.clear();
   groups_.clear();
-  lost_.reset();
   lock.unlock();
   control_.reset();
 }

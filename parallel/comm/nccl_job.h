@@ -14,7 +14,7 @@
 #include <thread>
 #include <vector>
 
-#include "core/device/lost_work.h"
+#include "core/device/check.h"
 #include "core/device/stream.h"
 #include "parallel/comm/communicator.h"
 #include "parallel/comm/nccl.h"
@@ -131,7 +131,8 @@ class NcclJob {
   static void forget_finished(NcclGroup& group);
   void watch();
   std::string failure_of(NcclGroup& group);
-  void end_locked(const std::string& reason) noexcept;
+  void check_work();  // of all groups, when the host has waited for the device
+  void end_locked() noexcept;
   bool drained_locked() const;
 
   std::unique_ptr<Communicator> control_;
@@ -139,7 +140,8 @@ class NcclJob {
   std::vector<std::shared_ptr<NcclGroup>> in_order_;  // of their making, the same on all ranks that share them
   std::condition_variable changed_;
   bool stop_ = false;
-  std::unique_ptr<LostWork> lost_;
+  bool abandoned_ = false;
+  std::unique_ptr<DeviceCheck> check_;
   std::thread watcher_;
 };
 

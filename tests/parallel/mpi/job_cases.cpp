@@ -3,6 +3,7 @@
 //
 //   mpirun -np 4 ... dattn_job_cases collectives
 //   mpirun -np 4 ... dattn_job_cases deadlock --timeout 3
+//   mpirun -np 4 ... dattn_job_cases nccl_collectives     any case with device tensors over NCCL
 #include <signal.h>
 #include <unistd.h>
 
@@ -11,11 +12,15 @@
 #include <cstdlib>
 #include <cstring>
 #include <map>
+#include <numeric>
 #include <string>
+#include <string_view>
 #include <thread>
 
 #include "core/base/error.h"
+#include "core/device/cuda_module.h"
 #include "launch/bootstrap.h"
+#include "parallel/comm/nccl.h"
 #include "tests/parallel/comm/cases.h"
 
 namespace dattn::test {
@@ -111,6 +116,17 @@ void speed(Communicator& world) {
   }
 }
 
+// The case with a CUDA device for each rank, joined by NCCL; MPI or TCP is the control communicator.
+void on_devices(Communicator& world, double timeout_s, void (*body)(Communicator&)) {
+  std::string why;
+  const auto devices = static_cast<int>(cuda_devices(why).size());
+  require(devices > 0, "no CUDA device: {}", why);
+  const DeviceScope scope({DeviceKind::kCuda, static_cast<std::int8_t>(world.rank() % devices)});
+  std::vector<int> all(static_cast<std::size_t>(world.size()));
+  std::iota(all.begin(), all.end(), 0);
+  body(*nccl_world(world.split(all, "world"), NcclOptions::from_environment(timeout_s)));
+}
+
 int run(int argc, char** argv) {
   const std::map<std::string, void (*)(Communicator&)> cases{{"collectives", collectives},
                                                              {"killed", killed},
@@ -126,7 +142,10 @@ int run(int argc, char** argv) {
     std::printf("%s %d/%d %d/%d\n", launch.launcher.c_str(), launch.rank, launch.size, launch.local_rank, launch.local_size);
     return 0;
   }
-  const auto wanted = cases.find(argc > 1 ? argv[1] : "");
+  std::string_view name = argc > 1 ? argv[1] : "";
+  const bool over_nccl = name.starts_with("nccl_");
+  if (over_nccl) name.remove_prefix(5);
+  const auto wanted = cases.find(std::string(name));
   if (wanted == cases.end()) {
     std::fprintf(stderr, "usage: %s CASE [--timeout SECONDS] [--ranks N]\n", argv[0]);
     return 2;
@@ -136,7 +155,8 @@ int run(int argc, char** argv) {
     if (std::strcmp(argv[i], "--timeout") == 0) options.timeout_s = std::atof(argv[i + 1]);
     if (std::strcmp(argv[i], "--ranks") == 0) options.ranks = std::atoi(argv[i + 1]);
   }
-  return run_job(options, wanted->second);
+  if (!over_nccl) return run_job(options, wanted->second);
+  return run_job(options, [&](Communicator& world) { on_devices(world, options.timeout_s, wanted->second); });
 }
 
 }  // namespace

@@ -92,6 +92,48 @@ class Failures(unittest.TestCase):
         self.assertIn("/nowhere/libdattn_mpi.so", errors[0])
 
 
+class Nccl(unittest.TestCase):
+    """Device tensors over NCCL (stand-ins of NCCL and CUDA, named by DATTN_NCCL and DATTN_CUDA_MODULE), MPI beside it."""
+
+    def test_collectives(self):
+        for ranks in (2, 3):
+            code, out, errors, _ = launch(ranks, "nccl_collectives")
+            self.assertEqual((code, errors), (0, []))
+            self.assertEqual(out.count("ok "), 13)
+
+    def check(self, case, code, words, seconds, environment=None):
+        got, _, errors, took = launch(3, case, environment)
+        self.assertEqual(got, code, errors)
+        self.assertEqual(len(errors), 1, errors)
+        for word in words:
+            self.assertIn(word, errors[0])
+        self.assertLess(took, seconds + START_S)
+        self.assertEqual(processes_left(), [])
+
+    def test_stopped_rank(self):
+        self.check("nccl_stopped", 3, ["a transfer between devices has not ended", "all_reduce", "rank 2"], TIMEOUT_S + 3)
+
+    def test_error_of_one_rank(self):
+        self.check("nccl_error", 5, ["checkpoint.tmp: no space left on device [rank 2/3]"], 3)
+
+    def test_lost_message(self):
+        self.check("nccl_error", 3, ["has not ended", "from rank 1", "(all_reduce, step"], TIMEOUT_S + 3,
+                   {"DATTN_NCCL_FAULT": "drop 1 3"})
+
+    def test_rank_that_never_joins(self):
+        self.check("nccl_collectives", 3, ["did not connect the ranks"], TIMEOUT_S + 3, {"DATTN_NCCL_FAULT": "absent 0"})
+
+    def test_killed_rank(self):
+        code, _, _, took = launch(3, "nccl_killed")
+        self.assertEqual(code, 137)
+        self.assertLess(took, TIMEOUT_S + 2 + START_S)
+        self.assertEqual(processes_left(), [])
+
+    def test_missing_nccl_says_what_was_looked_for(self):
+        self.check("nccl_collectives", 5, ["NCCL cannot be loaded", "/nowhere/libnccl.so.2"], 3,
+                   {"DATTN_NCCL": "/nowhere/libnccl.so.2"})
+
+
 class Launchers(unittest.TestCase):
     """What is read from a launcher's variables."""
 

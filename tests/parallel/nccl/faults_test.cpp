@@ -108,12 +108,23 @@ void receive_only(Communicator& world, std::size_t bytes, const OpLabel& label) 
 TEST(NcclFaults, CallsThatDoNotMatchAreNamedWhenChecked) {
   const Outcome outcome = failure_of([] {
     run_nccl_ranks(2, {.timeout_s = 60, .check_calls = true}, [](Communicator& world) {
-      if (world.rank() == 0) return send_only(world, 96, {.verb = "gather", .layer = 1});
+      if (world.rank() == 0) return send_only(world, 64, {.verb = "gather", .layer = 1});
       receive_only(world, 64, {.verb = "rotate", .layer = 2, .step = 5});
     });
   });
   EXPECT_THAT(outcome.message, AllOf(HasSubstr("rank 1 awaits 64 bytes (rotate, layer 2, step 5)"),
-                                     HasSubstr("rank 0 sends 96 bytes (gather, layer 1)")));
+                                     HasSubstr("rank 0 sends 64 bytes (gather, layer 1)")));
+  EXPECT_LT(outcome.seconds, 5);
+}
+
+TEST(NcclFaults, SizesThatDifferEndAllAtOnceWhereNcclSeesThem) {
+  const Outcome outcome = failure_of([] {
+    run_nccl_ranks(2, {.timeout_s = 60}, [](Communicator& world) {
+      if (world.rank() == 0) return send_only(world, 96, {.verb = "rotate"});
+      receive_only(world, 64, {.verb = "rotate"});
+    });
+  });
+  EXPECT_THAT(outcome.message, AllOf(HasSubstr("NCCL reports 'invalid usage'"), HasSubstr("of 64"), HasSubstr("of 96")));
   EXPECT_LT(outcome.seconds, 5);
 }
 

@@ -5,6 +5,7 @@
 #include <chrono>
 #include <cstring>
 #include <filesystem>
+#include <fstream>
 #include <mutex>
 #include <thread>
 
@@ -185,7 +186,7 @@ TEST(Nccl, IdThroughAFile) {
   const NcclOptions options{.timeout_s = 60, .id_file = path};
   run_nccl_ranks(3, options, collective_cases()[0].run);
   EXPECT_FALSE(std::filesystem::exists(path));
-  std::filesystem::create_directory(path);
+  std::ofstream(path) << std::string(128, 'x');  // of a job that was killed
   const Outcome outcome = failure_of([&] { run_nccl_ranks(2, options, [](Communicator&) {}); });
   EXPECT_THAT(outcome.message, AllOf(HasSubstr(path), HasSubstr("exists")));
   std::filesystem::remove(path);

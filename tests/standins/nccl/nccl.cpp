@@ -14,6 +14,8 @@
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
+#include <map>
+#include <mutex>
 #include <random>
 #include <thread>
 
@@ -29,12 +31,36 @@ using standin::Work;
 using standin::World;
 
 struct ncclComm {
-  std::shared_ptr<World> world;  // nullptr in a rank that a split left out
-  std::thread joining;
-
   ~ncclComm() {
     if (joining.joinable()) joining.join();
   }
+  std::shared_ptr<World> world() const {  // nullptr until it is known which one it is
+    const std::lock_guard lock(mutex);
+    return made;
+  }
+  void set(const std::shared_ptr<World>& world) {
+    const std::lock_guard lock(mutex);
+    made = world;
+    if (aborted) world->abort();
+  }
+  void fail(Result result) { failed = result; }
+  Result state() const {
+    const auto one = world();
+    return failed != kSuccess ? failed.load() : one == nullptr ? kInProgress : one->state();
+  }
+  void abort() {
+    const std::lock_guard lock(mutex);
+    aborted = true;
+    if (made != nullptr) made->abort();
+  }
+
+  std::thread joining;
+
+ private:
+  mutable std::mutex mutex;
+  std::shared_ptr<World> made;
+  bool aborted = false;
+  std::atomic<Result> failed{kSuccess};
 };
 
 namespace {
@@ -42,21 +68,27 @@ namespace {
 using HostFunction = void (*)(void*);
 using LaunchHostFunction = int (*)(void* stream, HostFunction function, void* data);
 
-// The module with the CUDA runtime is loaded out of sight of the global scope: all loaded libraries are asked.
+// A function of the CUDA runtime. The module that has one is loaded out of sight of the global scope: all loaded libraries are
+// asked.
+void* cuda_function(const char* name) {
+  struct Search {
+    const char* name;
+    void* found;
+  } search{name, dlsym(RTLD_DEFAULT, name)};
+  const auto ask = [](dl_phdr_info* info, std::size_t, void* data) {
+    auto& wanted = *static_cast<Search*>(data);
+    void* library = dlopen(info->dlpi_name, RTLD_LAZY | RTLD_NOLOAD);
+    if (library == nullptr) return 0;
+    wanted.found = dlsym(library, wanted.name);
+    dlclose(library);
+    return wanted.found != nullptr ? 1 : 0;
+  };
+  if (search.found == nullptr) dl_iterate_phdr(ask, &search);
+  return search.found;
+}
+
 LaunchHostFunction launch_host_function() {
-  static const auto found = [] {
-    void* function = dlsym(RTLD_DEFAULT, "cudaLaunchHostFunc");
-    const auto ask = [](dl_phdr_info* info, std::size_t, void* result) {
-      void* library = dlopen(info->dlpi_name, RTLD_LAZY | RTLD_NOLOAD);
-      if (library == nullptr) return 0;
-      auto& into = *static_cast<void**>(result);
-      into = dlsym(library, "cudaLaunchHostFunc");
-      dlclose(library);
-      return into != nullptr ? 1 : 0;
-    };
-    if (function == nullptr) dl_iterate_phdr(ask, &function);
-    return reinterpret_cast<LaunchHostFunction>(function);
-  }();
+  static const auto found = reinterpret_cast<LaunchHostFunction>(cuda_function("cudaLaunchHostFunc"));
   return found;
 }
 
@@ -120,11 +152,11 @@ std::size_t size_of(DataType type) {
 
 template <class Body>
 Result issue(Comm comm, const Body& body, Stream stream) {
-  if (comm == nullptr || comm->world == nullptr) return kInvalidArgument;
-  World& world = *comm->world;
-  if (world.state() == kInProgress) return kInvalidUsage;  // its initialisation has not ended
-  if (world.state() != kSuccess) return world.state();
-  body(world, t_group.of(comm->world, stream));
+  if (comm == nullptr) return kInvalidArgument;
+  if (comm->state() == kInProgress) return kInvalidUsage;  // its initialisation has not ended
+  if (comm->state() != kSuccess) return comm->state();
+  const auto world = comm->world();
+  body(*world, t_group.of(world, stream));
   return t_group.depth > 0 ? kSuccess : t_group.close();
 }
 
@@ -191,31 +223,43 @@ void add_reduction(World& world, Work& work, const void* in, std::size_t stride,
   work.after.emplace_back([blocks, out, count, type, op] { reduce_blocks(blocks, out, count, type, op); });
 }
 
+constexpr std::uintptr_t kPage = 4096;
+
+struct Blocks {
+  std::mutex mutex;
+  std::map<void*, void*> of_memory;
+};
+Blocks& blocks() {
+  static Blocks all;
+  return all;
+}
+
 bool valid(const Config* config) { return config == nullptr || (config->magic == 0xcafebeef && config->size >= 24); }
 
 // Makes the communicator and joins it: in the background unless it is blocking.
-Result join(Comm* comm, const std::string& name, int ranks, int rank, bool blocking) {
-  try {
-    auto made = std::make_unique<ncclComm>();
-    made->world = std::make_shared<World>(name, ranks, rank);
-    World& world = *made->world;
-    world.blocking = blocking;
-    if (world.fault().is("init", rank)) return static_cast<Result>(world.fault().number);
-    const auto work = [world = made->world] {
+Result join(Comm* comm, const std::function<std::shared_ptr<World>()>& make, bool blocking) {
+  auto made = std::make_unique<ncclComm>();
+  const auto work = [make, blocking, into = made.get()] {
+    try {
+      const auto world = make();
+      if (world == nullptr) return into->fail(kSystemError);
+      world->blocking = blocking;
+      if (world->fault().is("init", world->rank())) return into->fail(static_cast<Result>(world->fault().number));
+      into->set(world);
       world->join();
       if (!world->aborted()) world->joined();
-    };
-    if (blocking) {
-      work();
-    } else {
-      made->joining = std::thread(work);
+    } catch (const std::exception& error) {
+      fmt::print(stderr, "stand-in of NCCL: {}\n", error.what());
+      into->fail(kSystemError);
     }
-    *comm = made.release();
-    return blocking ? (*comm)->world->state() : kInProgress;
-  } catch (const std::exception& error) {
-    fmt::print(stderr, "stand-in of NCCL: {}\n", error.what());
-    return kSystemError;
+  };
+  if (blocking) {
+    work();
+  } else {
+    made->joining = std::thread(work);
   }
+  *comm = made.release();
+  return blocking ? (*comm)->state() : kInProgress;
 }
 
 }  // namespace
@@ -239,86 +283,98 @@ Result ncclGetUniqueId(UniqueId* id) {
 Result ncclCommInitRankConfig(Comm* comm, int ranks, UniqueId id, int rank, Config* config) {
   if (!valid(config) || rank < 0 || rank >= ranks || ranks > standin::kMostRanks) return kInvalidArgument;
   id.internal[sizeof id.internal - 1] = '\0';
-  return join(comm, id.internal, ranks, rank, config == nullptr || config->blocking != 0);
+  const auto make = [name = std::string(id.internal), ranks, rank] { return std::make_shared<World>(name, ranks, rank); };
+  return join(comm, make, config == nullptr || config->blocking != 0);
 }
 
-// Blocks until all ranks have come, then joins like an initialisation.
 Result ncclCommSplit(Comm comm, int color, int key, Comm* part, Config* config) {
-  if (comm == nullptr || comm->world == nullptr || !valid(config)) return kInvalidArgument;
+  if (comm == nullptr || comm->state() != kSuccess || !valid(config)) return kInvalidArgument;
   *part = nullptr;
-  const auto all = comm->world->meet(color, key);
-  if (!all) return kSystemError;
-  if (color < 0) return kSuccess;
-  int ranks = 0, rank = 0, first = -1;
-  for (int r = 0; r < comm->world->ranks(); ++r) {
-    const auto& [its_color, its_key] = (*all)[static_cast<std::size_t>(r)];
-    if (its_color != color) continue;
-    if (first < 0) first = r;
-    if (std::pair(its_key, r) < std::pair(static_cast<std::int64_t>(key), comm->world->rank())) ++rank;
-    ++ranks;
-  }
-  const std::string name = fmt::format("{}.{}.{}", comm->world->name(), comm->world->meetings(), first);
-  return join(part, name, ranks, rank, config == nullptr || config->blocking != 0);
+  const auto parent = comm->world();
+  if (color < 0) return parent->meet(color, key) ? kSuccess : kSystemError;
+  // Which ranks have this colour is known when all have come.
+  const auto make = [parent, color, key]() -> std::shared_ptr<World> {
+    const auto all = parent->meet(color, key);
+    if (!all) return nullptr;
+    int ranks = 0, rank = 0, first = -1;
+    for (int r = 0; r < parent->ranks(); ++r) {
+      const auto& [its_color, its_key] = (*all)[static_cast<std::size_t>(r)];
+      if (its_color != color) continue;
+      if (first < 0) first = r;
+      if (std::pair(its_key, r) < std::pair(static_cast<std::int64_t>(key), parent->rank())) ++rank;
+      ++ranks;
+    }
+    return std::make_shared<World>(fmt::format("{}.{}.{}", parent->name(), parent->meetings(), first), ranks, rank);
+  };
+  return join(part, make, config == nullptr || config->blocking != 0);
 }
 
 Result ncclCommFinalize(Comm comm) { return comm != nullptr ? kSuccess : kInvalidArgument; }
 
 Result ncclCommDestroy(Comm comm) {
-  if (comm != nullptr && comm->world != nullptr && comm->world->state() == kInProgress) comm->world->abort();
+  if (comm != nullptr && comm->state() == kInProgress) comm->abort();
   delete comm;
   return kSuccess;
 }
 
 Result ncclCommAbort(Comm comm) {
   if (comm == nullptr) return kInvalidArgument;
-  if (comm->world != nullptr) comm->world->abort();
+  comm->abort();
   delete comm;
   return kSuccess;
 }
 
 Result ncclCommGetAsyncError(Comm comm, Result* error) {
-  if (comm == nullptr || comm->world == nullptr) return kInvalidArgument;
-  *error = comm->world->state();
+  if (comm == nullptr) return kInvalidArgument;
+  *error = comm->state();
   return kSuccess;
 }
 
 Result ncclCommCount(Comm comm, int* count) {
-  *count = comm->world->ranks();
+  *count = comm->world()->ranks();
   return kSuccess;
 }
 
 Result ncclCommUserRank(Comm comm, int* rank) {
-  *rank = comm->world->rank();
+  *rank = comm->world()->rank();
   return kSuccess;
 }
 
 Result ncclCommRegister(Comm comm, void* memory, std::size_t bytes, void** handle) {
   if (memory == nullptr || bytes == 0) return kInvalidArgument;
-  ++comm->world->registered;
+  ++comm->world()->registered;
   *handle = memory;
   return kSuccess;
 }
 
 Result ncclCommDeregister(Comm comm, void* handle) {
-  if (handle == nullptr || comm->world->registered == 0) return kInvalidArgument;
-  --comm->world->registered;
+  if (handle == nullptr || comm->world()->registered == 0) return kInvalidArgument;
+  --comm->world()->registered;
   return kSuccess;
 }
 
+// Memory of the device, at a page's beginning.
 Result ncclMemAlloc(void** memory, std::size_t bytes) {
-  *memory = std::aligned_alloc(4096, (bytes + 4095) / 4096 * 4096);
-  return *memory != nullptr ? kSuccess : kSystemError;
+  const auto allocate = reinterpret_cast<int (*)(void**, std::size_t)>(cuda_function("cudaMalloc"));
+  void* block = nullptr;
+  if (allocate == nullptr || allocate(&block, bytes + kPage) != 0) return kUnhandledCudaError;
+  *memory = std::bit_cast<void*>((std::bit_cast<std::uintptr_t>(block) + kPage - 1) / kPage * kPage);
+  const std::lock_guard lock(blocks().mutex);
+  blocks().of_memory[*memory] = block;
+  return kSuccess;
 }
 
 Result ncclMemFree(void* memory) {
-  std::free(memory);
-  return kSuccess;
+  const auto release = reinterpret_cast<int (*)(void*)>(cuda_function("cudaFree"));
+  const std::lock_guard lock(blocks().mutex);
+  const auto block = blocks().of_memory.extract(memory);
+  return release != nullptr && !block.empty() && release(block.mapped()) == 0 ? kSuccess : kInvalidArgument;
 }
 
 // All ranks register windows of one size.
 Result ncclCommWindowRegister(Comm comm, void* memory, std::size_t bytes, Window* window, int flags) {
-  if (std::bit_cast<std::uintptr_t>(memory) % 4096 != 0) return kInvalidArgument;
-  const auto all = comm->world->meet(static_cast<std::int64_t>(bytes), flags);
+  if (std::bit_cast<std::uintptr_t>(memory) % kPage != 0) return kInvalidArgument;
+  const auto all = comm->world()->meet(static_cast<std::int64_t>(bytes), flags);
   if (!all) return kSystemError;
   for (const auto& [its_bytes, its_flags] : *all) {
     if (its_bytes != static_cast<std::int64_t>(bytes) || its_flags != flags) return kInvalidUsage;
@@ -387,7 +443,8 @@ const char* ncclGetErrorString(Result result) {
 
 const char* ncclGetLastError(Comm comm) {
   thread_local std::string text;
-  text = comm != nullptr && comm->world != nullptr ? comm->world->last_error() : "";
+  const auto world = comm != nullptr ? comm->world() : nullptr;
+  text = world != nullptr ? world->last_error() : "";
   return text.c_str();
 }
 }
