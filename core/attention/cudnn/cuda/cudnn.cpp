@@ -178,13 +178,17 @@ fe::error_t plan(fe::graph::Graph& graph, cudnnHandle_t handle) {
   return error;
 }
 
-fe::error_t plan_for(fe::graph::Graph& graph, const Target& target) {
-  if (target.properties.empty()) return plan(graph, Handle(target.device).get());
-  auto properties = std::make_shared<fe::DeviceProperties>();
-  fe::error_t error = properties->deserialize({target.properties.begin(), target.properties.end()});
-  if (error.is_bad()) return error;
-  graph.set_device_properties(properties).set_sm_version(target.compute_capability);
-  return plan(graph, nullptr);
+fe::error_t plan_for(const Problem& problem, fe::graph::Graph& graph, const Target& target) {
+  if (!target.properties.empty()) {  // before anything is described: the front end would ask the present device
+    auto properties = std::make_shared<fe::DeviceProperties>();
+    fe::error_t error = properties->deserialize({target.properties.begin(), target.properties.end()});
+    if (error.is_bad()) return error;
+    graph.set_device_properties(properties).set_sm_version(target.compute_capability);
+    describe(problem, graph);
+    return plan(graph, nullptr);
+  }
+  describe(problem, graph);
+  return plan(graph, Handle(target.device).get());
 }
 
 }  // namespace
@@ -198,8 +202,7 @@ Planned make_plan(const Problem& problem, const Target& target) {
     graph->set_io_data_type(fe::DataType_t::BFLOAT16)
         .set_intermediate_data_type(fe::DataType_t::FLOAT)
         .set_compute_data_type(fe::DataType_t::FLOAT);
-    describe(problem, *graph);
-    fe::error_t error = plan_for(*graph, target);
+    fe::error_t error = plan_for(problem, *graph, target);
     if (error.is_bad()) return {nullptr, error.get_message()};
     return {std::make_unique<FrontEndPlan>(std::move(graph), target.device), {}};
   } catch (const Error&) {
