@@ -6,7 +6,8 @@ set -euo pipefail
 usage() {
   cat <<'END'
 usage: launch/setup.sh [--python] [--lint] [--help]
-  Installs missing packages with apt-get (root or sudo) and fetches the quick start's text into build/data/.
+  Installs missing packages with apt-get (root or sudo) and fetches the quick start's text into build/data/ and, where
+  there is a CUDA toolkit, the headers of cuDNN's front end into build/cudnn_frontend/.
   --python  also makes build/venv with PyTorch (5 GB): tests then compare with it
   --lint    also installs what .ci/run checks with: clang, clang-format and clang-tidy 14, shellcheck
   DATTN_SKIP_SETUP=1 skips all of it, for machines whose administrator provides the tools.
@@ -34,7 +35,11 @@ packages=(g++ cmake ninja-build ccache python3 gnuplot-nox
           libgtest-dev libgmock-dev librapidcheck-dev)
 [[ $want_python == no ]] || packages+=(python3-venv ca-certificates)
 [[ $want_lint == no ]] || packages+=(clang-14 clang-format-14 clang-tidy-14 libclang-rt-14-dev libomp-14-dev shellcheck)
+cudnn_frontend=nvidia-cudnn-frontend==1.32.0  # from PyPI; the headers of its wheel, 3 MB
 python_packages=(torch==2.15.0 numpy==2.4.6 safetensors==0.8.0 pytest==9.2.0)
+
+has_cuda() { command -v nvcc >/dev/null || [[ -x /usr/local/cuda/bin/nvcc ]]; }
+if has_cuda; then packages+=(python3-pip); fi
 
 say() { echo "setup: $*" >&2; }
 give_up() { say "$*"; exit 2; }
@@ -97,6 +102,24 @@ download_text() {
   "${get[@]}" 2>/dev/null || { as_root apt-get update -qq && "${get[@]}"; }
 }
 
+# build/cudnn_frontend/include is complete when the stamp beside it names the version of today.
+fetch_cudnn_frontend() {
+  local to=$root/build/cudnn_frontend folder
+  has_cuda && [[ $(cat "$to/stamp" 2>/dev/null) != "$cudnn_frontend" ]] || return 0
+  mkdir -p "$root/build"
+  folder=$(mktemp -d "$root/build/cudnn_frontend.XXXXXX")
+  # shellcheck disable=SC2064  # the folder's name of now is meant
+  trap "rm -rf '$folder'" RETURN
+  if show python3 -m pip download --quiet --no-deps --only-binary :all: --dest "$folder" "$cudnn_frontend" >&2 &&
+    python3 -m zipfile -e "$folder"/*.whl "$folder/wheel"; then
+    rm -rf "$to"
+    mkdir -p "$to"
+    mv "$folder/wheel/include" "$to/include"
+    echo "$cudnn_frontend" >"$to/stamp"
+  else say "$cudnn_frontend could not be fetched (no network?): the build will have no cuDNN, and use its own CUDA kernels"
+  fi
+}
+
 # build/venv is complete when its stamp names the versions of today.
 make_venv() {
   local venv=$root/build/venv python=/usr/bin/python3 stamp
@@ -111,4 +134,5 @@ make_venv() {
 
 install_packages
 (fetch_text)
+(fetch_cudnn_frontend)
 [[ $want_python == no ]] || make_venv

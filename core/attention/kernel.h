@@ -81,7 +81,8 @@ struct AttendGradArgs {
   TensorView dv;     // [B, T, K, V], added to
   ScoreTerms terms{};
   bool invariant = false;
-  TensorView dbias{};  // like terms.bias, accumulator type, added to; summed over batch rows and heads that share it
+  TensorView dbias{};      // like terms.bias, accumulator type, added to; summed over batch rows and heads that share it
+  bool repeatable = true;  // the same bits from call to call; false lets a kernel add in any order
 };
 
 // Invariant: a row gets the same bits whatever other rows are in the call. That holds for out, lse and dq of a query row

@@ -1,0 +1,24 @@
+// The cuDNN library, loaded at run time. Looked for in this order: DATTN_CUDNN=path and nothing else, what the process has
+// loaded, the loader's paths, site-packages/nvidia/*/lib of the Python in VIRTUAL_ENV and of this user and machine, the CUDA
+// toolkit.
+#pragma once
+
+#include <string>
+#include <vector>
+
+namespace dattn::cudnn {
+
+inline constexpr std::size_t kOldestVersion = 91900;  // what the support table was made with: 9.19.0
+
+struct Library {
+  void* handle = nullptr;
+  std::string path;
+  std::size_t version = 0;  // 91900 is 9.19.0
+  std::string why;          // where there is none: what was tried
+};
+
+const Library& library();  // loaded at the first call, for good
+
+std::string version_text(std::size_t version);
+
+}  // namespace dattn::cudnn
