@@ -17,7 +17,6 @@
 
 #include "core/base/error.h"
 #include "core/base/threads.h"
-#include "core/device/stream.h"
 #include "parallel/comm/mpi.h"
 #include "parallel/comm/tcp.h"
 #include "parallel/comm/thread.h"
@@ -142,28 +141,13 @@ class StuckThreads {
   std::thread watch_;
 };
 
-// All ranks of the world again, as a group that may be given away.
-std::unique_ptr<Communicator> whole(Communicator& world) {
-  std::vector<int> everyone;
-  for (int rank = 0; rank < world.size(); ++rank) everyone.push_back(rank);
-  return world.split(everyone, world.name());
-}
-
-void run_on_device(const JobOptions& options, const Launch& launch, std::unique_ptr<Communicator> control,
-                   const std::function<void(Communicator&)>& body) {
-  const DeviceScope scope(choose_device(options.devices, launch.local_rank, launch.local_size));
-  const auto world = device_world(std::move(control), options.devices, options.timeout_s);
-  body(*world);
-  current_stream().synchronize();  // what is still under way may yet fail
-}
-
 int run_threads(const JobOptions& options, const std::function<void(Communicator&)>& body) {
   StuckThreads stuck;
   try {
     run_thread_ranks(options.ranks, {options.timeout_s}, [&](Communicator& world) {
       if (options.threads > 0) set_num_threads(options.threads);
       try {
-        run_on_device(options, {world.rank(), world.size(), world.rank(), world.size(), {}}, whole(world), body);
+        run_on_device(options.devices, world, options.timeout_s, body);
       } catch (...) {
         stuck.failed(current_failure());
         throw;
@@ -180,7 +164,7 @@ int run_threads(const JobOptions& options, const std::function<void(Communicator
 int run_alone(const JobOptions& options, const std::function<void(Communicator&)>& body) {
   if (options.threads > 0) set_num_threads(options.threads);
   try {
-    run_on_device(options, {}, self_communicator(), body);
+    run_on_device(options.devices, *self_communicator(), options.timeout_s, body);
     return 0;
   } catch (...) {
     const Failure failure = current_failure();
@@ -228,7 +212,7 @@ int run_process(const Launch& launch, const JobOptions& options, const std::func
     return static_cast<int>(failure.code);
   }
   try {
-    run_on_device(options, launch, whole(*world), body);
+    run_on_device(options.devices, whole_group(*world), launch.local_rank, launch.local_size, options.timeout_s, body);
     world->barrier({.verb = "leave"});
   } catch (...) {
     return end_processes(*world, current_failure());

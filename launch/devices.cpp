@@ -9,6 +9,7 @@
 #include "core/base/host.h"
 #include "core/base/log.h"
 #include "core/device/cuda_module.h"
+#include "core/device/stream.h"
 #include "parallel/comm/nccl.h"
 #include "parallel/comm/staged.h"
 
@@ -77,6 +78,25 @@ std::unique_ptr<Communicator> device_world(std::unique_ptr<Communicator> control
   if (transfers == Transfers::kStaged) return staged(std::move(control));
   if (shared) pretend_hosts(control->rank());
   return nccl_world(std::move(control), NcclOptions::from_environment(timeout_s));
+}
+
+void run_on_device(const DeviceOptions& options, std::unique_ptr<Communicator> control, int local_rank, int local_size,
+                   double timeout_s, const std::function<void(Communicator&)>& body) {
+  const DeviceScope scope(choose_device(options, local_rank, local_size));
+  const auto world = device_world(std::move(control), options, timeout_s);
+  body(*world);
+  current_stream().synchronize();  // what is still under way may yet fail
+}
+
+void run_on_device(const DeviceOptions& options, Communicator& threads, double timeout_s,
+                   const std::function<void(Communicator&)>& body) {
+  run_on_device(options, whole_group(threads), threads.rank(), threads.size(), timeout_s, body);
+}
+
+std::unique_ptr<Communicator> whole_group(Communicator& world) {
+  std::vector<int> everyone;
+  for (int rank = 0; rank < world.size(); ++rank) everyone.push_back(rank);
+  return world.split(everyone, world.name());
 }
 
 }  // namespace dattn

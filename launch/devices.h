@@ -2,6 +2,7 @@
 #pragma once
 
 #include <array>
+#include <functional>
 #include <memory>
 #include <string_view>
 #include <utility>
@@ -44,5 +45,15 @@ Device choose_device(const DeviceOptions& options, int local_rank, int local_siz
 // the call; they must have devices of one kind.
 std::unique_ptr<Communicator> device_world(std::unique_ptr<Communicator> control, const DeviceOptions& options,
                                            double timeout_s);
+
+// body(device_world) on the rank's device; the ranks of `control` are on this host, numbered by local_rank.
+void run_on_device(const DeviceOptions& options, std::unique_ptr<Communicator> control, int local_rank, int local_size,
+                   double timeout_s, const std::function<void(Communicator&)>& body);
+// The same for ranks that are threads of this process.
+void run_on_device(const DeviceOptions& options, Communicator& threads, double timeout_s,
+                   const std::function<void(Communicator&)>& body);
+
+// All ranks of the world again, as a group that may be given away.
+std::unique_ptr<Communicator> whole_group(Communicator& world);
 
 }  // namespace dattn

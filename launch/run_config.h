@@ -115,7 +115,7 @@ struct RunConfig {
   std::optional<Objective> objective;
   std::string machine;
   DType dtype = DType::kF32;
-  Determinism determinism = Determinism::kRepeatable;
+  std::optional<Determinism> determinism;
   TensorFormat tensor_format = TensorFormat::kBSHD;
   DeviceChoice device = DeviceChoice::kAuto;
   int ranks_per_device = 1;
@@ -182,7 +182,8 @@ void describe(V& v, RunConfig& c) {
   v("machine", c.machine, "machine file for the planner (configs/machines); relative to this file");
   v("dtype", c.dtype, "storage type; sums are kept in fp32");
   v("determinism", c.determinism,
-    "off or repeatable: same mesh, same bits; invariant: the same bits on every mesh (training: of data and sequence ranks in "
+    "off; repeatable: same mesh, same bits; absent = repeatable on the cpu, off on CUDA devices; invariant: the same bits on "
+    "every mesh (training: of data and sequence ranks in "
     "layout zigzag)");
   v("tensor_format", c.tensor_format,
     "axes of q, k, v, dout, out, dq, dk, dv in the files of `dattn attention`; thd: [tokens, heads, dim], documents packed");
@@ -235,13 +236,17 @@ inline void check(const RunConfig& c, const ConfigCheck& at) {
   at.require("objective", c.objective != Objective::kTime || !c.machine.empty(), "needs the machine: give machine: FILE");
 }
 
+inline Determinism determinism_of(const RunConfig& config) {
+  return config.determinism.value_or(current_device().is_cuda() ? Determinism::kOff : Determinism::kRepeatable);
+}
+
 inline AttentionOptions attention_options(const RunConfig& config, std::int64_t seq_q, std::int64_t seq_kv) {
   const AttentionConfig& attention = config.attention;
   return {.mask = to_mask(attention.mask, seq_q, seq_kv),
           .softmax_scale = attention.softmax_scale,
           .layout = config.layout.value_or(kDefaultLayout),
           .strategy = config.strategy,
-          .determinism = config.determinism,
+          .determinism = determinism_of(config),
           .softcap = attention.softcap.value_or(0),
           .alibi_slopes = attention.alibi_slopes.value_or(std::vector<double>{}),
           .dropout = attention.dropout.p,

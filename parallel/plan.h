@@ -76,6 +76,7 @@ struct Problem {
   double softcap = 0;
   std::vector<double> alibi_slopes;
   AttentionDropout dropout;  // but for stream and batch_begin, which each call brings
+  bool repeatable = true;    // a rank's sums have one order, whatever the kernel
   bool invariant = false;    // whole key and query blocks in global order, folded in that order
   CompiledMask mask;
   std::string mask_text;

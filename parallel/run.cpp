@@ -167,8 +167,7 @@ void Runner::start_move(std::size_t index) {
     transfer.received.push_back(message);
     receives.push_back({pieces[0].peer, message.data, static_cast<std::size_t>(message.bytes()), message.device});
   }
-  transfer.ticket =
-      mesh_.axis(step.axis).start(sends, receives, {name_of(step.verb), call_.layer, static_cast<int>(index)});
+  transfer.ticket = mesh_.axis(step.axis).start(sends, receives, {name_of(step.verb), call_.layer, static_cast<int>(index)});
   transfer.state = Transfer::State::kUnderWay;
 }
 
@@ -279,7 +278,8 @@ void Runner::attend_grad(const Step& step, const RankStep& mine) {
                          .dv = stretch.cut(dkv, 1),
                          .terms = stretch.cut(terms(), q),
                          .invariant = plan_.problem->invariant,
-                         .dbias = stretch.cut(dq, 1)});
+                         .dbias = stretch.cut(dq, 1),
+                         .repeatable = plan_.problem->repeatable});
   }
   if (step.out[0] != kNoValue) data(step.out[0]) = std::move(dq);
   if (step.out[1] != kNoValue) data(step.out[1]) = std::move(dkv);

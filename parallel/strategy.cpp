@@ -119,6 +119,7 @@ std::shared_ptr<const Problem> make_problem(const MeshShape& mesh, const Attenti
   problem->softcap = options.softcap;
   problem->alibi_slopes = options.alibi_slopes;
   problem->dropout = {.p = options.dropout, .seed = options.dropout_seed, .heads = shape.heads};
+  problem->repeatable = options.determinism != Determinism::kOff;
   problem->invariant = options.determinism == Determinism::kInvariant || options.strategy == "invariant";
   problem->mask = compile_batch(options.mask, shape.batch, shape.seq_q, shape.seq_kv);
   problem->mask_text = options.mask.text();

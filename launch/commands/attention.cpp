@@ -98,14 +98,17 @@ void run_attention(const RunConfig& unplanned, Communicator& world, const std::s
                k = take_shard(in.k, {batch, kv_rows, heads.kv}, config.dtype);
   const Tensor v = take_shard(in.v, {batch, kv_rows, heads.kv}, config.dtype);
   AttentionCall call{.batch_begin = batch.begin};
-  Tensor bias;
+  Tensor bias, sink;
   if (shape.bias) {
     bias = take_shard(in.bias,
                       {shape.bias->per_batch ? batch : Interval{0, 1}, q_rows, shape.bias->per_head ? heads.q : Interval{0, 1}},
                       config.dtype);
     call.bias = bias;
   }
-  if (shape.sink) call.sink = in.sink.slice(0, heads.q.begin, heads.q.count());
+  if (shape.sink) {
+    sink = to_device(in.sink.slice(0, heads.q.begin, heads.q.count()), current_device());
+    call.sink = sink;
+  }
   const AttentionResult result = attention.forward(q, k, v, call);
 
   const Plan& forward = attention.forward_plan();

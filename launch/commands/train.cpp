@@ -26,7 +26,7 @@ Command add_train(CLI::App& app) {
       job.attention = config.attention;
       job.layout = config.layout.value_or(kDefaultLayout);
       job.strategy = config.strategy;
-      job.determinism = config.determinism;
+      job.determinism = determinism_of(config);
       job.dtype = config.dtype;
       job.data = config.data;
       job.model = config.model;

@@ -35,7 +35,8 @@ void run(const Case& one) {
   std::mutex mutex;
   std::string problems;
   run_thread_ranks(one.mesh.ranks(), {}, [&](Communicator& world) {
-    const std::string mine = run_case(one, world);
+    std::string mine;
+    run_on_device(test_devices(), world, 60, [&](Communicator& ranks) { mine = run_case(one, ranks); });
     const std::lock_guard lock(mutex);
     problems += mine;
   });

@@ -81,32 +81,52 @@ std::string run_case(const Case& one, Communicator& world) {
   for (int i = 0; i < world.size(); ++i) everyone[static_cast<std::size_t>(i)] = i;
   const auto counting = counted(world.split(everyone, "conformance"), counter);
   const Mesh mesh(*counting, one.mesh);
+  const Device device = current_device();
+  const DeviceScope host(Device{});
   const auto whole = expected(one, mesh.coordinate(Axis::kTensor));
   const Expected& e = *whole;
-  ShardedAttention attention(mesh, one.shape, options);
+  auto attention = [&] {
+    const DeviceScope scope(device);
+    return ShardedAttention(mesh, one.shape, options);
+  }();
   const Positions &q_rows = attention.q_positions(), &kv_rows = attention.kv_positions();
   const HeadRange heads = attention.heads();
 
-  const Tensor q = shard_of(e.q, q_rows, heads.q), k = shard_of(e.k, kv_rows, heads.kv), v = shard_of(e.v, kv_rows, heads.kv);
-  const Tensor dout = shard_of(e.dout, q_rows, heads.q);
+  const auto there = [&](const TensorView& tensor) { return to_device(tensor, device); };
+  const Tensor q = there(shard_of(e.q, q_rows, heads.q)), k = there(shard_of(e.k, kv_rows, heads.kv));
+  const Tensor v = there(shard_of(e.v, kv_rows, heads.kv)), dout = there(shard_of(e.dout, q_rows, heads.q));
   AttentionCall call{.dropout_stream = kDropoutStream};
-  Tensor bias;
+  Tensor bias, sink;
   if (one.shape.bias) {
     const TensorView part = bias_part(e.bias, heads.q);
-    bias = shard_of(part, q_rows, {0, part.size(2)});
+    bias = there(shard_of(part, q_rows, {0, part.size(2)}));
     call.bias = bias;
   }
-  if (one.shape.sink) call.sink = e.sink->slice(0, heads.q.begin, heads.q.count());
+  if (one.shape.sink) {
+    sink = there(e.sink->slice(0, heads.q.begin, heads.q.count()));
+    call.sink = sink;
+  }
   const Plan forward = make_plan(one.mesh, one.shape, options), gradient = backward(forward);
   std::string problems = world.rank() == 0 ? check_plan(forward, "forward") + check_plan(gradient, "backward") : "";
 
-  counter->reset();
-  const AttentionResult result = attention.forward(q, k, v, call);
-  problems += check_bytes(forward, world.rank(), *counter, "forward");
-  counter->reset();
-  const AttentionGradients gradients = attention.backward(q, k, v, result, dout, call);
-  problems += check_bytes(gradient, world.rank(), *counter, "backward");
-  problems += check_memory(forward, mesh, "forward") + check_memory(gradient, mesh, "backward");
+  AttentionResult result;
+  AttentionGradients gradients;
+  {
+    const DeviceScope scope(device);
+    counter->reset();
+    result = attention.forward(q, k, v, call);
+    problems += check_bytes(forward, world.rank(), *counter, "forward");
+    counter->reset();
+    gradients = attention.backward(q, k, v, result, dout, call);
+    problems += check_bytes(gradient, world.rank(), *counter, "backward");
+    problems += check_memory(forward, mesh, "forward") + check_memory(gradient, mesh, "backward");
+  }
+  if (device.is_cuda()) {
+    for (Tensor* made :
+         {&result.out, &result.lse, &gradients.dq, &gradients.dk, &gradients.dv, &gradients.dbias, &gradients.dsink}) {
+      if (made->defined()) *made = to_device(*made, Device{});
+    }
+  }
 
   const auto check = [&](const char* name, const TensorView& got, Tensor Results::*field, const Positions& rows, Interval part,
                          std::int64_t terms = 1) {

@@ -237,6 +237,19 @@ bool full_sweep() {
   return value != nullptr && std::string_view(value) == "full";
 }
 
+DeviceOptions test_devices() {
+  DeviceOptions options{.ranks_per_device = 64};
+  const auto named = [](const char* variable, auto& choice) {
+    const char* value = std::getenv(variable);
+    for (const auto& [name, one] : ConfigNames<std::remove_reference_t<decltype(choice)>>::kAll) {
+      if (value != nullptr && name == value) choice = one;
+    }
+  };
+  named("DATTN_TEST_DEVICE", options.device);
+  named("DATTN_TEST_TRANSFERS", options.transfers);
+  return options;
+}
+
 std::uint64_t sweep_seed() {
   const char* value = std::getenv("DATTN_SEED");
   return value != nullptr ? std::strtoull(value, nullptr, 10) : 20261124;

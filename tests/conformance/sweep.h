@@ -6,6 +6,7 @@
 #include <string>
 #include <vector>
 
+#include "launch/devices.h"
 #include "parallel/attention.h"
 #include "parallel/comm/communicator.h"
 
@@ -35,6 +36,10 @@ std::vector<Case> sweep(const std::string& strategy, int ranks, bool full);
 
 bool full_sweep();           // DATTN_SWEEP=full
 std::uint64_t sweep_seed();  // of random calls: DATTN_SEED, or always the same
+
+// Where the tests compute: DATTN_TEST_DEVICE=cpu (default) or cuda, which ranks share; DATTN_TEST_TRANSFERS=auto, nccl or
+// staged.
+DeviceOptions test_devices();
 
 // Runs one case on the ranks of `world` and returns what this rank found wrong, or an empty string.
 std::string run_case(const Case& one, Communicator& world);

@@ -10,6 +10,7 @@
 #include "core/attention/cuda/kernels.h"
 #include "core/attention/cuda/launchers.h"
 #include "core/attention/cuda/upload.h"
+#include "core/attention/cudnn/cuda/cudnn_kernel.h"
 #include "core/attention/dropout.h"
 #include "core/base/error.h"
 #include "core/base/log.h"
@@ -259,7 +260,7 @@ class CudaKernel final : public AttentionKernel {
 
 std::span<const AttentionKernel* const> cuda_kernels() {
   static const CudaKernel kernel;
-  static const std::array<const AttentionKernel*, 1> kernels{&kernel};
+  static const std::array<const AttentionKernel*, 2> kernels{&cudnn_kernel(kernel), &kernel};
   return kernels;
 }
 

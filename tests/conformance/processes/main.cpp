@@ -9,7 +9,7 @@
 
 int main() {
   using namespace dattn;
-  return run_job({}, [&](Communicator& world) {
+  return run_job({.devices = conformance::test_devices()}, [&](Communicator& world) {
     std::size_t cases = 0, failures = 0;
     for (const Strategy& strategy : strategies()) {
       for (const conformance::Case& one :
