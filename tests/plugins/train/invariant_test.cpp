@@ -15,8 +15,8 @@
 namespace dattn {
 namespace {
 
-// Llama style: rope, swiglu, grouped heads. GPT-2 style: learned positions, biases, gelu, a tied table; here with dropout and with
-// recomputation. Lengths of leaves and features are no multiples of vectors.
+// Llama style: rope, swiglu, grouped heads. GPT-2 style: learned positions, biases, gelu, a tied table; here with dropout and
+// with recomputation. Lengths of leaves and features are no multiples of vectors.
 TrainJob invariant_job(const TemporaryFolder& folder, const std::string& style, DType dtype) {
   TrainJob job = small_job(folder);
   if (style == "gpt2") {
