@@ -57,7 +57,7 @@ TEST(State, MergeByHand) {
 }
 
 TEST(State, MergeIsAMonoid) {
-  rc::check([](std::uint64_t x, std::uint64_t y, std::uint64_t z) {
+  EXPECT_TRUE(rc::check([](std::uint64_t x, std::uint64_t y, std::uint64_t z) {
     State a = random_state(x), b = random_state(y), c = random_state(z);
     for (State* s : {&a, &b, &c}) {  // where nothing was seen, out is 0
       for (std::int64_t h = 0; h < 2; ++h) {
@@ -73,7 +73,7 @@ TEST(State, MergeIsAMonoid) {
     clear_state(identity.out, identity.lse);
     RC_ASSERT(near(merged(a, identity), a));
     RC_ASSERT(near(merged(identity, a), a));
-  });
+  }));
 }
 
 TEST(State, DeltaOfEveryType) {

@@ -64,7 +64,7 @@ bool same_bytes(const Tensor& a, const Tensor& b) {
 }
 
 TEST_F(CudaTensor, CopyAndAddAsOnTheCpu) {
-  rc::check([] {
+  EXPECT_TRUE(rc::check([] {
     const Shape shape = pick_shape();
     const DType from_type = pick_float(), to_type = pick(0, 2) == 0 ? from_type : pick_float();
     const Part from(from_type, shape, 1), to(to_type, shape, 2);
@@ -76,11 +76,11 @@ TEST_F(CudaTensor, CopyAndAddAsOnTheCpu) {
     }
     call(from.view, to.view);
     RC_ASSERT(same_bytes(to_device(to_cuda, Device{}), to.whole));
-  });
+  }));
 }
 
 TEST_F(CudaTensor, ZerosAsOnTheCpu) {
-  rc::check([] {
+  EXPECT_TRUE(rc::check([] {
     const Part part(pick_float(), pick_shape(), 1);
     const Tensor on_cuda = to_device(part.whole, kCuda);
     {
@@ -89,7 +89,7 @@ TEST_F(CudaTensor, ZerosAsOnTheCpu) {
     }
     fill_zero(part.view);
     RC_ASSERT(same_bytes(to_device(on_cuda, Device{}), part.whole));
-  });
+  }));
 }
 
 TEST_F(CudaTensor, IntegersAreCopied) {
