@@ -15,7 +15,7 @@
 #include <utility>
 
 #define DATTN_LAUNCH_BOUNDS(threads, blocks) __launch_bounds__(threads, blocks)
-#define DATTN_SHARED_MEMORY(name) extern __shared__ __align__(128) unsigned char name[]
+#define DATTN_SHARED_MEMORY(name) extern __shared__ __align__(128) unsigned char name[]  // NOLINT(bugprone-macro-parentheses)
 
 namespace dattn::cuda {
 

@@ -118,6 +118,7 @@ class Block {
   std::vector<std::unique_ptr<Fiber>> fibers_;
   std::vector<Fiber*> free_;
   Fiber* running_ = nullptr;
+  dim3 shape_{0, 0, 0};
   std::vector<Thread> threads_;
   std::vector<Warp> warps_;
   std::vector<int> ready_;  // a queue: from first_ready_ on
@@ -137,11 +138,12 @@ void Block::prepare(const Launch& launch, std::uint64_t number) {
   blockIdx.x = static_cast<unsigned>(number % launch.grid.x);
   blockIdx.y = static_cast<unsigned>(number / launch.grid.x % launch.grid.y);
   blockIdx.z = static_cast<unsigned>(number / launch.grid.x / launch.grid.y);
-  threads_.resize(launch.block.x * launch.block.y * launch.block.z);
-  for (std::size_t i = 0; i < threads_.size(); ++i) {
-    Thread& thread = threads_[i];
-    const auto n = static_cast<unsigned>(i);
-    thread.index = {n % launch.block.x, n / launch.block.x % launch.block.y, n / launch.block.x / launch.block.y};
+  if (const dim3& b = launch.block; b.x != shape_.x || b.y != shape_.y || b.z != shape_.z) {
+    shape_ = b;
+    threads_.resize(b.x * b.y * b.z);
+    for (unsigned i = 0; i < threads_.size(); ++i) threads_[i].index = {i % b.x, i / b.x % b.y, i / b.x / b.y};
+  }
+  for (Thread& thread : threads_) {
     thread.wait = {};
     thread.left = false;
     thread.copies.clear();
@@ -237,6 +239,7 @@ void Block::resume(int thread) {
 }
 
 void Block::run_next() {
+  release_order(&threads_);  // for the case that nobody comes back
   if (first_ready_ < ready_.size()) {
     const int next = ready_[first_ready_++];
     if (first_ready_ == ready_.size()) {
@@ -311,6 +314,7 @@ std::string Block::where(const char* what, Place place) const {
 void Block::give_up(std::string text) {
   failure_ = std::move(text);
   text.~basic_string();  // this stack is never unwound
+  release_order(&threads_);
   running_->switch_to(main_);
   __builtin_unreachable();
 }
@@ -334,6 +338,7 @@ void Block::give_up_divergent() {
       failure_ += wait.place.line > 0 ? fmt::format(" {}:{};", wait.place.file, wait.place.line) : ";";
     }
   }
+  release_order(&threads_);
   running_->switch_to(main_);
   __builtin_unreachable();
 }

@@ -20,6 +20,7 @@ namespace dattn::cuda::standin {
 struct Failure {
   cudaError_t error;
   std::string text;
+  const Failure* before = nullptr;  // the list of all, so that they count as in use
 };
 
 // A number that only grows, and can be waited for.
