@@ -117,7 +117,7 @@ __device__ __forceinline__ void multiply_tiles(float (&c)[kTiles][kColumns][4], 
 #pragma unroll
     for (int n = 0; n < kColumns; ++n) c[m][n][0] = c[m][n][1] = c[m][n][2] = c[m][n][3] = 0.0f;
   }
-#pragma unroll
+#pragma unroll 4  // more takes registers
   for (int k = 0; k < kDim / 16; ++k) {
     std::uint32_t left[kTiles][4];
 #pragma unroll
