@@ -6,6 +6,7 @@
 
 #include <fmt/format.h>
 
+#include "core/attention/cudnn/library.h"
 #include "core/base/error.h"
 #include "core/base/threads.h"
 #include "launch/commands/calibrate.h"
@@ -43,6 +44,12 @@ Json probe_library(const char* soname, const char* needed_for) {
   return {{"found", true}, {"detail", fmt::format("{} can be loaded, but this version computes on the CPU only", soname)}};
 }
 
+Json probe_cudnn() {
+  const cudnn::Library& found = cudnn::library();
+  if (found.handle == nullptr) return {{"found", false}, {"detail", found.why}};
+  return {{"found", true}, {"detail", fmt::format("{} at {}", cudnn::version_text(found.version), found.path)}};
+}
+
 Json report() {
   const ShimReport mpi = probe_mpi();
   const Launch launch = detect_launch();
@@ -57,7 +64,7 @@ Json report() {
           {"mpi", {{"found", mpi.found}, {"detail", mpi.detail}}},
           {"cuda", probe_library("libcuda.so.1", "GPUs (NVIDIA's driver)")},
           {"nccl", probe_library("libnccl.so.2", "collectives between GPUs")},
-          {"cudnn", probe_library("libcudnn.so.9", "attention on GPUs")},
+          {"cudnn", probe_cudnn()},
           {"kernels", kernels},
           {"strategies", names}};
 }
