@@ -4,6 +4,7 @@
 
 #include <fmt/format.h>
 
+#include "core/attention/cudnn/library.h"
 #include "core/base/error.h"
 #include "core/base/threads.h"
 #include "core/device/cuda_module.h"
@@ -68,6 +69,12 @@ Json topology_report() {
   return places;
 }
 
+Json cudnn_report() {
+  const cudnn::Library& found = cudnn::library();
+  if (found.handle == nullptr) return finding(false, found.why);
+  return finding(true, fmt::format("{} at {}", cudnn::version_text(found.version), found.path));
+}
+
 Json report() {
   const ShimReport mpi = probe_mpi();
   const Launch launch = detect_launch();
@@ -83,6 +90,7 @@ Json report() {
           {"mpi", {{"found", mpi.found}, {"detail", mpi.detail}}},
           {"device", to_text(current_device())},
           {"cuda", cuda_report()},
+          {"cudnn", cudnn_report()},
           {"nccl", finding(nccl.found, nccl.detail)},
           {"topology", topology_report()},
           {"kernels", kernels},

@@ -50,10 +50,9 @@ void append(const Part& part, std::vector<Band>& bands) {
   const Region& r = part.rows;
   const std::int64_t surplus = r.q.count() - r.k.count();
   if (r.lo == -kUnbounded || surplus <= 0) return bands.push_back(band_of(part));
-  // The surplus rows see what the left bound cuts nothing off: with it the last row still sees a key.
+  // The left bound cuts nothing off the surplus rows, since with it the last row still sees a key: both cuts begin at k.begin.
   for (const Interval q : {Interval{r.q.begin, r.q.begin + surplus}, Interval{r.q.begin + surplus, r.q.end}}) {
-    const Region piece = *restrict_to(r, q, r.k);
-    bands.push_back(band_of({piece, part.k_position + (piece.k.begin - r.k.begin) * part.step, part.step}));
+    bands.push_back(band_of({*restrict_to(r, q, r.k), part.k_position, part.step}));
   }
 }
 

@@ -95,8 +95,9 @@ Library load() {
     if (dladdr(reinterpret_cast<const void*>(version), &info) != 0) found.path = info.dli_fname;
   }
   if (found.version < kOldestVersion) {
-    found.why = fmt::format("{} has version {}; {} or later is needed", found.path, version_text(found.version),
-                            version_text(kOldestVersion));
+    found.why = version == nullptr ? found.path + " has no cudnnGetVersion"
+                                   : fmt::format("{} has version {}; {} or later is needed", found.path,
+                                                 version_text(found.version), version_text(kOldestVersion));
     found.handle = nullptr;
     return found;
   }

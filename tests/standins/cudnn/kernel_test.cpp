@@ -135,22 +135,38 @@ TEST_F(CudnnKernel, Bias) {
   }
 }
 
-TEST_F(CudnnKernel, StatesOfSeveralCallsMerge) {
-  const Problem whole = make_problem(96, 200, 4, 2, 16, 16, Mask::causal_bottom_right());
+TEST_F(CudnnKernel, SeveralCallsMergeAndAdd) {
+  const Mask mask = Mask::causal_bottom_right();
+  const Problem whole = make_problem(96, 200, 4, 2, 16, 16, mask);
   const Inputs in = random_inputs(whole, DType::kBF16);
   const Results want = run_kernel(reference_kernel(), whole, in, DType::kF64);
-  const DeviceTensor q(in.q, DType::kBF16), k(in.k, DType::kBF16), v(in.v, DType::kBF16);
-  const DeviceTensor out(DType::kF32, want.out->shape), lse(DType::kF32, want.lse->shape);
-  for (const std::int64_t begin : {0, 120}) {
-    const std::int64_t count = begin == 0 ? 120 : 80;
-    const std::vector<Tile> tiles = make_tiles(compile(Mask::causal_bottom_right(), 96, 200), Positions::range(0, 96),
-                                               Positions::range(begin, begin + count));
-    kernel().attend({q, k.view().slice(1, begin, count), v.view().slice(1, begin, count), whole.map, tiles, whole.factor(), out,
-                     lse, begin != 0});
+  const DeviceTensor q(in.q, DType::kBF16), k(in.k, DType::kBF16), v(in.v, DType::kBF16), dout(in.dout, DType::kBF16);
+  const DeviceTensor out(DType::kF32, want.out->shape), lse(DType::kF32, want.lse->shape), delta(DType::kF32, want.lse->shape);
+  const auto keys = [](const TensorView& all, Interval rows) { return all.slice(1, rows.begin, rows.count()); };
+  const auto tiles_of_keys = [&](Interval rows) {
+    return make_tiles(compile(mask, 96, 200), Positions::range(0, 96), Positions::range(rows.begin, rows.end));
+  };
+  const Interval pieces[] = {{0, 60}, {60, 120}, {120, 200}};
+  for (const Interval piece : pieces) {
+    const std::vector<Tile> tiles = tiles_of_keys(piece);
+    kernel().attend({q, keys(k, piece), keys(v, piece), whole.map, tiles, whole.factor(), out, lse, piece.begin != 0, {}});
+  }
+  cuda::attention_delta(dout, out, delta, nullptr);
+  const DeviceTensor dq(want.dq, DType::kF32), dk(want.dk, DType::kF32), dv(want.dv, DType::kF32);  // what is there is added to
+  for (const Interval piece : pieces) {
+    const std::vector<Tile> tiles = tiles_of_keys(piece);
+    kernel().attend_grad({q, keys(k, piece), keys(v, piece), whole.map, tiles, whole.factor(), dout, lse, delta, dq,
+                          keys(dk, piece), keys(dv, piece)});
   }
   cuda::synchronize(nullptr);
   EXPECT_LT(relative_error(out.values(), want.out), 3e-3);
   EXPECT_LT(relative_error(lse.values(), want.lse), 1e-5);
+  const std::pair<const DeviceTensor*, const Tensor*> gradients[] = {{&dq, &want.dq}, {&dk, &want.dk}, {&dv, &want.dv}};
+  for (const auto& [got, once] : gradients) {
+    const Tensor twice = once->clone();
+    add(*once, twice);
+    EXPECT_LT(relative_error(got->values(), twice), 4e-3);
+  }
 }
 
 TEST_F(CudnnKernel, WhatItDoesNotTakeGoesOn) {
@@ -161,11 +177,20 @@ TEST_F(CudnnKernel, WhatItDoesNotTakeGoesOn) {
   run(p, in);
   EXPECT_EQ(next().calls, before + 2);
   p.softcap = 0;
-  const DeviceTensor odd(DType::kBF16, {1, 96, 2, 17}), v(in.v, DType::kBF16), out(DType::kF32, {1, 96, 2, 16}),
-      lse(DType::kF32, {1, 2, 96});
-  const TensorView q = odd.view().slice(3, 0, 16);
-  kernel().attend({q, q, v, p.map, p.tiles, 1.0, out, lse, false});
-  EXPECT_EQ(next().calls, before + 3) << "rows of 34 bytes are not aligned";
+  const DeviceTensor wide(DType::kBF16, {1, 96, 2, 24}), out(DType::kF32, {1, 96, 2, 16}), lse(DType::kF32, {1, 2, 96});
+  const TensorView good = wide.view().slice(3, 0, 16);
+  const auto passes_on = [&](const TensorView& q) {
+    const int calls = next().calls;
+    kernel().attend({q, good, good, p.map, p.tiles, 1.0, out, lse, false, {}});
+    return next().calls == calls + 1;
+  };
+  EXPECT_FALSE(passes_on(good));
+  EXPECT_TRUE(passes_on(wide.view().slice(3, 4, 16))) << "starts at a multiple of 8 bytes only";
+  for (const std::size_t axis : {0, 1, 2}) {
+    TensorView odd = good;
+    odd.strides[axis] -= 4;
+    EXPECT_TRUE(passes_on(odd)) << "stride of axis " << axis << " is a multiple of 8 bytes only";
+  }
   EXPECT_FALSE(kernel().supports({DType::kF32, 64, 64, {DeviceKind::kCuda, 0}}).ok);
   EXPECT_FALSE(kernel().supports({DType::kBF16, 68, 64, {DeviceKind::kCuda, 0}}).ok);
   EXPECT_TRUE(kernel().supports({DType::kBF16, 192, 128, {DeviceKind::kCuda, 0}}).ok);

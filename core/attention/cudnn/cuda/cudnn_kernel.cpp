@@ -158,7 +158,7 @@ Runs plan_runs(const Args& args, const Complete& complete) {
       const Entry& entry = plan_of(args.q.device.index, run.problem);
       if (entry.plan == nullptr) return {{}, entry.why};
       run.plan = entry.plan.get();
-      runs.all.push_back(std::move(run));
+      runs.all.push_back(run);
     }
   }
   return runs;

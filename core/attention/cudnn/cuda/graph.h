@@ -18,7 +18,7 @@ namespace dattn::cudnn {
 
 struct Strides {  // in elements; those of `dim` are 1
   std::int64_t batch = 0, row = 0, head = 0;
-  auto operator<=>(const Strides&) const = default;
+  auto operator<=>(const Strides&) const = default;  // NOLINT: clang-tidy 14 takes its 0 for a pointer
 };
 
 // All that a plan depends on.
@@ -33,7 +33,7 @@ struct Problem {
   bool has_bias = false;
   std::int64_t bias_batch = 1, bias_heads = 1;
   Strides bias;
-  auto operator<=>(const Problem&) const = default;
+  auto operator<=>(const Problem&) const = default;  // NOLINT: as above
 };
 
 struct Buffers {
