@@ -49,7 +49,6 @@ struct Thread {
 
 struct Warp {
   int arrived = 0;
-  bool lost = false;  // a thread of it has left the kernel
   Wait wait;
   void* lanes[kWarp] = {};
 };
@@ -213,7 +212,6 @@ void Block::start_threads() {
       launch_->thread();
       release_order(&threads_);
       thread().left = true;
-      warps_[static_cast<std::size_t>(now_ / kWarp)].lost = true;
       ++left_;
       if (at_barrier_ > 0) release_barrier();  // those that have left are not waited for
     }
@@ -287,7 +285,7 @@ void Block::meet(const char* what, Place place, void* mine, Exchange exchange) {
   Thread* const lanes = &threads_[static_cast<std::size_t>(first)];
   if (count() - first < kWarp) give_up(where(what, place) + ": the warp has " + std::to_string(count() - first) + " threads");
   thread().wait = {what, place};
-  if (warp.lost || (warp.arrived > 0 && !(warp.wait == thread().wait))) give_up_divergent();
+  if (warp.arrived > 0 && !(warp.wait == thread().wait)) give_up_divergent();
   warp.wait = thread().wait;
   warp.lanes[me - first] = mine;
   release_order(&warp);
