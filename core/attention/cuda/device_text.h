@@ -138,18 +138,21 @@ __device__ __forceinline__ PhiloxWords philox(const std::uint32_t (&key)[2], Phi
   return c;
 }
 
-// Dropout's words for one query; a counter serves four neighbouring key positions and is computed when it changes.
+// Dropout's words; those of a query and four neighbouring key positions are kept until others are asked for.
 struct Dropper {
   std::uint32_t row, counter;
+  int of_query;
   PhiloxWords words;
 
-  __device__ __forceinline__ explicit Dropper(std::uint32_t dropout_row) : row(dropout_row), counter(0), words{} {}
+  __device__ __forceinline__ explicit Dropper(std::uint32_t dropout_row)
+      : row(dropout_row), counter(0), of_query(-1), words{} {}
 
-  // Does dropout keep the pair? `first`: nothing is known yet of this query.
-  __device__ __forceinline__ bool keeps(const ScoreParams& terms, int query, int key, bool first) {
+  // Does dropout keep the pair?
+  __device__ __forceinline__ bool keeps(const ScoreParams& terms, int query, int key) {
     const std::int64_t position = terms.k_positions[key];
     const auto wanted = static_cast<std::uint32_t>(position >> 2);
-    if (first || wanted != counter) {
+    if (query != of_query || wanted != counter) {
+      of_query = query;
       counter = wanted;
       words = philox(terms.key, {{terms.stream, row, static_cast<std::uint32_t>(terms.q_positions[query]), counter}});
     }

@@ -102,7 +102,7 @@ __device__ __forceinline__ void drop(const Problem& p, int row, int first_key, f
         for (int j = 0; j < 2; ++j) {
           const int key = first_key + n * 8 + lane % 4 * 2 + j;
           float& x = s[m][n][2 * i + j];
-          if (x != 0.0f && query < p.seq_q && key < p.seq_kv && !dropper.keeps(p.terms, query, key, j == 0)) x = 0.0f;
+          if (x != 0.0f && query < p.seq_q && key < p.seq_kv && !dropper.keeps(p.terms, query, key)) x = 0.0f;
         }
       }
     }

@@ -32,7 +32,7 @@ __device__ __forceinline__ PairGradient<Sum> gradient_of(const GradParams& param
   const Score<Sum> score = score_of(terms, head, product, query, key);
   const Sum probability = power_of_2(score.value * static_cast<Sum>(1.44269504088896340736) + row.minus_lse);
   bool kept = true;
-  if (terms.drop_below != 0) kept = Dropper(dropout_row(terms, b, h)).keeps(terms, query, key, true);
+  if (terms.drop_below != 0) kept = Dropper(dropout_row(terms, b, h)).keeps(terms, query, key);
   const Sum ds = probability * ((kept ? dp * static_cast<Sum>(terms.keep) : Sum(0)) - row.delta);
   if (to_bias) {
     const Bias& dbias = params.dbias;

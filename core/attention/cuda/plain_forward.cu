@@ -40,7 +40,7 @@ __global__ void DATTN_LAUNCH_BOUNDS(kPlainThreads, 1) plain_forward(AttendParams
         const int column = lane + 32 * j, key = first_key + column;
         const bool seen = row < p.seq_q && visible(params.blocks, walk.mask(params.blocks), warp_row + i, column);
         s[i][j] = seen ? score_of(p.terms, head, s[i][j], row, key).value * log2e : hidden;
-        kept[j] = !seen || p.terms.drop_below == 0 || dropper.keeps(p.terms, row, key, true);
+        kept[j] = !seen || p.terms.drop_below == 0 || dropper.keeps(p.terms, row, key);
       }
       const Sum seen_top = warp_maximum(s[i][0] > s[i][1] ? s[i][0] : s[i][1]);
       const Sum new_top = seen_top > top[i] ? seen_top : top[i];
