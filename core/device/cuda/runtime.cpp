@@ -132,12 +132,6 @@ std::string versions() {
   return fmt::format("{}, runtime {}", driver == 0 ? "no driver" : "driver " + text(driver), text(runtime));
 }
 
-int current_device() {
-  int index = 0;
-  check(cudaGetDevice(&index), "cudaGetDevice");
-  return index;
-}
-
 void set_device(int index) {
   check(cudaSetDevice(index), "cudaSetDevice");
   keep_freed_memory(index);

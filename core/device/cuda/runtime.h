@@ -21,8 +21,6 @@ int current_device_index();  // of the thread
 // Sets what the program adds to errors of this thread.
 void adopt_error_context();
 
-int current_device();  // the number of the calling thread's
-
 void bind_host(const CudaHost* host);
 
 // The functions of the module's table (cuda_module.h), devices and streams ..

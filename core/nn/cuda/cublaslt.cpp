@@ -165,7 +165,7 @@ class LtLibrary {
 
 LtLibrary& library() {
   thread_local std::map<int, std::unique_ptr<LtLibrary>> of_device;
-  std::unique_ptr<LtLibrary>& own = of_device[current_device()];
+  std::unique_ptr<LtLibrary>& own = of_device[current_device_index()];
   if (!own) own = std::make_unique<LtLibrary>(loaded_once().call);
   return *own;
 }
