@@ -84,7 +84,7 @@ RandomCall RandomCalls::next() {
   call.options = some_options(shape);
   call.options.strategy = writer.strategy;
   // Below kMostSingleRows gathered strides are legal and take a minute to prove; above it they are refused.
-  const bool slow = size_ == Size::kLong && std::max(shape.seq_q, shape.seq_kv) <= 8 * kMostSingleRows;
+  const bool slow = size_ == Size::kLong && std::min(shape.seq_q, shape.seq_kv) <= 8 * kMostSingleRows;
   if (slow && call.options.layout == Layout::kStriped) call.options.layout = Layout::kContiguous;
   call.mesh = some_mesh(writer);
   if (!nonsense_) return call;
