@@ -81,12 +81,8 @@ Problem deterministic(Problem p) {
 
 std::vector<Case> cases() {
   const Problem base = causal(1024, 1024, 128, 128);
-  Problem many = base;
-  many.kv_heads = 8;
   return {{"causal", base},
-          {"full, a KV head for each head", with(many, {}, {})},
           {"full, 1021 rows, 700 keys", with(causal(1021, 700, 64, 64), {}, {})},
-          {"window of 129, causal", with(base, 129, 0)},
           {"band of 129 and 16, fewer rows", with(causal(512, 1024, 128, 128), 129, 16)},
           {"left bound, more rows than keys", with(causal(1024, 512, 128, 128), 129, 0)},
           {"causal, bias of all heads", with_bias(base, 1, 8)},
