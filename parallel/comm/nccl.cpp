@@ -149,6 +149,7 @@ class NcclCommunicator : public Communicator {
   bool native(const TensorView& data, const OpLabel& label);
   template <class Enqueue, class After>
   void run_native(const OpLabel& label, std::size_t bytes, const Enqueue& enqueue, const After& after);
+  void register_memory(std::span<const SendPart> sends, std::span<const RecvPart> receives);
   nccl::Result enqueue(std::span<const SendPart> sends, std::span<const RecvPart> receives);
   std::unique_ptr<CallCheck> tell_calls(std::span<const SendPart> sends, std::span<const RecvPart> receives,
                                         const OpLabel& label);
@@ -181,6 +182,7 @@ Communicator::Ticket NcclCommunicator::start(std::span<const SendPart> sends, st
   note(sends, true);
   Running& running = running_[next_ticket_];
   if (!transfer->parts.empty()) {
+    if (job_->options.register_buffers) register_memory(sends, receives);
     if (job_->options.check_calls) running.check = tell_calls(sends, receives, label);
     job_->launch(
         *group_, transfer, [&] { return enqueue(sends, receives); }, [] {});
@@ -189,12 +191,23 @@ Communicator::Ticket NcclCommunicator::start(std::span<const SendPart> sends, st
   return next_ticket_++;
 }
 
+void NcclCommunicator::register_memory(std::span<const SendPart> sends, std::span<const RecvPart> receives) {
+  const std::lock_guard lock(job_->mutex);
+  job_->check_running_locked();
+  const auto each = [&](const auto& parts) {
+    for (const auto& one : parts) {
+      if (one.peer != rank() && one.bytes > 0) group_->register_memory(one.data, one.bytes);
+    }
+  };
+  each(sends);
+  each(receives);
+}
+
 nccl::Result NcclCommunicator::enqueue(std::span<const SendPart> sends, std::span<const RecvPart> receives) {
   const nccl::Api& nccl = job_->nccl;
   const auto each = [&](const auto& parts, const auto& call) {
     for (const auto& one : parts) {
       if (one.peer == rank() || one.bytes == 0) continue;
-      if (job_->options.register_buffers) group_->register_memory(one.data, one.bytes);
       const nccl::Result result = call(one);
       if (result != nccl::kSuccess && result != nccl::kInProgress) return result;
     }

@@ -124,6 +124,11 @@ void NcclJob::settle(std::unique_lock<std::mutex>& lock, NcclGroup& group, nccl:
     return fmt::format("rank {} in group '{}' of {} ({})", group.ranks[static_cast<std::size_t>(group.rank)], group.name,
                        group.size(), what);
   };
+  struct Settling {
+    explicit Settling(bool& flag) : flag_(flag) { flag_ = true; }
+    ~Settling() { flag_ = false; }
+    bool& flag_;
+  } const settling(group.settling);
   while (result == nccl::kInProgress || result == nccl::kSuccess) {
     if (group.comm == nullptr) break;  // a split that left this rank out, or one that has not begun
     nccl::Result state = nccl::kSuccess;
@@ -168,7 +173,7 @@ void NcclJob::forget_finished(NcclGroup& group) {
 
 // Why a group's transfers cannot end, or nothing.
 std::string NcclJob::failure_of(NcclGroup& group) {
-  if (group.comm == nullptr) return {};
+  if (group.comm == nullptr || group.settling) return {};
   forget_finished(group);
   nccl::Result state = nccl::kSuccess;
   const nccl::Result asked = nccl.comm_get_async_error(group.comm, &state);

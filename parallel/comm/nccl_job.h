@@ -61,6 +61,7 @@ class NcclGroup {
   const Stream stream;
   nccl::Comm comm = nullptr;
   bool lent = false;
+  bool settling = false;                                  // a thread polls it, and tells what fails
   std::deque<std::shared_ptr<DeviceTransfer>> under_way;  // in the order of the stream
 
   // Symmetric memory: one buffer, the same on all ranks.

@@ -137,7 +137,7 @@ TEST(NcclFaults, DeadlockOnDevicesEndsWithinTheDeadline) {
   EXPECT_LT(outcome.seconds, 3);
 }
 
-TEST(NcclFaults, TransferOfOneSideIsFoundAtTheEnd) {
+TEST(NcclFaults, TransferOfOneSideEndsWithinTheDeadline) {
   const Outcome outcome = failure_of([] {
     run_nccl_ranks(2, {.timeout_s = 0.7}, [](Communicator& world) {
       turn(world);

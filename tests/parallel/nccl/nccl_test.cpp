@@ -135,6 +135,8 @@ TEST(Nccl, GathersThroughSymmetricMemory) {
       Tensor all(DType::kF32, Shape{2 * count});
       copy(random_of(world.rank(), count), all->slice(0, world.rank() * count, count));
       world.all_gather(all, std::array<std::int64_t, 2>{count, count}, {.verb = "gather"});
+      if (world.rank() == 0) send(world, 1, all, {.verb = "rotate"});
+      if (world.rank() == 1) receive(world, 0, all, {.verb = "rotate"});
       const Tensor got = to_device(all, Device{});
       for (const int rank : {0, 1}) {
         EXPECT_EQ(std::memcmp(got.ptr<float>() + rank * count, random_of(rank, count).ptr<char>(),
