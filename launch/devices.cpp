@@ -77,7 +77,9 @@ std::unique_ptr<Communicator> device_world(std::unique_ptr<Communicator> control
                         transfers == Transfers::kNccl ? "by NCCL" : "through host memory"));
   if (transfers == Transfers::kStaged) return staged(std::move(control));
   if (shared) pretend_hosts(control->rank());
-  return nccl_world(std::move(control), NcclOptions::from_environment(timeout_s));
+  NcclOptions nccl = NcclOptions::from_environment(timeout_s);
+  nccl.ordered_sums = options.ordered_sums;
+  return nccl_world(std::move(control), nccl);
 }
 
 void run_on_device(const DeviceOptions& options, std::unique_ptr<Communicator> control, int local_rank, int local_size,

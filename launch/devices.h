@@ -34,6 +34,7 @@ struct DeviceOptions {
   DeviceChoice device = DeviceChoice::kCpu;
   int ranks_per_device = 1;
   Transfers transfers = Transfers::kAuto;
+  bool ordered_sums = true;  // sums over ranks in rank order, not NCCL's own
 };
 
 // The device of the rank with this number on its host. auto: a CUDA device where the host has enough of them, else the cpu.

@@ -54,7 +54,8 @@ int run_with_config(const CommonOptions& common, const std::function<RunConfig()
   const JobOptions options{common.ranks,
                            config.comm.timeout_s,
                            common.threads > 0 ? common.threads : config.threads,
-                           {config.device, config.ranks_per_device, config.comm.transfers}};
+                           {config.device, config.ranks_per_device, config.comm.transfers,
+                            config.determinism.value_or(Determinism::kOff) != Determinism::kOff}};
   return run_job(options, [&](Communicator& world) {
     if (failure) std::rethrow_exception(failure);
     body(config, world);
