@@ -38,7 +38,7 @@ packages=(g++ cmake ninja-build ccache python3 gnuplot-nox
 cudnn_frontend=nvidia-cudnn-frontend==1.32.0  # from PyPI; the headers of its wheel, 3 MB
 python_packages=(torch==2.15.0 numpy==2.4.6 safetensors==0.8.0 pytest==9.2.0)
 
-has_cuda() { command -v nvcc >/dev/null || [[ -x /usr/local/cuda/bin/nvcc ]]; }
+has_cuda() { command -v nvcc >/dev/null || [[ -x ${CUDA_HOME:-/usr/local/cuda}/bin/nvcc ]]; }
 if has_cuda; then packages+=(python3-pip); fi
 
 say() { echo "setup: $*" >&2; }

@@ -70,7 +70,7 @@ Json topology_report() {
 }
 
 Json cudnn_report() {
-  const cudnn::Library& found = cudnn::library();
+  const cudnn::CudnnLibrary& found = cudnn::library();
   if (found.handle == nullptr) return finding(false, found.why);
   return finding(true, fmt::format("{} at {}", cudnn::version_text(found.version), found.path));
 }

@@ -143,7 +143,8 @@ class Setup(unittest.TestCase):
         command = [folder / "tree/launch/setup.sh"]
         if os.geteuid() == 0:
             command = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", *command]
-        environment = {"PATH": f"{folder}:/usr/sbin:/usr/bin:/sbin:/bin", "HOME": "/nonexistent"}
+        environment = {"PATH": f"{folder}:/usr/sbin:/usr/bin:/sbin:/bin", "HOME": "/nonexistent",
+                       "CUDA_HOME": "/nonexistent"}
         return subprocess.run(command, env=environment, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=60)
 
     def test_it_does_nothing_where_all_is_there(self):

@@ -81,8 +81,8 @@ Bias bias_of(const TensorView& view) {
 }
 
 template <class Args>
-Problem problem_of(const Args& args) {
-  Problem p{};
+AttendProblem problem_of(const Args& args) {
+  AttendProblem p{};
   p.storage = storage_of(args.q.dtype);
   p.q = matrix_of(args.q);
   p.k = matrix_of(args.k);
@@ -138,7 +138,7 @@ class SentBlocks {
         pieces_(upload.add<BlockPiece>(list_.pieces)),
         masks_(upload.add<std::uint64_t>(list_.masks)),
         order_(upload.add<std::int32_t>(list_.order)) {}
-  Blocks sent(const Upload& upload) const {
+  BlockTable sent(const Upload& upload) const {
     return {upload.at<std::int32_t>(offsets_), upload.at<BlockPiece>(pieces_), upload.at<std::uint64_t>(masks_),
             upload.at<std::int32_t>(order_), list_.blocks()};
   }

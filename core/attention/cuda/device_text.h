@@ -41,15 +41,15 @@ __device__ __forceinline__ T* element_of(const Statistic& s, int b, int h, int r
   return static_cast<T*>(s.data) + b * s.batch + h * s.head + row * s.row;
 }
 
-__device__ __forceinline__ int kv_head_of(const Problem& p, int h) {
+__device__ __forceinline__ int kv_head_of(const AttendProblem& p, int h) {
   return static_cast<int>((p.q_begin + h) / p.group - p.kv_begin);
 }
 
 // Query heads [begin, end) of this call that read KV head kv.
-struct HeadRange {
+struct QueryHeads {
   int begin, end;
 };
-__device__ __forceinline__ HeadRange heads_of(const Problem& p, int kv) {
+__device__ __forceinline__ QueryHeads heads_of(const AttendProblem& p, int kv) {
   const std::int64_t begin = (p.kv_begin + kv) * p.group - p.q_begin, end = begin + p.group;
   return {static_cast<int>(begin < 0 ? 0 : begin), static_cast<int>(end > p.heads ? p.heads : end)};
 }
@@ -58,13 +58,13 @@ __device__ __forceinline__ HeadRange heads_of(const Problem& p, int kv) {
 struct Walk {
   std::int32_t piece, end, block;
 
-  __device__ __forceinline__ Walk(const Blocks& blocks, int row_block)
+  __device__ __forceinline__ Walk(const BlockTable& blocks, int row_block)
       : piece(blocks.offsets[row_block]), end(blocks.offsets[row_block + 1]), block(0) {
     if (piece != end) block = blocks.pieces[piece].begin;
   }
   __device__ __forceinline__ bool done() const { return piece == end; }
-  __device__ __forceinline__ int mask(const Blocks& blocks) const { return blocks.pieces[piece].mask; }
-  __device__ __forceinline__ void next(const Blocks& blocks) {
+  __device__ __forceinline__ int mask(const BlockTable& blocks) const { return blocks.pieces[piece].mask; }
+  __device__ __forceinline__ void next(const BlockTable& blocks) {
     if (++block < blocks.pieces[piece].end) return;
     ++piece;
     if (piece != end) block = blocks.pieces[piece].begin;
@@ -82,7 +82,7 @@ struct HeadTerms {
   Sum scale, softcap, per_softcap, slope;
   std::int64_t bias;  // of query row 0 at position 0
 
-  __device__ __forceinline__ HeadTerms(const Problem& p, int b, int h)
+  __device__ __forceinline__ HeadTerms(const AttendProblem& p, int b, int h)
       : scale(static_cast<Sum>(p.scale)),
         softcap(static_cast<Sum>(p.terms.softcap)),
         per_softcap(p.terms.softcap != 0 ? static_cast<Sum>(p.scale / p.terms.softcap) : Sum(0)),

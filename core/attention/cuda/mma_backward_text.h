@@ -42,10 +42,10 @@ struct Share {
   bool last;
 };
 template <bool kByKey>
-__device__ __forceinline__ Share share_of(const Problem& p, int i) {
+__device__ __forceinline__ Share share_of(const AttendProblem& p, int i) {
   const int y = opaque(static_cast<int>(blockIdx.y)), z = opaque(static_cast<int>(blockIdx.z));
   if constexpr (kByKey) {
-    const HeadRange range = heads_of(p, y);
+    const QueryHeads range = heads_of(p, y);
     return {z, range.begin + i, range.begin + i + 1 >= range.end};
   }
   const int heads = p.heads / static_cast<int>(gridDim.y), batch = p.batch / static_cast<int>(gridDim.z);
@@ -58,8 +58,8 @@ template <Sums kSums, Terms kTerms>
 __device__ __forceinline__ void finish_pairs(const GradParams& params, int share, const Steps<kGradStep>& step, int first_row,
                                              int block_row, GradFragments& s, GradFragments& dp) {
   constexpr bool kByKey = kSums != Sums::kQueries;
-  const Problem& p = params.problem;
-  const Blocks& blocks = kByKey ? params.keys : params.queries;
+  const AttendProblem& p = params.problem;
+  const BlockTable& blocks = kByKey ? params.keys : params.queries;
   const int lane = static_cast<int>(threadIdx.x) % 32, rows = kByKey ? p.seq_kv : p.seq_q;
   const Share now = share_of<kByKey>(p, share);
   const int b = now.b, h = now.h;
@@ -139,12 +139,12 @@ __global__ void DATTN_LAUNCH_BOUNDS(kMmaThreads, 1) mma_backward(GradParams para
   unsigned char* const row_tile = shared;                                       // Q or K
   unsigned char* const row_dp_tile = row_tile + kTileBytes<kDimQk, kGradRows>;  // dO or V
   unsigned char* const buffers = row_dp_tile + kTileBytes<kDimV, kGradRows>;    // two of K and V, or Q and dO
-  const Problem& p = params.problem;
-  const Blocks& blocks = kByKey ? params.keys : params.queries;
+  const AttendProblem& p = params.problem;
+  const BlockTable& blocks = kByKey ? params.keys : params.queries;
   const int row_block = blocks.order[blockIdx.x];
   const int first_row = row_block * kGradRows, warp_row = static_cast<int>(threadIdx.x) / 32 * kWarpTile;
   if constexpr (kByKey) {
-    const HeadRange heads = heads_of(p, static_cast<int>(blockIdx.y));
+    const QueryHeads heads = heads_of(p, static_cast<int>(blockIdx.y));
     if (heads.begin >= heads.end) return;
   }
   if (blocks.offsets[row_block] == blocks.offsets[row_block + 1]) return;
@@ -193,7 +193,7 @@ __global__ void DATTN_LAUNCH_BOUNDS(kMmaThreads, 1) mma_backward(GradParams para
 
 template <int kDimQk, int kDimV, Sums kSums>
 void launch_mma_backward(const GradParams& params, int heads, int batch, cudaStream_t stream) {
-  const Blocks& blocks = kSums == Sums::kQueries ? params.queries : params.keys;
+  const BlockTable& blocks = kSums == Sums::kQueries ? params.queries : params.keys;
   const dim3 grid(static_cast<unsigned>(blocks.count), static_cast<unsigned>(heads), static_cast<unsigned>(batch));
   const auto start = [&](auto kernel) {
     launch(kernel, grid, dim3(kMmaThreads), backward_shared_bytes<kDimQk, kDimV>(), stream, params);
@@ -207,7 +207,7 @@ void launch_mma_backward(const GradParams& params, int heads, int batch, cudaStr
 
 template <int kDimQk, int kDimV>
 void launch_mma_backward(const GradParams& params, cudaStream_t stream) {
-  const Problem& p = params.problem;
+  const AttendProblem& p = params.problem;
   const Bias& dbias = params.dbias;
   if (params.dq.data != nullptr || dbias.data != nullptr) {
     launch_mma_backward<kDimQk, kDimV, Sums::kQueries>(params, dbias.data != nullptr && dbias.head == 0 ? 1 : p.heads,

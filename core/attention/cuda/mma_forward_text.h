@@ -87,7 +87,7 @@ __device__ __forceinline__ void exponentiate(Softmax<kTiles>& softmax, float fac
 
 // Dropped probabilities become 0.
 template <int kTiles, int kFragments>
-__device__ __forceinline__ void drop(const Problem& p, int row, int first_key, float (&s)[kTiles][kFragments][4]) {
+__device__ __forceinline__ void drop(const AttendProblem& p, int row, int first_key, float (&s)[kTiles][kFragments][4]) {
   const int lane = static_cast<int>(threadIdx.x) % 32;
   const std::uint32_t dropper_row = dropout_row(p.terms, static_cast<int>(blockIdx.z), static_cast<int>(blockIdx.y));
 #pragma unroll
@@ -160,7 +160,7 @@ __global__ void DATTN_LAUNCH_BOUNDS(kMmaThreads, 1) mma_forward(AttendParams par
   DATTN_SHARED_MEMORY(shared);
   unsigned char* const q_tile = shared;
   unsigned char* const buffers = q_tile + kTileBytes<kDimQk, kRows>;  // two of K and V
-  const Problem& p = params.problem;
+  const AttendProblem& p = params.problem;
   const int row_block = params.blocks.order[blockIdx.x], h = static_cast<int>(blockIdx.y), b = static_cast<int>(blockIdx.z);
   const int first_row = row_block * kRows, warp_row = static_cast<int>(threadIdx.x) / 32 * kWarpTile * kTiles;
   const int kv = kv_head_of(p, h);
@@ -206,7 +206,7 @@ __global__ void DATTN_LAUNCH_BOUNDS(kMmaThreads, 1) mma_forward(AttendParams par
 
 template <int kDimQk, int kDimV, int kTiles, int kStep>
 void launch_mma_forward(const AttendParams& params, cudaStream_t stream) {
-  const Problem& p = params.problem;
+  const AttendProblem& p = params.problem;
   const dim3 grid(static_cast<unsigned>(params.blocks.count), static_cast<unsigned>(p.heads), static_cast<unsigned>(p.batch));
   const auto start = [&](auto kernel) {
     launch(kernel, grid, dim3(kMmaThreads), forward_shared_bytes<kDimQk, kDimV, kTiles, kStep>(), stream, params);

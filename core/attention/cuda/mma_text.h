@@ -34,17 +34,17 @@ struct Steps {
   Walk walk;
   int part;
 
-  __device__ __forceinline__ Steps(const Blocks& blocks, int row_block) : walk(blocks, row_block), part(0) {}
+  __device__ __forceinline__ Steps(const BlockTable& blocks, int row_block) : walk(blocks, row_block), part(0) {}
   __device__ __forceinline__ bool done() const { return walk.done(); }
   __device__ __forceinline__ int first() const { return walk.block * kBlockColumns + part * kStep; }
-  __device__ __forceinline__ void next(const Blocks& blocks) {
+  __device__ __forceinline__ void next(const BlockTable& blocks) {
     if (++part < kBlockColumns / kStep) return;
     part = 0;
     walk.next(blocks);
   }
   // What row `row` of the block sees of columns [32 i, 32 i + 32) of the step, shifted to a lane's: bits 0, 1, 8, 9, .. are
   // those of its columns in fragments 4 i ..
-  __device__ __forceinline__ std::uint32_t bits(const Blocks& blocks, int block_rows, int row, int i) const {
+  __device__ __forceinline__ std::uint32_t bits(const BlockTable& blocks, int block_rows, int row, int i) const {
     const int mask = walk.mask(blocks), t = static_cast<int>(threadIdx.x) % 4;
     if (mask < 0) return ~0u;
     const auto* words = reinterpret_cast<const std::uint32_t*>(blocks.masks + mask * block_rows + row);

@@ -32,7 +32,7 @@ struct Bias {
 };
 
 // core/attention/block_list.h in device memory.
-struct Blocks {
+struct BlockTable {
   const std::int32_t* offsets;
   const BlockPiece* pieces;
   const std::uint64_t* masks;
@@ -53,7 +53,7 @@ struct ScoreParams {
   const std::int64_t* k_positions;
 };
 
-struct Problem {
+struct AttendProblem {
   Storage storage;
   Matrix q, k, v;
   std::int32_t batch, seq_q, seq_kv, heads, kv_heads;
@@ -63,20 +63,20 @@ struct Problem {
 };
 
 struct AttendParams {
-  Problem problem;
-  Blocks blocks;  // of queries
+  AttendProblem problem;
+  BlockTable blocks;  // of queries
   Matrix out;
   Statistic lse;
   bool merge;
 };
 
 struct GradParams {
-  Problem problem;
+  AttendProblem problem;
   Matrix dout;
   Statistic lse, delta;
-  Blocks queries, keys;  // blocks of queries for dq and dbias, of keys for dk and dv
-  Matrix dq, dk, dv;     // null: not wanted
-  Bias dbias;            // in the accumulator type
+  BlockTable queries, keys;  // blocks of queries for dq and dbias, of keys for dk and dv
+  Matrix dq, dk, dv;         // null: not wanted
+  Bias dbias;                // in the accumulator type
 };
 
 // The terms that a kernel is compiled for.

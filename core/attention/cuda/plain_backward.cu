@@ -66,7 +66,7 @@ __global__ void DATTN_LAUNCH_BOUNDS(kPlainThreads, 1) plain_grad_queries(GradPar
   using Sum = typename SumOf<T>::Type;
   DATTN_SHARED_MEMORY(shared);
   const PlainMemory<Sum> memory(shared);
-  const Problem& p = params.problem;
+  const AttendProblem& p = params.problem;
   const int row_block = params.queries.order[blockIdx.x];
   const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
   const int first_row = row_block * kPlainRows, warp_row = warp * kWarpRows;
@@ -111,13 +111,13 @@ __global__ void DATTN_LAUNCH_BOUNDS(kPlainThreads, 1) plain_grad_keys(GradParams
   using Sum = typename SumOf<T>::Type;
   DATTN_SHARED_MEMORY(shared);
   const PlainMemory<Sum> memory(shared);
-  const Problem& p = params.problem;
+  const AttendProblem& p = params.problem;
   const int row_block = params.keys.order[blockIdx.x], kv = static_cast<int>(blockIdx.y), b = static_cast<int>(blockIdx.z);
   const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
   const int first_row = row_block * kPlainRows, warp_row = warp * kWarpRows;
   const Operand<T> k = operand_of<T>(p.k, b, kv, p.seq_kv), v = operand_of<T>(p.v, b, kv, p.seq_kv);
   Sum* const p_weights = memory.weights + kPlainRows * kPlainColumns;
-  const HeadRange heads = heads_of(p, kv);
+  const QueryHeads heads = heads_of(p, kv);
   for (int h = heads.begin; h < heads.end; ++h) {
     const Operand<T> q = operand_of<T>(p.q, b, h, p.seq_q), dout = operand_of<T>(params.dout, b, h, p.seq_q);
     const HeadTerms<Sum> head(p, b, h);
@@ -153,7 +153,7 @@ __global__ void DATTN_LAUNCH_BOUNDS(kPlainThreads, 1) plain_grad_keys(GradParams
 }  // namespace
 
 void plain_attend_grad(const GradParams& params, cudaStream_t stream) {
-  const Problem& p = params.problem;
+  const AttendProblem& p = params.problem;
   const auto grid = [](int blocks, int heads, int batch) {
     return dim3(static_cast<unsigned>(blocks), static_cast<unsigned>(heads), static_cast<unsigned>(batch));
   };

@@ -10,7 +10,7 @@ __global__ void DATTN_LAUNCH_BOUNDS(kPlainThreads, 1) plain_forward(AttendParams
   using Sum = typename SumOf<T>::Type;
   DATTN_SHARED_MEMORY(shared);
   const PlainMemory<Sum> memory(shared);
-  const Problem& p = params.problem;
+  const AttendProblem& p = params.problem;
   const int row_block = params.blocks.order[blockIdx.x], h = static_cast<int>(blockIdx.y), b = static_cast<int>(blockIdx.z);
   const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
   const int kv = kv_head_of(p, h), first_row = row_block * kPlainRows, warp_row = warp * kWarpRows;
@@ -77,7 +77,7 @@ __global__ void DATTN_LAUNCH_BOUNDS(kPlainThreads, 1) plain_forward(AttendParams
 }  // namespace
 
 void plain_attend(const AttendParams& params, cudaStream_t stream) {
-  const Problem& p = params.problem;
+  const AttendProblem& p = params.problem;
   const dim3 grid(static_cast<unsigned>(params.blocks.count), static_cast<unsigned>(p.heads), static_cast<unsigned>(p.batch));
   with_storage(p.storage, [&](auto type) {
     with_chunks(p.v.dim, [&](auto chunks) {

@@ -100,7 +100,7 @@ __device__ __forceinline__ void accumulate(const PlainMemory<Sum>& memory, const
 }
 
 // Is the pair of block row `row` and block column `column` visible?
-__device__ __forceinline__ bool visible(const Blocks& blocks, int mask, int row, int column) {
+__device__ __forceinline__ bool visible(const BlockTable& blocks, int mask, int row, int column) {
   return mask < 0 || (blocks.masks[mask * kPlainRows + row] >> column & 1) != 0;
 }
 

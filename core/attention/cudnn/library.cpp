@@ -84,8 +84,8 @@ void load_runtime() {
   }
 }
 
-Library load() {
-  Library found;
+CudnnLibrary load() {
+  CudnnLibrary found;
   found.handle = open_by_order(found.path, found.why);
   if (found.handle == nullptr) return found;
   Dl_info info{};
@@ -107,8 +107,8 @@ Library load() {
 
 }  // namespace
 
-const Library& library() {
-  static const Library found = load();
+const CudnnLibrary& library() {
+  static const CudnnLibrary found = load();
   return found;
 }
 

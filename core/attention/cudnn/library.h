@@ -10,14 +10,14 @@ namespace dattn::cudnn {
 
 inline constexpr std::size_t kOldestVersion = 91900;  // what the support table was made with: 9.19.0
 
-struct Library {
+struct CudnnLibrary {
   void* handle = nullptr;
   std::string path;
   std::size_t version = 0;  // 91900 is 9.19.0
   std::string why;          // where there is none: what was tried
 };
 
-const Library& library();  // loaded at the first call, for good
+const CudnnLibrary& library();  // loaded at the first call, for good
 
 std::string version_text(std::size_t version);
 

@@ -40,7 +40,7 @@ void write(BFloat16* to, const std::vector<double>& from, std::int64_t begin, st
 
 // Scores of one query row; -inf where the band hides the key.
 struct Scores {
-  const Problem& p;
+  const GraphProblem& p;
   Rows q, k, bias;
 
   std::vector<double> of(std::int64_t b, std::int64_t i, std::int64_t h) const {
@@ -56,7 +56,7 @@ struct Scores {
   }
 };
 
-void forward(const Problem& p, const Buffers& at) {
+void forward(const GraphProblem& p, const Buffers& at) {
   const Scores scores{p, rows_of(at.q, p.q), rows_of(at.k, p.k), rows_of(at.bias, p.bias)};
   const Rows v = rows_of(at.v, p.v), out = rows_of(at.out, contiguous(p.rows, p.heads, p.dim_v));
   for (std::int64_t b = 0; b < p.batch; ++b) {
@@ -79,7 +79,7 @@ void forward(const Problem& p, const Buffers& at) {
   }
 }
 
-void backward(const Problem& p, const Buffers& at) {
+void backward(const GraphProblem& p, const Buffers& at) {
   const Scores scores{p, rows_of(at.q, p.q), rows_of(at.k, p.k), rows_of(at.bias, p.bias)};
   const Rows v = rows_of(at.v, p.v), out = rows_of(at.out, p.dout), dout = rows_of(at.dout, p.dout);
   const Rows dq_out = rows_of(at.dq, contiguous(p.rows, p.heads, p.dim_qk));
@@ -115,9 +115,9 @@ void backward(const Problem& p, const Buffers& at) {
   write(static_cast<BFloat16*>(at.dv), dv, 0, kv_rows * p.dim_v);
 }
 
-class HostPlan : public Plan {
+class HostPlan : public GraphPlan {
  public:
-  explicit HostPlan(const Problem& problem) : problem_(problem) {}
+  explicit HostPlan(const GraphProblem& problem) : problem_(problem) {}
 
   std::int64_t workspace_bytes() const override { return problem_.deterministic ? problem_.rows * problem_.keys : 256; }
 
@@ -132,14 +132,14 @@ class HostPlan : public Plan {
   }
 
  private:
-  Problem problem_;
+  GraphProblem problem_;
 };
 
 }  // namespace
 
 std::string missing() { return ""; }
 
-Planned make_plan(const Problem& p, const Target& /*target*/) {
+Planned make_plan(const GraphProblem& p, const Target& /*target*/) {
   if (p.left && p.rows > p.keys) return {nullptr, "Sliding window attention is only supported with max_s_q <= max_s_kv."};
   if ((p.right && *p.right < 0) || (p.left && *p.left < 1))
     return {nullptr, "Right bound needs to be larger than or equal to zero"};

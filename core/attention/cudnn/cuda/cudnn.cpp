@@ -55,7 +55,7 @@ void set_result(const Tensor& result, const fe::graph::Tensor_attributes& like) 
 }
 
 template <class Attributes>
-void set_scores(const Problem& p, fe::graph::Graph& graph, Attributes& attributes) {
+void set_scores(const GraphProblem& p, fe::graph::Graph& graph, Attributes& attributes) {
   attributes.set_name("attention").set_attn_scale(static_cast<float>(p.scale));
   if (p.left) attributes.set_diagonal_band_left_bound(static_cast<int>(*p.left));
   if (p.right) attributes.set_diagonal_band_right_bound(static_cast<int>(*p.right));
@@ -63,7 +63,7 @@ void set_scores(const Problem& p, fe::graph::Graph& graph, Attributes& attribute
     attributes.set_bias(graph.tensor(tensor(kBias, "bias", {p.bias_batch, p.bias_heads, p.rows, p.keys}, p.bias)));
 }
 
-void describe(const Problem& p, fe::graph::Graph& graph) {
+void describe(const GraphProblem& p, fe::graph::Graph& graph) {
   const std::array<std::int64_t, 4> q_dims{p.batch, p.heads, p.rows, p.dim_qk}, k_dims{p.batch, p.kv_heads, p.keys, p.dim_qk},
       v_dims{p.batch, p.kv_heads, p.keys, p.dim_v}, out_dims{p.batch, p.heads, p.rows, p.dim_v};
   const Tensor q = graph.tensor(tensor(kQ, "q", q_dims, p.q)), k = graph.tensor(tensor(kK, "k", k_dims, p.k)),
@@ -133,7 +133,7 @@ class Handle {
   cudnnHandle_t handle_ = nullptr;
 };
 
-class FrontEndPlan : public Plan {
+class FrontEndPlan : public GraphPlan {
  public:
   FrontEndPlan(std::unique_ptr<fe::graph::Graph> graph, int device) : graph_(std::move(graph)), device_(device) {
     fe::error_t error = graph_->get_workspace_size(workspace_);
@@ -178,7 +178,7 @@ fe::error_t plan(fe::graph::Graph& graph, cudnnHandle_t handle) {
   return error;
 }
 
-fe::error_t plan_for(const Problem& problem, fe::graph::Graph& graph, const Target& target) {
+fe::error_t plan_for(const GraphProblem& problem, fe::graph::Graph& graph, const Target& target) {
   if (!target.properties.empty()) {  // before anything is described: the front end would ask the present device
     auto properties = std::make_shared<fe::DeviceProperties>();
     fe::error_t error = properties->deserialize({target.properties.begin(), target.properties.end()});
@@ -195,7 +195,7 @@ fe::error_t plan_for(const Problem& problem, fe::graph::Graph& graph, const Targ
 
 std::string missing() { return load() ? "" : library().why; }
 
-Planned make_plan(const Problem& problem, const Target& target) {
+Planned make_plan(const GraphProblem& problem, const Target& target) {
   if (!load()) return {nullptr, library().why};
   try {
     auto graph = std::make_unique<fe::graph::Graph>();

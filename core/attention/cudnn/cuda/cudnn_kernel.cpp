@@ -22,9 +22,9 @@ namespace {
 
 using cudnn::Band;
 using cudnn::Buffers;
+using cudnn::GraphPlan;
+using cudnn::GraphProblem;
 using cudnn::HeadGroup;
-using cudnn::Plan;
-using cudnn::Problem;
 using cudnn::Strides;
 
 constexpr std::size_t kMostPlans = 256;        // a job whose shapes never repeat would only build plans
@@ -34,12 +34,12 @@ constexpr std::int64_t kMostDeterministicBytes = std::int64_t{1} << 30;
 
 // Plans by device and problem. One is built at a time, and for good.
 struct Entry {
-  std::unique_ptr<const Plan> plan;
+  std::unique_ptr<const GraphPlan> plan;
   std::string why;
 };
-const Entry& plan_of(int device, const Problem& problem) {
+const Entry& plan_of(int device, const GraphProblem& problem) {
   static std::mutex mutex;
-  static auto* const plans = new std::map<std::pair<int, Problem>, Entry>;  // outlives the driver's end
+  static auto* const plans = new std::map<std::pair<int, GraphProblem>, Entry>;  // outlives the driver's end
   static const Entry full{nullptr, fmt::format("{} shapes have a plan already", kMostPlans)};
   const std::lock_guard lock(mutex);
   const auto found = plans->find({device, problem});
@@ -102,8 +102,8 @@ struct Run {
   Band band;
   HeadGroup heads;
   TensorView q, k, v, bias;
-  Problem problem;
-  const Plan* plan = nullptr;
+  GraphProblem problem;
+  const GraphPlan* plan = nullptr;
 };
 
 TensorView bias_part(const TensorView& bias, const Band& band, Interval heads) {
@@ -114,7 +114,7 @@ TensorView bias_part(const TensorView& bias, const Band& band, Interval heads) {
 template <class Args>
 Run run_of(const Args& args, const Band& band, const HeadGroup& heads) {
   Run run{band, heads, part(args.q, band.q, heads.q), part(args.k, band.k, heads.kv), part(args.v, band.k, heads.kv), {}, {}};
-  Problem& p = run.problem;
+  GraphProblem& p = run.problem;
   p.batch = args.q.size(0);
   p.rows = band.q.count();
   p.keys = band.k.count();
@@ -178,7 +178,7 @@ void forward(const AttendArgs& args, const std::vector<Run>& runs, NativeStream 
   if (!args.merge && !whole) cuda::clear_state(args.out, args.lse, stream);
   for (const Run& run : runs) {
     Scratch scratch(stream);
-    const Problem& p = run.problem;
+    const GraphProblem& p = run.problem;
     const TensorView out = scratch.tensor(DType::kBF16, {p.batch, p.rows, p.heads, p.dim_v}, args.q.device);
     const TensorView lse = scratch.tensor(DType::kF32, {p.batch, p.heads, p.rows}, args.q.device);
     start(run, {.out = out.data, .stats = lse.data}, scratch, stream);
@@ -198,7 +198,7 @@ void forward(const AttendArgs& args, const std::vector<Run>& runs, NativeStream 
 void backward(const AttendGradArgs& args, const std::vector<Run>& runs, NativeStream stream) {
   for (const Run& run : runs) {
     Scratch scratch(stream);
-    const Problem& p = run.problem;
+    const GraphProblem& p = run.problem;
     const Device device = args.q.device;
     const TensorView dout = part(args.dout, run.band.q, run.heads.q);
     const TensorView own_dout = scratch.tensor(DType::kBF16, dout.shape, device);
@@ -245,7 +245,7 @@ class CudnnKernel : public AttentionKernel {
     check_args(args);
     NativeStream const stream = cuda::current_stream();
     const Runs runs = plan_runs(args, [&](Run& run) {
-      Problem& p = run.problem;
+      GraphProblem& p = run.problem;
       p.backward = true;
       p.deterministic = args.repeatable;
       p.dout = {p.rows * p.heads * p.dim_v, p.heads * p.dim_v, p.dim_v};

@@ -22,7 +22,7 @@ struct Strides {  // in elements; those of `dim` are 1
 };
 
 // All that a plan depends on.
-struct Problem {
+struct GraphProblem {
   bool backward = false;
   bool deterministic = false;  // backward: the same bits from run to run
   std::int64_t batch = 1, rows = 1, keys = 1, heads = 1, kv_heads = 1, dim_qk = 1, dim_v = 1;
@@ -33,7 +33,7 @@ struct Problem {
   bool has_bias = false;
   std::int64_t bias_batch = 1, bias_heads = 1;
   Strides bias;
-  auto operator<=>(const Problem&) const = default;  // NOLINT: as above
+  auto operator<=>(const GraphProblem&) const = default;  // NOLINT: as above
 };
 
 struct Buffers {
@@ -49,20 +49,20 @@ struct Target {
   std::string properties = {};  // JSON
 };
 
-class Plan {
+class GraphPlan {
  public:
-  virtual ~Plan() = default;
+  virtual ~GraphPlan() = default;
   virtual std::int64_t workspace_bytes() const = 0;
   // In order on `stream` (cudaStream_t) of the plan's device. Callable from several threads. Throws Error(kSystem).
   virtual void run(const Buffers& buffers, void* workspace, void* stream) const = 0;
 };
 
 struct Planned {
-  std::unique_ptr<const Plan> plan;
+  std::unique_ptr<const GraphPlan> plan;
   std::string why;  // cuDNN's words where there is none
 };
 
-Planned make_plan(const Problem& problem, const Target& target);  // takes about a second
+Planned make_plan(const GraphProblem& problem, const Target& target);  // takes about a second
 
 // Is there a library to plan with? Empty, or what is missing.
 std::string missing();

@@ -42,12 +42,12 @@ Target target_of(const Model& m) {
 
 struct Case {
   std::string name;
-  Problem problem;
+  GraphProblem problem;
   bool backward_only = false;
 };
 
-Problem causal(std::int64_t rows, std::int64_t keys, std::int64_t dim_qk, std::int64_t dim_v) {
-  Problem p;
+GraphProblem causal(std::int64_t rows, std::int64_t keys, std::int64_t dim_qk, std::int64_t dim_v) {
+  GraphProblem p;
   p.batch = 2;
   p.heads = 8;
   p.kv_heads = 2;
@@ -60,13 +60,13 @@ Problem causal(std::int64_t rows, std::int64_t keys, std::int64_t dim_qk, std::i
   return p;
 }
 
-Problem with(Problem p, std::optional<std::int64_t> left, std::optional<std::int64_t> right) {
+GraphProblem with(GraphProblem p, std::optional<std::int64_t> left, std::optional<std::int64_t> right) {
   p.left = left;
   p.right = right;
   return p;
 }
 
-Problem with_bias(Problem p, std::int64_t batch, std::int64_t heads) {
+GraphProblem with_bias(GraphProblem p, std::int64_t batch, std::int64_t heads) {
   p.has_bias = true;
   p.bias_batch = batch;
   p.bias_heads = heads;
@@ -74,13 +74,13 @@ Problem with_bias(Problem p, std::int64_t batch, std::int64_t heads) {
   return p;
 }
 
-Problem deterministic(Problem p) {
+GraphProblem deterministic(GraphProblem p) {
   p.deterministic = true;
   return p;
 }
 
 std::vector<Case> cases() {
-  const Problem base = causal(1024, 1024, 128, 128);
+  const GraphProblem base = causal(1024, 1024, 128, 128);
   return {{"causal", base},
           {"full, 1021 rows, 700 keys", with(causal(1021, 700, 64, 64), {}, {})},
           {"band of 129 and 16, fewer rows", with(causal(512, 1024, 128, 128), 129, 16)},
@@ -94,7 +94,7 @@ std::vector<Case> cases() {
           {"causal, deterministic, 16384 rows", deterministic(causal(16384, 16384, 128, 128)), true}};
 }
 
-Problem complete(Problem p, bool backward) {
+GraphProblem complete(GraphProblem p, bool backward) {
   p.backward = backward;
   p.q = {p.rows * p.heads * p.dim_qk, p.heads * p.dim_qk, p.dim_qk};
   p.k = {p.keys * p.kv_heads * p.dim_qk, p.kv_heads * p.dim_qk, p.dim_qk};
@@ -103,7 +103,7 @@ Problem complete(Problem p, bool backward) {
   return p;
 }
 
-std::string outcome(const Problem& problem, const Target& target) {
+std::string outcome(const GraphProblem& problem, const Target& target) {
   const Planned planned = make_plan(problem, target);
   if (planned.plan != nullptr)
     return fmt::format("taken, {} KiB of workspace", (planned.plan->workspace_bytes() + 1023) / 1024);
