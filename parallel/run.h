@@ -33,7 +33,7 @@ class Runner {
     enum class State { kWaiting, kUnderWay, kDone };
     State state = State::kWaiting;
     Communicator::Ticket ticket = 0;
-    std::vector<Tensor> buffers;  // of messages that are not values themselves
+    std::vector<Tensor> buffers;       // of messages that are not values themselves
     std::vector<TensorView> received;  // messages, by ascending peers
   };
 

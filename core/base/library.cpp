@@ -80,7 +80,8 @@ Library open_nvidia_library(const char* variable, const char* soname) {
     const char* why = dlerror();
     library.tried += (library.tried.empty() ? "" : "; ") + (why != nullptr ? std::string(why) : path);
   }
-  library.tried += std::string(named != nullptr ? "; named by " : "; set ") + variable + (named != nullptr ? "" : " to its path");
+  library.tried +=
+      std::string(named != nullptr ? "; named by " : "; set ") + variable + (named != nullptr ? "" : " to its path");
   return library;
 }
 

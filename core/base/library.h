@@ -18,8 +18,8 @@ struct LibraryEntry {
 LibraryEntry find_entry(const std::string& path, const char* function, int flags);
 
 // A library of NVIDIA's, by its soname, loaded from the first place that has it: what the environment variable says and nothing
-// else; the process, where it is loaded already; the loader's paths; nvidia/*/lib of the Python packages (VIRTUAL_ENV, build/venv);
-// the CUDA toolkit (CUDA_HOME, /usr/local/cuda).
+// else; the process, where it is loaded already; the loader's paths; nvidia/*/lib of the Python packages (VIRTUAL_ENV,
+// build/venv); the CUDA toolkit (CUDA_HOME, /usr/local/cuda).
 struct Library {
   void* handle = nullptr;
   std::string path;   // of the file

@@ -26,16 +26,18 @@ FreeStreams& free_streams() {
   return *streams;
 }
 
+std::size_t place_of(Device device) { return static_cast<unsigned char>(device.index); }
+
 // The streams of one thread, by device.
 struct OwnStreams {
   std::array<NativeStream, kMostDevices> of_device{};
 
   NativeStream get(Device device) {
-    NativeStream& own = of_device[static_cast<std::size_t>(device.index)];
+    NativeStream& own = of_device[place_of(device)];
     if (own != nullptr) return own;
     FreeStreams& free = free_streams();
     const std::lock_guard lock(free.mutex);
-    std::vector<NativeStream>& idle = free.of_device[static_cast<std::size_t>(device.index)];
+    std::vector<NativeStream>& idle = free.of_device[place_of(device)];
     if (idle.empty()) return own = cuda_module().make_stream(false);
     own = idle.back();
     idle.pop_back();

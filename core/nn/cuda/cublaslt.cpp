@@ -28,7 +28,7 @@ constexpr std::size_t kWorkspace = std::size_t{32} << 20;  // what NVIDIA recomm
           f(cublasLtMatmulPreferenceSetAttribute) f(cublasLtGetVersion)
 
 struct Functions {
-#define DATTN_MEMBER(name) decltype(&::name) name = nullptr;
+#define DATTN_MEMBER(name) decltype(&::name) name = nullptr;  // NOLINT(bugprone-macro-parentheses): a declaration
   DATTN_CUBLASLT_FUNCTIONS(DATTN_MEMBER)
 #undef DATTN_MEMBER
 };
