@@ -17,14 +17,18 @@ struct LibraryEntry {
 };
 LibraryEntry find_entry(const std::string& path, const char* function, int flags);
 
-// A library of NVIDIA's, by its soname, loaded from the first place that has it: what the environment variable says and nothing
-// else; the process, where it is loaded already; the loader's paths; nvidia/*/lib of the Python packages (VIRTUAL_ENV,
-// build/venv); the CUDA toolkit (CUDA_HOME, /usr/local/cuda).
+// Where a library of NVIDIA's with this soname may be, in the order it is looked for: what the environment variable (if any)
+// says and nothing else, or what the process has loaded and the loader's paths, nvidia/*/lib of the Python packages
+// (VIRTUAL_ENV, CONDA_PREFIX, build/venv, the python3 of PATH, ~/.local, the system's), the CUDA toolkits (CUDA_HOME,
+// CUDA_PATH, /usr/local/cuda*).
+std::vector<std::string> nvidia_library_paths(const char* variable, const char* soname);
+
+// The first of them that can be loaded; it stays. flags: those of dlopen.
 struct Library {
   void* handle = nullptr;
   std::string path;   // of the file
-  std::string tried;  // where it is not, and why, for messages
+  std::string tried;  // why it is in none of these places, for messages
 };
-Library open_nvidia_library(const char* variable, const char* soname);
+Library open_nvidia_library(const char* variable, const char* soname, int flags);
 
 }  // namespace dattn

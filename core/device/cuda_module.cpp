@@ -55,9 +55,19 @@ const CudaModule& cuda_module() {
   return *loaded.module;
 }
 
-std::vector<CudaDevice> cuda_devices(std::string& why) {
-  const CudaModule* module = find_cuda_module(why);
-  return module != nullptr ? module->devices(why) : std::vector<CudaDevice>{};
+const std::vector<CudaDevice>& cuda_devices(std::string& why) {
+  struct Found {
+    std::vector<CudaDevice> devices;
+    std::string why;
+  };
+  static const Found found = [] {
+    Found made;
+    const CudaModule* module = find_cuda_module(made.why);
+    if (module != nullptr) made.devices = module->devices(made.why);
+    return made;
+  }();
+  why = found.why;
+  return found.devices;
 }
 
 }  // namespace dattn

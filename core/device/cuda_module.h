@@ -89,6 +89,7 @@ const CudaModule& cuda_module();
 // The same without throwing, for doctor and tests: nullptr, and why.
 const CudaModule* find_cuda_module(std::string& why);
 
-std::vector<CudaDevice> cuda_devices(std::string& why);  // none, and why, where there is no module, driver or device
+// None, and why, where there is no module, driver or device. They are asked for once: scopes of devices are opened often.
+const std::vector<CudaDevice>& cuda_devices(std::string& why);
 
 }  // namespace dattn

@@ -9,6 +9,7 @@
 #include "core/base/error.h"
 #include "core/base/threads.h"
 #include "core/nn/on_cuda.h"
+#include "core/tensor/shape_format.h"
 
 namespace dattn {
 namespace {
@@ -26,10 +27,7 @@ memory::data_type type_of(DType type) {
 
 bool transposed(const TensorView& view) {
   const bool rows = view.stride(1) == 1 || view.size(1) == 1, columns = view.stride(0) == 1 || view.size(0) == 1;
-  if (!rows && !columns) {
-    fail(ErrorCode::kInternal, "a matrix {} with strides {} and {}: one must be 1", view.shape.text(), view.stride(0),
-         view.stride(1));
-  }
+  ensure(rows || columns, "a matrix {} with strides {} and {}: one must be 1", view.shape, view.stride(0), view.stride(1));
   return !rows || (columns && view.stride(1) > view.stride(0));
 }
 
@@ -174,10 +172,8 @@ void fill_rows(const TensorView& c, const float* bias) {
 }  // namespace
 
 void matmul(const TensorView& a, const TensorView& b, const TensorView& c, const MatmulOptions& options) {
-  if (a.size(1) != b.size(0) || a.size(0) != c.size(0) || b.size(1) != c.size(1) || a.dtype != b.dtype) {
-    fail(ErrorCode::kInternal, "matrix product {} {} x {} {} into {}", name_of(a.dtype), a.shape.text(), name_of(b.dtype),
-         b.shape.text(), c.shape.text());
-  }
+  ensure(a.size(1) == b.size(0) && a.size(0) == c.size(0) && b.size(1) == c.size(1) && a.dtype == b.dtype,
+         "matrix product {} {} x {} {} into {}", name_of(a.dtype), a.shape, name_of(b.dtype), b.shape, c.shape);
   ensure(!options.accumulate || (c.dtype == DType::kF32 && options.bias == nullptr), "accumulate is for fp32 without bias");
   if (c.elements() == 0) return;
   if (on_cuda({&a, &b, &c})) return cuda_nn().matmul(a, b, c, options.bias, options.accumulate, cuda_stream());

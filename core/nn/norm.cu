@@ -1,13 +1,9 @@
-// LayerNorm and RMSNorm on the device (see norm.h): a warp for each row; gradients of weight and bias by blocks of rows, added
-// up in ascending order.
-#include "core/device/cuda/loops.h"
-#include "core/device/cuda/scratch.h"
+// LayerNorm and RMSNorm on the device (see norm.h): a warp for each row.
+#include "core/device/cuda/column_sums.h"
 #include "core/nn/cuda/ops.h"
 
 namespace dattn::cuda {
 namespace {
-
-constexpr std::int64_t kRows = 64;  // rows of one block of sums
 
 struct Forward {
   const float *x, *w, *b;
@@ -61,37 +57,19 @@ struct InputGradient {
   }
 };
 
-// Element i = (block, feature): sums of dy n and of dy over the block's rows.
-struct BlockSums {
+// What an element adds to the gradient of weight (dy n) and of bias (dy).
+struct WeightGradient {
   const float *x, *stats, *dy;
-  std::int64_t rows, dim;
-  float *dw, *db;  // [blocks, M]
-
-  __device__ void operator()(std::int64_t i) const {
-    const std::int64_t begin = i / dim * kRows, j = i % dim;
-    const std::int64_t end = begin + kRows < rows ? begin + kRows : rows;
-    float weight = 0.0f, bias = 0.0f;
-    for (std::int64_t row = begin; row < end; ++row) {
-      const float g = dy[row * dim + j];
-      weight += g * (x[row * dim + j] - stats[2 * row]) * stats[2 * row + 1];
-      bias += g;
-    }
-    dw[i] = weight;
-    db[i] = bias;
+  std::int64_t dim;
+  __device__ float operator()(std::int64_t row, std::int64_t j) const {
+    return dy[row * dim + j] * (x[row * dim + j] - stats[2 * row]) * stats[2 * row + 1];
   }
 };
 
-struct AddBlocks {
-  const float *dw, *db;
-  std::int64_t blocks, dim;
-  float *weight, *bias;
-
-  __device__ void operator()(std::int64_t j) const {
-    for (std::int64_t block = 0; block < blocks; ++block) {
-      weight[j] += dw[block * dim + j];
-      if (bias != nullptr) bias[j] += db[block * dim + j];
-    }
-  }
+struct BiasGradient {
+  const float* dy;
+  std::int64_t dim;
+  __device__ float operator()(std::int64_t row, std::int64_t j) const { return dy[row * dim + j]; }
 };
 
 }  // namespace
@@ -104,14 +82,11 @@ void norm(const TensorView& x, const float* w, const float* b, bool centered, fl
 
 void norm_backward(const TensorView& x, const TensorView& stats, const float* w, bool centered, const TensorView& dy,
                    const TensorView& dx, float* dw, float* db, NativeStream stream) {
-  const std::int64_t rows = x.size(0), dim = x.size(1), blocks = (rows + kRows - 1) / kRows;
-  if (rows == 0) return;
+  const std::int64_t rows = x.size(0), dim = x.size(1);
   const float *from = x.ptr<float>(), *statistics = stats.ptr<float>(), *grad = dy.ptr<float>();
   for_each_row(rows, stream, InputGradient{from, statistics, w, grad, centered, dim, dx.ptr<float>()});
-  const Scratch sums(static_cast<std::size_t>(2 * blocks * dim) * sizeof(float), stream);
-  auto *weights = sums.ptr<float>(), *biases = weights + blocks * dim;
-  for_each(blocks * dim, stream, BlockSums{from, statistics, grad, rows, dim, weights, biases});
-  for_each(dim, stream, AddBlocks{weights, biases, blocks, dim, dw, db});
+  add_column_sums(rows, dim, WeightGradient{from, statistics, grad, dim}, dw, stream);
+  if (db != nullptr) add_column_sums(rows, dim, BiasGradient{grad, dim}, db, stream);
 }
 
 }  // namespace dattn::cuda

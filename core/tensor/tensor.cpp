@@ -9,6 +9,7 @@
 #include "core/device/check.h"
 #include "core/device/cuda_module.h"
 #include "core/device/stream.h"
+#include "core/tensor/shape_format.h"
 
 namespace dattn {
 namespace {
@@ -73,7 +74,7 @@ To narrow(From value) {
 }
 
 void check_transfer(const TensorView& from, const TensorView& to, bool plain_copy) {
-  ensure(from.shape == to.shape, "tensors of shapes {} and {} are combined", from.shape.text(), to.shape.text());
+  ensure(from.shape == to.shape, "tensors of shapes {} and {} are combined", from.shape, to.shape);
   ensure(plain_copy || (from.dtype != DType::kI32 && to.dtype != DType::kI32),
          "integer tensors are neither added nor converted: {} to {}", name_of(from.dtype), name_of(to.dtype));
 }
@@ -191,7 +192,7 @@ bool TensorView::contiguous() const {
 
 TensorView TensorView::slice(int axis, std::int64_t begin, std::int64_t count) const {
   ensure(axis >= 0 && axis < axes() && begin >= 0 && count >= 0 && begin + count <= size(axis),
-         "slice [{}, {}) of axis {} of a tensor {}", begin, begin + count, axis, shape.text());
+         "slice [{}, {}) of axis {} of a tensor {}", begin, begin + count, axis, shape);
   TensorView part = *this;
   part.data = static_cast<char*>(data) + begin * stride(axis) * size_of(dtype);
   part.shape[axis] = count;
@@ -199,7 +200,7 @@ TensorView TensorView::slice(int axis, std::int64_t begin, std::int64_t count) c
 }
 
 TensorView TensorView::transpose(int a, int b) const {
-  ensure(a >= 0 && a < axes() && b >= 0 && b < axes(), "axes {} and {} of a tensor {}", a, b, shape.text());
+  ensure(a >= 0 && a < axes() && b >= 0 && b < axes(), "axes {} and {} of a tensor {}", a, b, shape);
   TensorView turned = *this;
   std::swap(turned.shape[a], turned.shape[b]);
   std::swap(turned.strides[static_cast<std::size_t>(a)], turned.strides[static_cast<std::size_t>(b)]);
@@ -207,7 +208,7 @@ TensorView TensorView::transpose(int a, int b) const {
 }
 
 TensorView TensorView::reshape(const Shape& extents) const {
-  ensure(contiguous() && extents.elements() == elements(), "a tensor {} cannot be seen as {}", shape.text(), extents.text());
+  ensure(contiguous() && extents.elements() == elements(), "a tensor {} cannot be seen as {}", shape, extents);
   return {data, dtype, extents, device};
 }
 
@@ -241,8 +242,9 @@ Tensor Tensor::clone() const { return to_dtype(view_, view_.dtype); }
 bool on_cuda(std::initializer_list<const TensorView*> views) {
   const Device device = (*views.begin())->device;
   for (const TensorView* view : views) {
-    ensure(view->device == device, "tensors of {} and {} are combined; to_device brings one to the other", to_text(device),
-           to_text(view->device));
+    if (view->device == device) continue;
+    fail(ErrorCode::kInternal, "tensors of {} and {} are combined; to_device brings one to the other", to_text(device),
+         to_text(view->device));
   }
   return device.is_cuda();
 }

@@ -43,7 +43,7 @@ Json cuda_report() {
   std::string why;
   const CudaModule* module = find_cuda_module(why);
   if (module == nullptr) return finding(false, why);
-  const std::vector<CudaDevice> devices = module->devices(why);
+  const std::vector<CudaDevice>& devices = cuda_devices(why);
   if (devices.empty()) return finding(false, why);
   Json names = Json::array();
   for (const CudaDevice& device : devices) {

@@ -2,74 +2,12 @@
 
 #include <dlfcn.h>
 
-#include <algorithm>
-#include <cstdlib>
-#include <filesystem>
-#include <vector>
-
 #include <fmt/format.h>
+
+#include "core/base/library.h"
 
 namespace dattn::nccl {
 namespace {
-
-namespace fs = std::filesystem;
-constexpr const char* kSoname = "libnccl.so.2";
-
-// Folders `parent`/NAME whose name starts with `prefix`, the highest name first.
-std::vector<fs::path> children(const fs::path& parent, std::string_view prefix) {
-  std::vector<fs::path> found;
-  std::error_code error;
-  for (const auto& entry : fs::directory_iterator(parent, error)) {
-    if (entry.path().filename().string().starts_with(prefix)) found.push_back(entry.path());
-  }
-  std::sort(found.rbegin(), found.rend());
-  return found;
-}
-
-// Roots of Python installations: the active environments, the one whose python3 comes first, the system's.
-std::vector<fs::path> python_roots() {
-  std::vector<fs::path> roots;
-  for (const char* variable : {"VIRTUAL_ENV", "CONDA_PREFIX"}) {
-    if (const char* root = std::getenv(variable)) roots.emplace_back(root);
-  }
-  const char* path = std::getenv("PATH");
-  std::string_view rest = path != nullptr ? path : "";
-  while (!rest.empty()) {
-    const fs::path folder(rest.substr(0, rest.find(':')));
-    std::error_code error;
-    if (fs::exists(folder / "python3", error)) {
-      roots.push_back(folder.parent_path());
-      break;
-    }
-    rest.remove_prefix(std::min(rest.size(), folder.native().size() + 1));
-  }
-  roots.emplace_back("/usr/local");
-  roots.emplace_back("/usr");
-  return roots;
-}
-
-std::vector<std::string> candidates() {
-  if (const char* named = std::getenv("DATTN_NCCL")) return {named};
-  std::vector<std::string> paths{kSoname};
-  const auto add = [&](const fs::path& file) {
-    std::error_code error;
-    if (fs::exists(file, error) && std::find(paths.begin(), paths.end(), file.string()) == paths.end()) paths.push_back(file);
-  };
-  for (const fs::path& root : python_roots()) {
-    for (const fs::path& python : children(root / "lib", "python3")) {
-      for (const char* packages : {"site-packages", "dist-packages"}) add(python / packages / "nvidia/nccl/lib" / kSoname);
-    }
-  }
-  std::vector<fs::path> toolkits;
-  for (const char* variable : {"CUDA_HOME", "CUDA_PATH"}) {
-    if (const char* root = std::getenv(variable)) toolkits.emplace_back(root);
-  }
-  for (const fs::path& root : children("/usr/local", "cuda")) toolkits.push_back(root);
-  for (const fs::path& root : toolkits) {
-    for (const char* place : {"lib64", "lib"}) add(root / place / kSoname);
-  }
-  return paths;
-}
 
 // Fills the table; the names of functions that the library lacks are appended to `missing`.
 class Table {
@@ -144,9 +82,8 @@ std::string version_text(int version) {
 
 std::optional<Api> find_nccl(std::string& report) {
   report.clear();
-  for (const std::string& path : candidates()) {
-    void* library = dlopen(path.c_str(), RTLD_NOW | RTLD_NOLOAD);
-    if (library == nullptr) library = dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL);
+  for (const std::string& path : nvidia_library_paths("DATTN_NCCL", "libnccl.so.2")) {
+    void* library = dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL);
     Api api;
     std::string why;
     if (library == nullptr) {

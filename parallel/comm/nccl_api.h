@@ -101,9 +101,8 @@ inline constexpr int kSymmetricVersion = 22700;  // symmetric memory windows
 inline constexpr int kZeroCtaVersion = 22800;    // transfers by copy engines
 std::string version_text(int version);           // "2.28.9"
 
-// Looks for the library: what DATTN_NCCL names and nothing else, or the one that is loaded already (by a host framework),
-// libnccl.so.2 by the loader's paths, Python's site-packages/nvidia/nccl/lib, the CUDA toolkit's lib folders. `report` says
-// what was tried and why it was no good; on success, which library was taken.
+// Looks for libnccl.so.2 where NVIDIA's libraries are (core/base/library.h), a host framework's first; DATTN_NCCL=path names
+// one. `report` says what was tried and why it was no good; on success, which library was taken.
 std::optional<Api> find_nccl(std::string& report);
 
 }  // namespace dattn::nccl

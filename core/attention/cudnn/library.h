@@ -1,6 +1,4 @@
-// The cuDNN library, loaded at run time. Looked for in this order: DATTN_CUDNN=path and nothing else, what the process has
-// loaded, the loader's paths, site-packages/nvidia/*/lib of the Python in VIRTUAL_ENV and of this user and machine, the CUDA
-// toolkit.
+// The cuDNN library, loaded at run time from where NVIDIA's libraries are (core/base/library.h); DATTN_CUDNN=path names one.
 #pragma once
 
 #include <string>

@@ -41,8 +41,8 @@ struct Loaded {
 
 Loaded load() {
   Loaded loaded;
-  const Library library = open_nvidia_library("DATTN_CUBLASLT", "libcublasLt.so.13");
-  if (library.handle == nullptr) return {{}, false, library.tried};
+  const Library library = open_nvidia_library("DATTN_CUBLASLT", "libcublasLt.so.13", RTLD_NOW | RTLD_LOCAL);
+  if (library.handle == nullptr) return {{}, false, library.tried + "; set DATTN_CUBLASLT to its path"};
 #define DATTN_FIND(name)                                                                \
   loaded.call.name = reinterpret_cast<decltype(&::name)>(dlsym(library.handle, #name)); \
   if (loaded.call.name == nullptr) return {{}, false, library.path + " has no " + #name};

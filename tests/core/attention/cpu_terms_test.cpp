@@ -2,6 +2,7 @@
 #include <rapidcheck.h>
 
 #include "tests/core/attention/every_path.h"
+#include "tests/core/attention/some_terms.h"
 
 namespace dattn {
 namespace {
@@ -10,43 +11,11 @@ using namespace testing;  // NOLINT: the helpers of this folder
 
 class CpuTerms : public EveryPath {};
 
-std::vector<double> slopes_of(std::int64_t heads) {
-  std::vector<double> slopes;
-  for (std::int64_t h = 0; h < heads; ++h) slopes.push_back(std::exp2(-1.0 - static_cast<double>(h)));
-  return slopes;
-}
-
-// A problem under each term alone, and under all of them.
-void check_each(Problem p, std::int64_t positions, const std::string& what) {
-  const std::int64_t all_heads = p.map.q_begin + p.heads;
-  const AttentionDropout dropout{0.2, 77, 5, 3, all_heads};
-  const auto with = [&](const auto& set, const char* name) {
-    Problem one = p;
-    set(one);
-    check(one, fmt::format("{}, {}", what, name));
-  };
-  const Shape full{p.batch, p.seq_q, p.heads, positions}, shared{1, p.seq_q, 1, positions};
-  with([&](Problem& x) { x.softcap = 1.5; }, "softcap");
-  with([&](Problem& x) { x.slopes = slopes_of(all_heads); }, "alibi");
-  with([&](Problem& x) { x.bias = full; }, "bias");
-  with([&](Problem& x) { x.bias = shared; }, "one bias for all heads");
-  with([&](Problem& x) { x.dropout = dropout; }, "dropout");
-  with(
-      [&](Problem& x) {
-        x.softcap = 1.5;
-        x.slopes = slopes_of(all_heads);
-        x.bias = {1, p.seq_q, p.heads, positions};
-        x.fp32_bias = true;
-        x.dropout = dropout;
-      },
-      "everything");
-}
+void check_each(const Problem& p, std::int64_t positions, const std::string& what) { for_each_term(p, positions, what, check); }
 
 Problem placed(const Mask& mask, const Positions& queries, const Positions& keys, std::int64_t positions, std::int64_t dim_qk,
                std::int64_t dim_v) {
-  Problem p = make_problem(queries.count(), keys.count(), 4, 2, dim_qk, dim_v, Mask::full());
-  p.tiles = make_tiles(compile(mask, positions, positions), queries, keys);
-  return p;
+  return testing::placed(mask, queries, keys, positions, 2, dim_qk, dim_v);
 }
 
 TEST_P(CpuTerms, ContiguousShards) {

@@ -1,5 +1,6 @@
 // Softcap, ALiBi, bias and dropout in the cuda kernel, on shards of every layout.
 #include "tests/core/attention/on_cuda.h"
+#include "tests/core/attention/some_terms.h"
 
 namespace dattn {
 namespace {
@@ -8,43 +9,13 @@ using namespace testing;  // NOLINT: the helpers of this folder
 
 class CudaTerms : public OnCuda {};
 
-std::vector<double> slopes_of(std::int64_t heads) {
-  std::vector<double> slopes;
-  for (std::int64_t h = 0; h < heads; ++h) slopes.push_back(std::exp2(-1.0 - static_cast<double>(h)));
-  return slopes;
-}
-
-// A problem under each term alone, and under all of them.
 void check_each(const Problem& p, std::int64_t positions, const std::string& what) {
-  const std::int64_t all_heads = p.map.q_begin + p.heads;
-  const AttentionDropout dropout{0.2, 77, 5, 3, all_heads};
-  const auto with = [&](const auto& set, const char* name) {
-    Problem one = p;
-    set(one);
-    check_cuda(one, fmt::format("{}, {}", what, name));
-  };
-  const Shape full{p.batch, p.seq_q, p.heads, positions}, shared{1, p.seq_q, 1, positions};
-  with([&](Problem& x) { x.softcap = 1.5; }, "softcap");
-  with([&](Problem& x) { x.slopes = slopes_of(all_heads); }, "alibi");
-  with([&](Problem& x) { x.bias = full; }, "bias");
-  with([&](Problem& x) { x.bias = shared; }, "one bias for all heads");
-  with([&](Problem& x) { x.dropout = dropout; }, "dropout");
-  with(
-      [&](Problem& x) {
-        x.softcap = 1.5;
-        x.slopes = slopes_of(all_heads);
-        x.bias = {1, p.seq_q, p.heads, positions};
-        x.fp32_bias = true;
-        x.dropout = dropout;
-      },
-      "everything");
+  for_each_term(p, positions, what, [](const Problem& one, const std::string& name) { check_cuda(one, name); });
 }
 
 Problem placed(const Mask& mask, const Positions& queries, const Positions& keys, std::int64_t positions, std::int64_t dim_qk,
                std::int64_t dim_v) {
-  Problem p = make_problem(queries.count(), keys.count(), 2, 1, dim_qk, dim_v, Mask::full());
-  p.tiles = make_tiles(compile(mask, positions, positions), queries, keys);
-  return p;
+  return testing::placed(mask, queries, keys, positions, 1, dim_qk, dim_v);
 }
 
 TEST_F(CudaTerms, ContiguousShards) {

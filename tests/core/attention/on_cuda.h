@@ -2,22 +2,10 @@
 // fp64. Sizes are small: the stand-in makes some ten million steps of a thread a second.
 #pragma once
 
-#include <gtest/gtest.h>
-
-#include "core/device/cuda_module.h"
 #include "tests/core/attention/every_path.h"
+#include "tests/core/device/on_cuda.h"
 
 namespace dattn::testing {
-
-inline constexpr Device kCuda{DeviceKind::kCuda, 0};
-
-class OnCuda : public ::testing::Test {
- protected:
-  void SetUp() override {
-    std::string why;
-    if (cuda_devices(why).empty()) GTEST_SKIP() << why;
-  }
-};
 
 inline const AttentionKernel& cuda_kernel() { return find_kernel("cuda", kCuda); }
 

@@ -5,7 +5,6 @@
 
 #include <gtest/gtest.h>
 
-#include "core/device/cuda_module.h"
 #include "core/nn/activation.h"
 #include "core/nn/cross_entropy.h"
 #include "core/nn/embedding.h"
@@ -16,21 +15,15 @@
 #include "core/nn/optimizer.h"
 #include "core/nn/residual.h"
 #include "core/nn/rope.h"
+#include "tests/core/device/on_cuda.h"
 #include "tests/core/nn/support.h"
 
 namespace dattn::testing {
 namespace {
 
-constexpr Device kCuda{DeviceKind::kCuda, 0};
-
 // Runs a body on the host and on the device: inputs come through in(), results go through out().
-class Both : public ::testing::Test {
+class CudaNnTest : public OnCuda {
  protected:
-  void SetUp() override {
-    std::string why;
-    if (cuda_devices(why).empty()) GTEST_SKIP() << why;
-  }
-
   // A random tensor, the same on both sides.
   Tensor in(DType dtype, const Shape& shape, std::uint64_t stream) {
     const DeviceScope host(Device{});
@@ -72,8 +65,6 @@ class Both : public ::testing::Test {
   Device device_;
   std::vector<Tensor> results_;
 };
-
-using CudaNnTest = Both;
 
 TEST_F(CudaNnTest, MatrixProducts) {
   for (const DType type : {DType::kF32, DType::kBF16}) {
