@@ -141,13 +141,24 @@ class StuckThreads {
   std::thread watch_;
 };
 
+// Ends a job of threads whose device does not come to rest after a failure.
+void end_stuck_threads(const JobEnd& end) {
+  static std::once_flag once;
+  std::call_once(once, [&] {
+    say(end.reason);
+    std::_Exit(static_cast<int>(end.code));
+  });
+}
+
 int run_threads(const JobOptions& options, const std::function<void(Communicator&)>& body) {
   StuckThreads stuck;
+  DeviceOptions devices = options.devices;
+  devices.stuck = end_stuck_threads;
   try {
     run_thread_ranks(options.ranks, {options.timeout_s}, [&](Communicator& world) {
       if (options.threads > 0) set_num_threads(options.threads);
       try {
-        run_on_device(options.devices, world, options.timeout_s, body);
+        run_on_device(devices, world, options.timeout_s, body);
       } catch (...) {
         stuck.failed(current_failure());
         throw;
@@ -174,9 +185,7 @@ int run_alone(const JobOptions& options, const std::function<void(Communicator&)
 }
 
 // All ranks agree on whose error counts; that one says it and ends the job through the launcher.
-int end_processes(Communicator& world, const Failure& failure) {
-  world.abort(failure.text, failure.code);
-  const JobEnd end = world.job_end();
+int end_processes(Communicator& world, const JobEnd& end) {
   const bool mine = end.rank == world.rank();
   if (mine) say(end.reason);
   std::fflush(nullptr);
@@ -184,6 +193,11 @@ int end_processes(Communicator& world, const Failure& failure) {
   const int code = static_cast<int>(end.code);
   world.terminate_job(code);
   return code;
+}
+
+int end_processes(Communicator& world, const Failure& failure) {
+  world.abort(failure.text, failure.code);
+  return end_processes(world, world.job_end());
 }
 
 std::unique_ptr<Communicator> join_world(const Launch& launch, const JobOptions& options) {
@@ -211,8 +225,10 @@ int run_process(const Launch& launch, const JobOptions& options, const std::func
     if (launch.rank == 0) say(failure.text);
     return static_cast<int>(failure.code);
   }
+  DeviceOptions devices = options.devices;
+  devices.stuck = [&world = *world](const JobEnd& end) { std::_Exit(end_processes(world, end)); };
   try {
-    run_on_device(options.devices, whole_group(*world), launch.local_rank, launch.local_size, options.timeout_s, body);
+    run_on_device(devices, whole_group(*world), launch.local_rank, launch.local_size, options.timeout_s, body);
     world->barrier({.verb = "leave"});
   } catch (...) {
     return end_processes(*world, current_failure());

@@ -1,7 +1,11 @@
 #include "launch/devices.h"
 
+#include <algorithm>
 #include <cstdlib>
 #include <set>
+#include <string>
+#include <utility>
+#include <vector>
 
 #include <fmt/format.h>
 
@@ -16,8 +20,20 @@
 namespace dattn {
 namespace {
 
-// What every rank says of itself: its host, so that ranks which share a device are seen, and its device.
-std::string place_of(Device device) { return fmt::format("{}\n{}", host_name(), to_text(device)); }
+// What every rank says of itself: its host, so that ranks which share a device are seen, its device and its release.
+struct RankPlace {
+  std::string host, device, version, nccl;
+
+  std::string text() const { return fmt::format("{}\n{}\n{}\n{}", host, device, version, nccl); }
+  static RankPlace of(std::string_view text) {
+    RankPlace place;
+    for (std::string* part : {&place.host, &place.device, &place.version, &place.nccl}) {
+      *part = text.substr(0, text.find('\n'));
+      text.remove_prefix(std::min(text.size(), part->size() + 1));
+    }
+    return place;
+  }
+};
 
 // NCCL takes no two ranks of one host on one device: each process says it is a host of its own, and they talk by loopback.
 void pretend_hosts(int rank) {
@@ -29,17 +45,38 @@ void pretend_hosts(int rank) {
   for (const auto& [name, value] : settings) ::setenv(name, value, 0);  // what the user set stays
 }
 
-bool shares_devices(const std::vector<std::string>& places) {
-  return std::set<std::string>(places.begin(), places.end()).size() < places.size();
+bool shares_devices(const std::vector<RankPlace>& places) {
+  std::set<std::pair<std::string, std::string>> taken;
+  for (const RankPlace& place : places) taken.emplace(place.host, place.device);
+  return taken.size() < places.size();
 }
 
-void require_one_kind(const std::vector<std::string>& places, Device own) {
-  const std::string kind = own.is_cuda() ? "\ncuda" : "\ncpu";
-  for (std::size_t rank = 0; rank < places.size(); ++rank) {
-    const std::size_t at = places[rank].find('\n');
-    require(places[rank].compare(at, kind.size(), kind) == 0,
-            "rank {} computes on {}, this one on {}; set device=cpu or device=cuda", rank, places[rank].substr(at + 1),
-            to_text(own));
+// All ranks hear all and say the same.
+void require_alike(const std::vector<RankPlace>& places) {
+  const auto is_cuda = [](const RankPlace& place) { return place.device.starts_with("cuda"); };
+  const RankPlace& first = places[0];
+  for (std::size_t rank = 1; rank < places.size(); ++rank) {
+    const RankPlace& other = places[rank];
+    require(other.version == first.version,
+            "rank {} on {} runs dattn {}, rank 0 on {} runs {}; install one version on all hosts", rank, other.host,
+            other.version, first.host, first.version);
+    require(is_cuda(other) == is_cuda(first), "rank {} on {} computes on {}, rank 0 on {} on {}; set device=cpu or device=cuda",
+            rank, other.host, other.device, first.host, first.device);
+    require(other.nccl == first.nccl,
+            "NCCL of rank {} on {}: {}, of rank 0 on {}: {}; install one version on all hosts, name it with DATTN_NCCL, or set "
+            "comm.transfers=staged",
+            rank, other.host, other.nccl.empty() ? "none" : other.nccl, first.host, first.nccl.empty() ? "none" : first.nccl);
+  }
+}
+
+// Of the devices that the ranks of this host take.
+void require_usable(const std::vector<CudaDevice>& devices, int needed) {
+  for (int i = 0; i < needed; ++i) {
+    const CudaDevice& device = devices[static_cast<std::size_t>(i)];
+    if (device.unusable.empty()) continue;
+    fail(ErrorCode::kSystem,
+         "device=cuda: cuda:{} ({}) has {}, leave the device out with CUDA_VISIBLE_DEVICES, or set device=cpu", i, device.name,
+         device.unusable);
   }
 }
 
@@ -48,11 +85,17 @@ void require_one_kind(const std::vector<std::string>& places, Device own) {
 Device choose_device(const DeviceOptions& options, int local_rank, int local_size) {
   if (options.device == DeviceChoice::kCpu) return {};
   std::string why;
-  const auto count = static_cast<int>(cuda_devices(why).size());
+  const std::vector<CudaDevice>& devices = cuda_devices(why);
+  const auto count = static_cast<int>(devices.size());
   const int needed = (local_size + options.ranks_per_device - 1) / options.ranks_per_device;
   if (options.device == DeviceChoice::kAuto && needed > count) {
     note_once(count == 0 ? "computing on the cpu: " + why
                          : fmt::format("computing on the cpu: {} ranks on this host, {} CUDA device(s)", local_size, count));
+    return {};
+  }
+  const auto usable = [](const CudaDevice& device) { return device.unusable.empty(); };
+  if (options.device == DeviceChoice::kAuto && !std::all_of(devices.begin(), devices.begin() + needed, usable)) {
+    note_once("computing on the cpu: the CUDA devices cannot be used, `dattn doctor` says why");
     return {};
   }
   if (count == 0) fail(ErrorCode::kSystem, "device=cuda: {}; use device=cpu, or see `dattn doctor`", why);
@@ -61,24 +104,30 @@ Device choose_device(const DeviceOptions& options, int local_rank, int local_siz
       "device=cuda: {} ranks on this host, {} to a device, need {} CUDA devices; there are {}: start at most {} ranks, or set "
       "ranks_per_device={}",
       local_size, options.ranks_per_device, needed, count, count * options.ranks_per_device, (local_size + count - 1) / count);
+  require_usable(devices, needed);
   return {DeviceKind::kCuda, static_cast<std::int8_t>(local_rank / options.ranks_per_device)};
 }
 
 std::unique_ptr<Communicator> device_world(std::unique_ptr<Communicator> control, const DeviceOptions& options,
                                            double timeout_s) {
   const Device own = current_device();
-  const std::vector<std::string> places = control->gather_strings(place_of(own), {"devices"});
-  require_one_kind(places, own);
+  std::string nccl_version;
+  if (own.is_cuda() && options.transfers != Transfers::kStaged) nccl_version = probe_nccl().version;
+  const RankPlace mine{host_name(), to_text(own), options.version.empty() ? DATTN_VERSION : options.version, nccl_version};
+  std::vector<RankPlace> places;
+  for (const std::string& text : control->gather_strings(mine.text(), {"devices"})) places.push_back(RankPlace::of(text));
+  require_alike(places);
   if (!own.is_cuda()) return control;
   const bool shared = shares_devices(places);
   Transfers transfers = options.transfers;
-  if (transfers == Transfers::kAuto) transfers = shared || !probe_nccl().found ? Transfers::kStaged : Transfers::kNccl;
+  if (transfers == Transfers::kAuto) transfers = shared || nccl_version.empty() ? Transfers::kStaged : Transfers::kNccl;
   note_once(fmt::format("{} ranks on CUDA devices{}: tensors travel {}", control->size(), shared ? ", some shared" : "",
                         transfers == Transfers::kNccl ? "by NCCL" : "through host memory"));
   if (transfers == Transfers::kStaged) return staged(std::move(control));
   if (shared) pretend_hosts(control->rank());
   NcclOptions nccl = NcclOptions::from_environment(timeout_s);
   nccl.ordered_sums = options.ordered_sums;
+  nccl.stuck = options.stuck;
   return nccl_world(std::move(control), nccl);
 }
 

@@ -4,6 +4,7 @@
 #include <array>
 #include <functional>
 #include <memory>
+#include <string>
 #include <string_view>
 #include <utility>
 
@@ -35,6 +36,9 @@ struct DeviceOptions {
   int ranks_per_device = 1;
   Transfers transfers = Transfers::kAuto;
   bool ordered_sums = true;  // sums over ranks in rank order, not NCCL's own
+  // Ends the process of a failed job whose device does not come to rest, so that the host is not held up for ever.
+  std::function<void(const JobEnd& end)> stuck{};
+  std::string version{};  // of dattn, the same on all ranks; empty: this one's
 };
 
 // The device of the rank with this number on its host. auto: a CUDA device where the host has enough of them, else the cpu.

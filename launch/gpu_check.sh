@@ -1,133 +1,200 @@
 #!/usr/bin/env bash
 # Checks and measures dattn on a machine with one or more GPUs, and writes one report. Each step's result is kept as soon as it
-# is there, so that a run which a time limit cut goes on where it stopped.
+# is there, so that a run which a time limit cut goes on where it stopped. Works in the repository and in an unpacked bundle
+# (launch/bundle.sh) alike.
 set -euo pipefail
 
 usage() {
   cat <<'END'
-usage: launch/gpu_check.sh [--out FOLDER] [--only STEP,..] [--dry-run] [--standin]
-  Builds dattn with its CUDA module when build/release has none (or takes the bundle's: DATTN_BUILD=FOLDER), then runs the steps
-  whose result FOLDER (default build/gpu_check) does not hold yet: correctness first, then speed. Writes FOLDER/results.jsonl
-  and FOLDER/report.md.
-  --only STEP,..  these steps, again
-  --dry-run       prints the commands
-  --standin       over the tests' stand-ins for CUDA and NCCL on host memory: everything but the numbers
-steps: doctor kernels layers conformance_1 conformance_threads conformance_nccl determinism training
-       bench_attention bench_virtual_ranks torch
+usage: launch/gpu_check.sh [--out FOLDER] [--limit SECONDS] [--quick] [--only STEP,..] [--dry-run] [--standin]
+  Builds dattn with its CUDA module when build/release has none (or takes DATTN_BUILD=FOLDER), then runs the steps whose result
+  FOLDER (default build/gpu_check) does not hold yet: correctness first, then speed. Writes FOLDER/results.json and
+  FOLDER/report.md; each step's output is in FOLDER/STEP.log.
+  --limit SECONDS  starts no step after that time and ends the one that runs (default 480); call again to go on
+  --quick          a few small cases of each step
+  --only STEP,..   these steps, again
+  --dry-run        prints the commands of the steps that are left
+  --standin        over the tests' stand-ins for CUDA and NCCL on host memory: everything but the numbers; implies --quick
+steps: doctor kernels layers conformance_1 conformance_threads conformance_nccl determinism training curves
+       bench_product bench_attention bench_virtual_ranks decode gpt2 torch
+DATTN_PYTHON names a python that has PyTorch, to compare with (else build/venv's or python3).
+exit codes: 0 all passed, 1 a step failed, 2 bad input, 3 the time was up first: call again
 END
 }
 
-root=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
+root=$(cd -- "$(dirname -- "$(readlink -f -- "${BASH_SOURCE[0]}")")/.." && pwd)
 out=$root/build/gpu_check
-build=${DATTN_BUILD:-$root/build/release}
-only=
-dry_run=no
-standin=no
+only='' dry_run=no standin=no quick=no limit=480
 while [[ $# -gt 0 ]]; do
   case $1 in
+    --out | --only | --limit) [[ $# -ge 2 ]] || { echo "gpu_check.sh: $1 needs a value" >&2; exit 2; } ;;&
     --out) out=$2; shift ;;
     --only) only=,$2,; shift ;;
+    --limit) limit=$2; shift ;;
+    --quick) quick=yes ;;
     --dry-run) dry_run=yes ;;
-    --standin) standin=yes ;;
+    --standin) standin=yes quick=yes ;;
     -h | --help) usage; exit 0 ;;
     *) echo "gpu_check.sh: unknown option '$1'" >&2; usage >&2; exit 2 ;;
   esac
   shift
 done
+[[ $limit =~ ^[1-9][0-9]*$ ]] || { echo "gpu_check.sh: --limit $limit is no number of seconds" >&2; exit 2; }
+# shellcheck source=/dev/null  # of a bundle
+[[ ! -f $root/env.sh ]] || . "$root/env.sh"
+build=${DATTN_BUILD:-$root/build/release}
 bin=$build/bin
 results=$out/results.jsonl
 mkdir -p "$out"
 touch "$results"
 
+if [[ ! -x $bin/dattn ]]; then
+  if [[ $dry_run == yes ]]; then
+    echo "+ launch/setup.sh; cmake --preset release; cmake --build --preset release" >&2
+  else
+    "$root/launch/setup.sh"
+    (cd "$root" && cmake --preset release && cmake --build --preset release)
+  fi
+elif ! said=$("$bin/dattn" --version 2>&1); then
+  echo "gpu_check.sh: $bin/dattn does not start: $said" >&2
+  [[ ! -f $root/GLIBC ]] || echo "built with $(cat "$root/GLIBC"), this machine has $(getconf GNU_LIBC_VERSION 2>&1)" >&2
+  exit 2
+fi
+
 # Open MPI as root, more ranks than cores.
 export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1 DATTN_LOG=${DATTN_LOG:-quiet}
 mpi=(mpirun --oversubscribe --bind-to none --mca mpi_yield_when_idle 1)
 sizes=(512 1024 2048 4096 8192 16384)
-sweep=()
+dims=(64 128)
+strategies=(ring ulysses)  # and, but for --quick, all others that doctor lists
+train=(--set train.steps=100 --set train.eval_every=0)
+gpt2=(--set train.steps=30 --set train.batch=8 --set dtype=bf16 --set train.eval_batches=1 --set train.sample_length=0)
+tokens=256 product=8192 repeat=10
+if [[ $quick == yes ]]; then
+  sizes=(512 2048) dims=(128) product=2048 tokens=32 repeat=3
+fi
+kernels='*Cuda*:*Cudnn*:-CudaNn*' layers='CudaNn*' one_rank='*_1_ranks' invariant='*nvarian*'
 if [[ $standin == yes ]]; then
   export DATTN_CUDA_MODULE=$build/lib/libdattn_cuda_standin.so DATTN_NCCL=$build/lib/libnccl_standin.so
-  sizes=(64)
-  sweep=(--gtest_filter='*ring_*:*ulysses_*')
+  sizes=(64) product=64 tokens=4 repeat=1
+  one_rank='*/ring_1_ranks' invariant='CudaInvariant.IsStillAttention'
+  small=(--set train.batch=2 --set train.seq_len=32 --set train.eval_batches=1 --set train.sample_length=0 --set model.layers=1)
+  train=(--set train.steps=3 --set train.eval_every=0 "${small[@]}")
+  gpt2=("${small[@]}" --set train.steps=1 --set model.dim=64 --set model.heads=2 --set model.hidden=64)
 fi
 
-# One step: step NAME SECONDS COMMAND.. . Its last line of output that is JSON goes into the results.
-step() {
-  local name=$1 limit=$2 status=0 start=$SECONDS log
-  shift 2
-  if [[ -n $only ]]; then
-    [[ $only == *",${name%%:*},"* ]] || return 0
-  elif grep -q "\"step\": \"$name\", \"exit\": 0" "$results"; then
-    return 0
+result_of() { tac "$results" | grep -m 1 "\"step\": \"$1\"" || true; }  # the newest
+record() {  # record NAME EXIT SECONDS RESULT
+  printf '{"step": "%s", "exit": %d, "seconds": %d, "result": %s}\n' "$@" >>"$results"
+}
+
+wanted() {  # wanted NAME: the step is asked for, or has not passed yet
+  if [[ -n $only ]]; then [[ $only == *",${1%%:*},"* || $only == *",$1,"* ]]
+  else [[ $(result_of "$1") != *'"exit": 0'* ]]
   fi
+}
+
+cut=no
+# One step: step NAME SECONDS COMMAND.. . Its last line of output that is JSON is the result.
+step() {
+  local name=$1 most=$2 status=0 start=$SECONDS log left=$((limit - SECONDS)) last
+  shift 2
+  wanted "$name" || return 0
   { printf '+'; printf ' %q' "$@"; echo; } >&2
   [[ $dry_run == no ]] || return 0
-  log=$out/${name//:/_}.log
-  timeout "$limit" "$@" >"$log" 2>&1 || status=$?
-  local last
+  if [[ $cut == yes || $left -lt 2 ]]; then
+    cut=yes
+    return 0
+  fi
+  log=$out/${name//[:,=]/_}.log
+  timeout -k 5 $((most < left ? most : left)) "$@" >"$log" 2>&1 </dev/null || status=$?
+  if [[ $status -eq 124 && $left -lt $most ]]; then
+    cut=yes
+    return 0
+  fi
   last=$(grep -E '^\{.*\}$' "$log" | tail -1 || true)
-  printf '{"step": "%s", "exit": %d, "seconds": %d, "result": %s}\n' "$name" "$status" $((SECONDS - start)) "${last:-null}" \
-    >>"$results"
+  record "$name" "$status" $((SECONDS - start)) "${last:-null}"
   if [[ $status -ne 0 ]]; then
     echo "gpu_check: step $name failed ($status); the end of $log:" >&2
     tail -5 "$log" >&2
   fi
 }
 
-if [[ $dry_run == no && ! -x $bin/dattn ]]; then
-  "$root/launch/setup.sh"
-  (cd "$root" && cmake --preset release && cmake --build --preset release)
-fi
+tests() { step "$1" "$2" env DATTN_TEST_DEVICE=cuda "$bin/$3" --gtest_brief=1 --gtest_filter="$4"; }
+bench() { step "$1" 200 "$bin/dattn" bench attention --json --set device=cuda --dtype bf16 --backward --repeat "$repeat" "${@:2}"; }
 
 step doctor 120 "$bin/dattn" doctor --json --set device=cuda
-step kernels 400 "$bin/dattn_core_tests" --gtest_brief=1 --gtest_filter='*Cuda*:*Cudnn*'
-step conformance_1 400 env DATTN_TEST_DEVICE=cuda "$bin/dattn_conformance_tests" --gtest_brief=1 --gtest_filter='*_1_ranks'
-step conformance_threads 600 env DATTN_TEST_DEVICE=cuda "$bin/dattn_conformance_tests" --gtest_brief=1 \
-  "${sweep[@]:---gtest_filter=*_2_ranks:*_4_ranks:*_8_ranks}"
-for ranks in 2 4; do
-  step "conformance_nccl:$ranks" 600 "${mpi[@]}" -np "$ranks" env DATTN_TEST_DEVICE=cuda DATTN_TEST_TRANSFERS=nccl \
-    "$bin/dattn_conformance_processes"
+found=$(result_of doctor)
+if [[ $quick == no && $found =~ \"strategies\":\[([^]]*)\] ]]; then IFS=, read -ra strategies <<<"${BASH_REMATCH[1]//\"/}"; fi
+devices=1
+[[ ! $found =~ ([0-9]+)' device(s)' ]] || devices=${BASH_REMATCH[1]}
+
+tests kernels 400 dattn_core_tests "$kernels"
+tests layers 400 dattn_core_tests "$layers"
+tests conformance_1 400 dattn_conformance_tests "$one_rank"
+for strategy in "${strategies[@]}"; do
+  filter="*/${strategy}_2_ranks:*/${strategy}_4_ranks"
+  [[ $quick == yes ]] || filter+=":*/${strategy}_8_ranks"
+  [[ $standin == no ]] || filter="*/${strategy}_2_ranks"
+  tests "conformance_threads:$strategy" 400 dattn_conformance_tests "$filter"
 done
-step determinism 400 env DATTN_TEST_DEVICE=cuda "$bin/dattn_conformance_tests" --gtest_brief=1 --gtest_filter='*nvarian*'
+# A process for each rank; those that share a device talk by loopback, some ms a call.
+if [[ $dry_run == no && $found != *'"nccl":{"found":true'* ]]; then
+  ! wanted conformance_nccl || record conformance_nccl 0 0 '{"absent": "no NCCL: see doctor"}'
+else
+  for ranks in 2 4; do
+    [[ $standin == no || $ranks == 2 ]] || continue
+    for strategy in "${strategies[@]}"; do
+      step "conformance_nccl:$ranks,$strategy" 400 "${mpi[@]}" -np "$ranks" env DATTN_TEST_DEVICE=cuda DATTN_TEST_TRANSFERS=nccl \
+        DATTN_TEST_RANKS_PER_DEVICE=$((devices >= ranks ? 1 : 64)) "$bin/dattn_conformance_processes" "$strategy"
+    done
+  done
+fi
+step determinism 400 env DATTN_TEST_DEVICE=cuda "$bin/dattn_core_tests" --gtest_brief=1 --gtest_filter="$invariant"
+[[ $standin == yes ]] || tests determinism:meshes 400 dattn_conformance_tests '*nvarian*'
 for device in cpu cuda; do
   step "training:$device" 400 "$bin/dattn" train "$root/configs/quickstart.yaml" --ranks 1 --json --set mesh.ring=1 --set mesh.ulysses=1 \
-    --set train.steps=100 --set train.eval_every=0 --set "device=$device" --set "train.out=$out/train_$device"
+    "${train[@]}" --set "device=$device" --set "train.out=$out/train_$device"
 done
+step curves 20 awk -v mode=curves -f "$root/launch/gpu_report.awk" "$out/training_cpu.log" "$out/training_cuda.log"
 
+step bench_product 120 "$bin/dattn" bench product --json --set device=cuda --dtype bf16 --size "$product"
 for seq in "${sizes[@]}"; do
-  for dim in 64 128; do
+  for dim in "${dims[@]}"; do
     for mask in full causal; do
       heads=$((2048 / dim)) batch=$((16384 / seq))
       [[ $standin == no ]] || heads=1 batch=1
-      step "bench_attention:$seq,$dim,$mask" 120 "$bin/dattn" bench attention --json --set device=cuda --dtype bf16 --seq "$seq" \
-        --batch "$batch" --heads "$heads" --dim "$dim" --mask "$mask" --backward --repeat 10
+      shape=(--seq "$seq" --batch "$batch" --heads "$heads" --dim "$dim" --mask "$mask")
+      bench "bench_attention:$seq,$dim,$mask" "${shape[@]}"
+      step "bench_attention:$seq,$dim,$mask,cuda" 200 env DATTN_KERNEL=cuda "$bin/dattn" bench attention --json --set device=cuda \
+        --dtype bf16 --backward --repeat "$repeat" "${shape[@]}"
     done
   done
 done
 for mesh in ring=1 ring=4 ulysses=4 ring=8; do
-  step "bench_virtual_ranks:$mesh" 200 "$bin/dattn" bench attention --json --set device=cuda --set ranks_per_device=8 \
-    --ranks "${mesh#*=}" --mesh "$mesh" --dtype bf16 --seq "${sizes[-1]}" --heads 8 --dim 128 --mask causal --backward --repeat 5
+  bench "bench_virtual_ranks:$mesh" --set ranks_per_device=8 --ranks "${mesh#*=}" --mesh "$mesh" --seq "${sizes[-1]}" --heads 8 \
+    --dim 128 --mask causal
 done
-if [[ -x $root/build/venv/bin/python ]] || python3 -c 'import torch' 2>/dev/null; then
-  python=$root/build/venv/bin/python
-  [[ -x $python ]] || python=python3
-  step torch 400 "$python" "$root/tests/bench/gpu_torch.py" "${sizes[@]}"
+step decode 200 "$bin/dattn" generate "$out/train_cuda" --json --set device=cuda --prompt "It is a truth" --max-tokens "$tokens"
+step gpt2 300 "$bin/dattn" train "$root/configs/models/gpt2_124m.yaml" --ranks 1 --json --set device=cuda "${gpt2[@]}" \
+  --set "train.out=$out/gpt2"
+# Not with the bundle's libraries: they may be older than PyTorch's.
+python=(env "LD_LIBRARY_PATH=${DATTN_OUTER_LD_LIBRARY_PATH-${LD_LIBRARY_PATH:-}}" "${DATTN_PYTHON:-$root/build/venv/bin/python}")
+[[ -x ${python[2]} ]] || python[2]=python3
+if [[ $standin == no && $dry_run == no && $cut == no ]] && wanted torch &&
+  "${python[@]}" -c 'import torch; assert torch.cuda.is_available()' 2>/dev/null; then
+  step torch 400 "${python[@]}" "$root/tests/bench/gpu_torch.py" "${sizes[@]}"
 fi
 [[ $dry_run == no ]] || exit 0
 
-{
-  echo "# dattn on a GPU"
-  echo
-  echo "- date: $(date -u +%Y-%m-%d)"
-  echo "- commit: $(git -C "$root" rev-parse --short HEAD 2>/dev/null || cat "$root/COMMIT" 2>/dev/null || echo unknown)"
-  if command -v nvidia-smi >/dev/null; then
-    nvidia-smi --query-gpu=name,driver_version,clocks.max.sm,memory.total --format=csv,noheader | sed 's/^/- GPU: /'
-  fi
-  [[ $standin == no ]] || echo "- over the stand-ins on host memory: no figure says anything about a GPU"
-  echo
-  echo "| step | exit | seconds | result |"
-  echo "|---|---|---|---|"
-  # shellcheck disable=SC2016  # no expansions are meant
-  sed -E 's/^\{"step": "([^"]*)", "exit": ([0-9]+), "seconds": ([0-9]+), "result": (.*)\}$/| \1 | \2 | \3 | `\4` |/' "$results"
-} >"$out/report.md"
+commit=$(cat "$root/COMMIT" 2>/dev/null || git -C "$root" describe --always --dirty --abbrev=12 2>/dev/null || echo unknown)
+gpu=$(nvidia-smi --query-gpu=name,driver_version,clocks.max.sm,memory.total --format=csv,noheader 2>/dev/null | paste -sd ';' || true)
+[[ $standin == no ]] || gpu="none: stand-ins on host memory, no figure says anything about a GPU"
+awk -v mode=report -v date="$(date -u +%Y-%m-%d)" -v commit="$commit" -v gpu="${gpu:-nvidia-smi is not there}" -v cut="$cut" \
+  -v json="$out/results.json" -f "$root/launch/gpu_report.awk" "$results" >"$out/report.md"
 cat "$out/report.md"
-! grep -qE '"exit": [1-9]' "$results"
+if [[ $cut == yes ]]; then
+  echo "gpu_check: $limit s are over; call again to go on" >&2
+  exit 3
+fi
+! grep -q '"exit": [1-9]' "$out/results.json"

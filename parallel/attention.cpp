@@ -52,6 +52,16 @@ struct ShardedAttention::Impl {
     check_tensor("v", v, {shape.batch, kv_block().rows.count(), kv_block().heads.kv.count(), shape.dim_v}, shape.dtype);
   }
 
+  void check_result(const AttentionResultView& result) const {
+    const std::int64_t rows = q_block().rows.count(), heads = q_block().heads.q.count();
+    check_tensor("out", result.out, {shape.batch, rows, heads, shape.dim_v}, shape.dtype);
+    const Shape statistics{shape.batch, heads, rows};
+    const DType type = accumulate_type(shape.dtype);
+    require(result.lse.shape == statistics && result.lse.dtype == type && result.lse.contiguous(),
+            "attention: lse is {} {}; it is contiguous {} {}", name_of(result.lse.dtype), result.lse.shape.text(),
+            name_of(type), statistics.text());
+  }
+
   // The fields of the plan's query value; checks what a call brings beside q, k and v.
   std::vector<TensorView> with_bias(const TensorView& q, const AttentionCall& call) const {
     const std::int64_t heads = q_block().heads.q.count();
@@ -101,11 +111,12 @@ AttentionResult ShardedAttention::forward(const TensorView& q, const TensorView&
 }
 
 AttentionGradients ShardedAttention::backward(const TensorView& q, const TensorView& k, const TensorView& v,
-                                              const AttentionResult& result, const TensorView& dout,
+                                              const AttentionResultView& result, const TensorView& dout,
                                               const AttentionCall& call) {
   impl_->check_inputs(q, k, v);
-  check_tensor("dout", dout, result.out->shape, impl_->shape.dtype);
-  Tensor delta = Tensor::uninitialized(result.lse->dtype, result.lse->shape);
+  impl_->check_result(result);
+  check_tensor("dout", dout, result.out.shape, impl_->shape.dtype);
+  Tensor delta = Tensor::uninitialized(result.lse.dtype, result.lse.shape);
   attention_delta(dout, result.out, delta);
   std::vector<ValueData> outputs =
       impl_->backward_runner.run({impl_->with_bias(q, call), {k, v}, {result.lse, delta, dout}}, call);

@@ -80,6 +80,15 @@ struct AttentionResult {
   Tensor lse;  // [B, H_local, S_local], fp32 (fp64 for fp64 storage)
 };
 
+// The same in memory of somebody else's; lse contiguous.
+struct AttentionResultView {
+  TensorView out;
+  TensorView lse;
+
+  AttentionResultView(const TensorView& with_out, const TensorView& with_lse) : out(with_out), lse(with_lse) {}
+  AttentionResultView(const AttentionResult& result) : out(result.out), lse(result.lse) {}  // NOLINT: used wherever one is read
+};
+
 struct AttentionGradients {
   Tensor dq, dk, dv;  // accumulator type, shapes of q, k, v
   // Learned terms, undefined without them: this rank's part of the sum. dbias [like bias], accumulator type: rows are whole;
@@ -106,7 +115,7 @@ class ShardedAttention {
   // q [B, Sq_local, H_local, D], k [B, Skv_local, K_local, D], v [B, Skv_local, K_local, V]; any strides, last axis
   // contiguous. backward takes the same call as its forward.
   AttentionResult forward(const TensorView& q, const TensorView& k, const TensorView& v, const AttentionCall& call = {});
-  AttentionGradients backward(const TensorView& q, const TensorView& k, const TensorView& v, const AttentionResult& result,
+  AttentionGradients backward(const TensorView& q, const TensorView& k, const TensorView& v, const AttentionResultView& result,
                               const TensorView& dout, const AttentionCall& call = {});
 
  private:

@@ -232,12 +232,20 @@ double row_balance(std::string_view strategy, const Problem& problem, double pai
   double most = 0;
   for (const int place : sample(places, places <= kExactRanks ? places : kSampledRanks)) {
     const int first = place * ulysses, group = place / rows * rows * ulysses;  // first place of its column of the grid
-    const Positions queries =
-        keeps_keys ? Positions::range(0, problem.shape.seq_q) : rows_of_places(problem, false, group, rows * ulysses);
-    const Positions keys = keeps_keys  ? rows_of_places(problem, true, first, ulysses)
-                           : rows == 1 ? Positions::range(0, problem.shape.seq_kv)
-                                       : rows_along(problem, true, first - group, ulysses, rows * ulysses);
-    most = std::max(most, static_cast<double>(area(make_tiles(problem.mask, queries, keys))));
+    const Positions own =
+        rows_of_places(problem, keeps_keys, keeps_keys ? first : group, keeps_keys ? ulysses : rows * ulysses);
+    std::int64_t area_of_place = 0;
+    if (rows > 1) {
+      const Positions keys = rows_along(problem, true, first - group, ulysses, rows * ulysses);
+      area_of_place = area(make_tiles(problem.mask, own, keys));
+    } else {
+      for (const BatchRegions& part : problem.mask) {
+        const std::int64_t pairs_of_row =
+            keeps_keys ? area(part.regions, {0, problem.shape.seq_q}, own) : area(part.regions, own, {0, problem.shape.seq_kv});
+        area_of_place += pairs_of_row * part.batch.count();
+      }
+    }
+    most = std::max(most, static_cast<double>(area_of_place));
   }
   return most == 0 ? 1.0 : std::min(1.0, pairs / places / most);
 }

@@ -10,8 +10,8 @@ TensorView part_of(const FieldSet& set, std::size_t field, const Piece& piece) {
   const bool one = set.fields[field].one_head && piece.heads.count() > 0;
   const std::int64_t head = one ? 0 : piece.heads.begin - set.first_head, heads = one ? 1 : piece.heads.count();
   const TensorView& view = set.views[field];
-  return set.fields[field].statistic ? view.slice(1, head, heads).slice(2, piece.row, piece.rows)
-                                     : view.slice(1, piece.row, piece.rows).slice(2, head, heads);
+  return set.fields[field].statistic ? view.slice(1, head, heads).slice(2, piece.row, piece.rows, piece.step)
+                                     : view.slice(1, piece.row, piece.rows, piece.step).slice(2, head, heads);
 }
 
 // Calls visit(piece, its fields' places in the message) in the message's order.

@@ -24,12 +24,13 @@ std::optional<Interval> woven_range(const std::vector<Run>& runs) {
   return runs.size() > 1 && count == range.count() ? std::optional(range) : std::nullopt;
 }
 
-// The rows of several ranks as one block: runs in ascending order, neighbours joined. Strided runs that fill a range
-// together become that range.
-Positions merge_rows(const std::vector<Positions>& parts) {
+// The rows of several ranks as one block: runs in ascending order, neighbours joined. `weave`: strided runs that fill a
+// range together become that range; else they stay strides, which fit those of a block that stayed where it was.
+Positions merge_rows(const std::vector<Positions>& parts, bool weave) {
   std::vector<Run> runs;
   for (const Positions& part : parts) runs.insert(runs.end(), part.runs().begin(), part.runs().end());
-  if (const auto range = woven_range(runs)) return Positions::range(range->begin, range->end);
+  const auto range = weave ? woven_range(runs) : std::nullopt;
+  if (range) return Positions::range(range->begin, range->end);
   std::sort(runs.begin(), runs.end(), [](const Run& a, const Run& b) { return a.begin < b.begin; });
   std::vector<Run> joined;
   for (const Run& run : runs) {
@@ -186,9 +187,9 @@ Positions Plan::rows(ValueId value, int rank) const {
     }
     return Positions(runs);
   }
-  std::vector<Positions> parts_of_axis;  // gathered, or split by heads
+  std::vector<Positions> parts_of_axis;  // gathered, or split by heads: then q and kv alike
   for (int i = 0; i < parts; ++i) parts_of_axis.push_back(base_on(i));
-  return merge_rows(parts_of_axis);
+  return merge_rows(parts_of_axis, placing.kind == Placing::Kind::kHeadSplit || problem->invariant);
 }
 
 std::string Plan::value_name(ValueId value) const {

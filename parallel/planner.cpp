@@ -24,7 +24,7 @@ constexpr double kClearlyFewer = 0.7;  // of the bytes: what fetched keys, all h
 constexpr std::size_t kLookedAtForBytes = 8, kLookedAtForTime = 32;  // candidates whose layouts are compared
 constexpr std::size_t kSimulated = 4;                                // candidates that are simulated,
 constexpr int kSimulatedRanks = 256;                                 // on meshes of at most so many ranks
-constexpr int kBalancedParts = 512;  // layout balanced is tried on meshes of at most so many parts
+constexpr int kBalancedParts = 512;  // layouts striped and balanced are tried on meshes of at most so many parts
 
 // A candidate on the way: costs in closed form first; layout, memory and a simulation when it comes to that.
 struct Draft {
@@ -100,11 +100,8 @@ class Planner {
 
   std::vector<Layout> layouts(int parts) const {
     if (request_.fixed_layout) return {request_.options.layout};
-    std::vector<Layout> all{Layout::kZigzag, Layout::kContiguous};
-    const AttentionShape& shape = request_.shape;  // of longer ones most strategies would work off strides one by one
-    if (std::max(shape.seq_q, shape.seq_kv) <= kMostSingleRows) all.push_back(Layout::kStriped);
-    if (parts <= kBalancedParts) all.push_back(Layout::kBalanced);
-    return all;
+    if (parts > kBalancedParts) return {Layout::kZigzag, Layout::kContiguous};
+    return {Layout::kZigzag, Layout::kContiguous, Layout::kStriped, Layout::kBalanced};
   }
 
   std::vector<MeshShape> meshes() const {
@@ -166,11 +163,26 @@ class Planner {
         if (!support.ok && !request_.ranks) rejected_.push_back({fmt::format("strategy {}", strategy.name), support.why});
         if (!support.ok) continue;
       }
-      if (strategy.name == "fetch" || strategy.name == "halo") {
-        add_fetches(mesh, strategy);
-      } else {
-        drafts_.push_back(draft_of(mesh, strategy, layouts(mesh.sequence_parts())[0]));
-      }
+      attempt(fmt::format("{} on {}", strategy.name, mesh.text()), [&] {
+        if (strategy.name == "fetch" || strategy.name == "halo") {
+          add_fetches(mesh, strategy);
+        } else {
+          drafts_.push_back(draft_of(mesh, strategy, layouts(mesh.sequence_parts())[0]));
+        }
+      });
+    }
+  }
+
+  // Does what may find out that a candidate cannot be planned; then that is a reason to reject it.
+  template <class Body>
+  bool attempt(const std::string& what, const Body& body) {
+    try {
+      body();
+      return true;
+    } catch (const Error& error) {
+      if (error.code() != ErrorCode::kBadInput) throw;
+      rejected_.push_back({what, error.what()});
+      return false;
     }
   }
 
@@ -294,12 +306,18 @@ class Planner {
   }
 
   void simulate_best() {
-    const std::size_t count = std::min(kSimulated, drafts_.size());
-    for (std::size_t i = 0; i < count; ++i) {
-      Candidate& candidate = drafts_[i].candidate;
-      const Plan forward = plan_of(candidate);
-      candidate.time_s = simulate(forward, *request_.machine).time_s + simulate(backward(forward), *request_.machine).time_s;
-      candidate.simulated = true;
+    std::size_t count = 0;
+    while (count < std::min(kSimulated, drafts_.size())) {
+      Candidate& candidate = drafts_[count].candidate;
+      const bool planned = attempt(candidate.text(), [&] {
+        const Plan forward = plan_of(candidate);
+        candidate.time_s = simulate(forward, *request_.machine).time_s + simulate(backward(forward), *request_.machine).time_s;
+        candidate.simulated = true;
+      });
+      if (planned)
+        ++count;
+      else
+        drafts_.erase(drafts_.begin() + static_cast<std::ptrdiff_t>(count));
     }
     std::stable_sort(drafts_.begin(), drafts_.begin() + static_cast<std::ptrdiff_t>(count),
                      [this](const Draft& a, const Draft& b) { return key(a) < key(b); });
@@ -326,7 +344,7 @@ class Planner {
         place(candidate.mesh, candidate.layout);
         if (!find_strategy("halo").accepts(*problem_).ok) continue;
       }
-      set_memory(candidate);
+      if (!attempt(candidate.text(), [&] { set_memory(candidate); })) continue;
       if (request_.memory_bytes > 0 && candidate.peak_memory > request_.memory_bytes) {
         rejected_.push_back({candidate.text(), fmt::format("needs {} bytes of memory, a rank has {}", candidate.peak_memory,
                                                            request_.memory_bytes)});

@@ -2,27 +2,39 @@
 
 #include <algorithm>
 #include <numeric>
+#include <utility>
 
 #include "core/base/error.h"
 
 namespace dattn {
 namespace {
 
-// Rows shared by two runs; for unequal steps the result is taken row by row.
+// x with a * x = 1 modulo n, for coprime a and n.
+std::int64_t inverse(std::int64_t a, std::int64_t n) {
+  std::int64_t old_r = a % n, r = n, old_x = 1, x = 0;
+  while (r != 0) {
+    const std::int64_t quotient = old_r / r;
+    old_r = std::exchange(r, old_r - quotient * r);
+    old_x = std::exchange(x, old_x - quotient * x);
+  }
+  return (old_x % n + n) % n;
+}
+
+// Rows shared by two runs: positions a.begin + i * a.step = b.begin + j * b.step, which lie apart by the least common
+// multiple of the steps (the Chinese remainder theorem).
 void append_shared(const Run& a, std::int64_t a_row, const Run& b, std::int64_t b_row, std::vector<SharedRows>& shared) {
-  if (a.last() < b.begin || b.last() < a.begin) return;
-  const std::int64_t step_a = a.count == 1 ? b.step : a.step, step_b = b.count == 1 ? step_a : b.step;
-  if (step_a == step_b) {
-    if ((a.begin - b.begin) % step_a != 0) return;
-    const std::int64_t begin = std::max(a.begin, b.begin), last = std::min(a.last(), b.last());
-    shared.push_back({a_row + (begin - a.begin) / step_a, b_row + (begin - b.begin) / step_a, (last - begin) / step_a + 1});
-    return;
-  }
-  for (std::int64_t row = 0; row < a.count; ++row) {
-    const std::int64_t offset = a.at(row) - b.begin;
-    if (offset >= 0 && offset % b.step == 0 && offset / b.step < b.count)
-      shared.push_back({a_row + row, b_row + offset / b.step, 1});
-  }
+  const std::int64_t begin = std::max(a.begin, b.begin), last = std::min(a.last(), b.last());
+  if (begin > last) return;
+  const std::int64_t common = std::gcd(a.step, b.step), apart = b.begin - a.begin;
+  if (apart % common != 0) return;
+  const std::int64_t every_a = b.step / common, every_b = a.step / common, step = a.step * every_a;
+  std::int64_t i = 0;  // a row of `a` whose position is one of b's, were b endless
+  if (every_a > 1) i = (apart / common % every_a + every_a) % every_a * inverse(every_b, every_a) % every_a;
+  i += std::max<std::int64_t>(0, (begin - a.at(i) + step - 1) / step) * every_a;
+  if (a.at(i) > last) return;
+  const std::int64_t count = (last - a.at(i)) / step + 1;
+  shared.push_back(
+      {a_row + i, b_row + (a.at(i) - b.begin) / b.step, count, count == 1 ? 1 : every_a, count == 1 ? 1 : every_b});
 }
 
 Interval shared_heads(const Interval& a, const Interval& b) {
@@ -102,7 +114,7 @@ class RankPlanner {
   // A rotation moves blocks whole: one piece, in the order in which a value lies in memory.
   static void append_whole(const Block& held, What what, int peer, std::vector<Piece>& pieces) {
     const Interval heads = held.heads_for(what);
-    if (held.rows.count() > 0 && heads.count() > 0) pieces.push_back({peer, 0, held.rows.count(), heads});
+    if (held.rows.count() > 0 && heads.count() > 0) pieces.push_back({peer, 0, held.rows.count(), heads, 1});
   }
 
   // The pieces that go from block `from` to block `to`, as the sender or the receiver lists them.
@@ -110,7 +122,7 @@ class RankPlanner {
     const Interval heads = shared_heads(from.heads_for(what), to.heads_for(what));
     if (heads.count() == 0) return;
     for (const SharedRows& rows : shared_rows(from.rows, to.rows)) {
-      pieces.push_back({peer, sender ? rows.row_a : rows.row_b, rows.count, heads});
+      pieces.push_back({peer, sender ? rows.row_a : rows.row_b, rows.count, heads, sender ? rows.step_a : rows.step_b});
     }
   }
 
@@ -127,15 +139,14 @@ class RankPlanner {
     const AttentionShape& shape = problem_.shape;
     mine.heads = {q.heads.q.begin, kv.heads.kv.begin, shape.heads / shape.kv_heads};
     if (q.heads.q.count() == 0) return;
-    mine.tiles = make_tiles(problem_.mask, q.rows, kv.rows);
-    const double pairs = static_cast<double>(area(mine.tiles)) * static_cast<double>(q.heads.q.count());
+    mine.attended = AttendTiles(plan_.problem, q.rows, kv.rows);
+    const auto heads = static_cast<double>(q.heads.q.count());
     const auto d = static_cast<double>(shape.dim_qk), v = static_cast<double>(shape.dim_v);
     if (step.verb == Verb::kAttend) {
-      mine.flops = pairs * 2 * (d + v);
+      mine.flops_of_pair = heads * 2 * (d + v);
     } else {  // scores and dP, then what is wanted
-      mine.flops = pairs * 2 * (d + v + (step.out[0] != kNoValue ? d : 0) + (step.out[1] != kNoValue ? d + v : 0));
+      mine.flops_of_pair = heads * 2 * (d + v + (step.out[0] != kNoValue ? d : 0) + (step.out[1] != kNoValue ? d + v : 0));
     }
-    result_.cost.flops += mine.flops;
   }
 
   void count_values_memory() {
@@ -168,6 +179,26 @@ class RankPlanner {
 
 }  // namespace
 
+AttendTiles::AttendTiles(std::shared_ptr<const Problem> problem, Positions queries, Positions keys)
+    : made_(std::make_shared<Made>()) {
+  made_->problem = std::move(problem);
+  made_->queries = std::move(queries);
+  made_->keys = std::move(keys);
+}
+
+const std::vector<BatchTiles>& AttendTiles::get() const {
+  static const std::vector<BatchTiles> none;
+  if (made_ == nullptr) return none;
+  std::call_once(made_->once, [this] { made_->tiles = make_tiles(made_->problem->mask, made_->queries, made_->keys); });
+  return made_->tiles;
+}
+
+double RankPlan::flops() const {
+  double sum = 0;
+  for (const RankStep& step : steps) sum += step.flops();
+  return sum;
+}
+
 RankPlan make_rank_plan(const Plan& plan, int rank) { return RankPlanner(plan, rank).make(); }
 
 RankStep make_rank_step(const Plan& plan, std::size_t step, int rank) {
@@ -198,9 +229,18 @@ std::int64_t piece_bytes(std::span<const Field> fields, std::int64_t batch, cons
 
 std::vector<SharedRows> shared_rows(const Positions& a, const Positions& b) {
   std::vector<SharedRows> shared;
+  const std::vector<Run>& others = b.runs();
+  std::vector<std::size_t> order(others.size());  // by begin, with the last position of all runs so far
+  std::vector<std::int64_t> reach(others.size());
+  std::iota(order.begin(), order.end(), std::size_t{0});
+  std::sort(order.begin(), order.end(), [&](std::size_t x, std::size_t y) { return others[x].begin < others[y].begin; });
+  for (std::size_t i = 0; i < order.size(); ++i)
+    reach[i] = std::max(i == 0 ? INT64_MIN : reach[i - 1], others[order[i]].last());
   for (std::size_t i = 0; i < a.runs().size(); ++i) {
-    for (std::size_t j = 0; j < b.runs().size(); ++j)
-      append_shared(a.runs()[i], a.row_of_run(i), b.runs()[j], b.row_of_run(j), shared);
+    const Run& run = a.runs()[i];
+    const auto first = static_cast<std::size_t>(std::lower_bound(reach.begin(), reach.end(), run.begin) - reach.begin());
+    for (std::size_t j = first; j < order.size() && others[order[j]].begin <= run.last(); ++j)
+      append_shared(run, a.row_of_run(i), others[order[j]], b.row_of_run(order[j]), shared);
   }
   std::sort(shared.begin(), shared.end(), [](const SharedRows& x, const SharedRows& y) { return x.row_a < y.row_a; });
   return shared;
@@ -229,7 +269,7 @@ bool consumes(const Step& step, std::size_t index) {
 
 std::int64_t bytes_of(const Plan& plan, ValueId value, const Block& block) {
   const What what = plan.values[static_cast<std::size_t>(value)].what;
-  const Piece whole{0, 0, block.rows.count(), block.heads_for(what)};
+  const Piece whole{0, 0, block.rows.count(), block.heads_for(what), 1};
   return piece_bytes(fields_of(what, plan.problem->shape), plan.problem->shape.batch, whole);
 }
 

@@ -230,7 +230,8 @@ void Runner::compute(std::size_t index) {
 }
 
 void Runner::attend(const Step& step, const RankStep& mine) {
-  const bool whole = mine.tiles.size() == 1 && mine.tiles[0].batch.count() == plan_.problem->shape.batch;
+  const std::vector<BatchTiles>& tiles = mine.tiles();
+  const bool whole = tiles.size() == 1 && tiles[0].batch.count() == plan_.problem->shape.batch;
   bool merge = step.in.size() > 2;
   ValueData state = merge ? take(step.in[2]) : allocate(step.out[0], false);
   if (!merge && !whole) {
@@ -238,7 +239,7 @@ void Runner::attend(const Step& step, const RankStep& mine) {
     merge = true;
   }
   const ValueData &q = data(step.in[0]), &kv = data(step.in[1]);
-  for (const BatchTiles& part : mine.tiles) {
+  for (const BatchTiles& part : tiles) {
     const Stretch stretch{part};
     kernel_.attend({.q = stretch.cut(q, 0),
                     .k = stretch.cut(kv, 0),
@@ -262,7 +263,7 @@ void Runner::attend_grad(const Step& step, const RankStep& mine) {
   };
   ValueData dq = accumulator(3, 0), dkv = accumulator(4, 1);
   const ValueData &q = data(step.in[0]), &kv = data(step.in[1]), &dout = data(step.in[2]);
-  for (const BatchTiles& part : mine.tiles) {
+  for (const BatchTiles& part : mine.tiles()) {
     const Stretch stretch{part};
     kernel_.attend_grad({.q = stretch.cut(q, 0),
                          .k = stretch.cut(kv, 0),

@@ -109,7 +109,7 @@ class Memory {
     if (shape.dtype != accumulate_type(shape.dtype)) {
       const Block& block = mine_.blocks[index(step.out[0])];
       const std::vector<Field> fields = fields_of(What::kResult, shape);
-      pass_through(piece_bytes({&fields[1], 1}, batch(), {0, 0, block.rows.count(), block.heads.q}));
+      pass_through(piece_bytes({&fields[1], 1}, batch(), {0, 0, block.rows.count(), block.heads.q, 1}));
     }
     now_ += result - std::exchange(values_[index(step.in[0])], 0);
     values_[index(step.out[0])] = result;

@@ -51,7 +51,7 @@ class Costs {
 
   void add_rank(int rank, RankTimes& times) {
     const RankPlan mine = make_rank_plan(plan_, rank);
-    times.flops = mine.cost.flops;
+    times.flops = mine.flops();
     times.peak_memory = mine.cost.peak_memory;
     for (const ValueId value : plan_.inputs) times.peak_memory += bytes_of(plan_, value, mine.blocks[index(value)]);
     for (std::size_t i = 0; i < steps_.size(); ++i) {
@@ -79,17 +79,17 @@ class Costs {
 
   double computing(const Step& step, const RankPlan& mine, const RankStep& part) const {
     const bool attends = step.verb == Verb::kAttend || step.verb == Verb::kAttendGrad;
-    if (attends && part.tiles.empty()) return 0;
+    if (attends && part.tiles().empty()) return 0;
     const DType storage = plan_.problem->shape.dtype;
     if (step.verb == Verb::kFinish && storage == accumulate_type(storage)) return 0;  // the state becomes the result
     const double moving = memory_bytes(step, mine, part, attends) / machine_.memory_bandwidth;
     if (!attends) return moving + machine_.kernel_latency_s;
-    const double pairs = static_cast<double>(area(part.tiles));
+    const double pairs = static_cast<double>(area(part.tiles()));
     double worked_pairs = 0;
-    for (const BatchTiles& stretch : part.tiles)
+    for (const BatchTiles& stretch : part.tiles())
       worked_pairs += static_cast<double>(machine_.worked_pairs(stretch.tiles) * stretch.batch.count());
     const double worked = pairs == 0 ? 0 : worked_pairs / pairs;
-    const double working = part.flops * worked / machine_.attend_rate(step.verb, storage);
+    const double working = part.flops() * worked / machine_.attend_rate(step.verb, storage);
     return std::max(working, moving) + machine_.kernel_latency_s;
   }
 
@@ -101,7 +101,7 @@ class Costs {
         if (value == kNoValue) continue;
         const Block& block = mine.blocks[index(value)];
         const auto side = is_key_side(plan_.values[index(value)].what) ? &Region::k : &Region::q;
-        const double share = attends ? share_touched(part.tiles, plan_.problem->shape.batch, block.rows.count(), side) : 1.0;
+        const double share = attends ? share_touched(part.tiles(), plan_.problem->shape.batch, block.rows.count(), side) : 1.0;
         bytes += share * static_cast<double>(bytes_of(plan_, value, block));
       }
     }

@@ -57,25 +57,35 @@ void check_terms(const AttentionShape& shape, const AttentionOptions& options) {
           kDropoutPositions, std::max(shape.seq_q, shape.seq_kv), shape.batch, shape.heads);
 }
 
-// Rows of the layout's step beside rows of another, as after a gather, are worked off one by one: found on rank 0, which has
-// as many as any.
+// The step of a block's runs, all of which have one; 0 where every run is a single row, which fits any.
+std::int64_t step_of(const Positions& rows) {
+  const auto run = std::find_if(rows.runs().begin(), rows.runs().end(), [](const Run& one) { return one.count > 1; });
+  return run == rows.runs().end() ? 0 : run->step;
+}
+
+// Rows that are worked off one by one: those of the layout's step beside rows of another, as where all keys are gathered in
+// global order; and those whose windows are narrower than the step, where keys are fetched. Rank 0 has as many as any.
 void check_single_rows(const Plan& plan) {
-  if (plan.problem->layout != Layout::kStriped) return;
-  const auto check = [&](const Step& step, ValueId a, ValueId b) {
-    const Positions rows_a = plan.rows(a, 0), rows_b = plan.rows(b, 0);
-    if (rows_a.count() == 0 || rows_b.count() == 0) return;
-    const Run &one = rows_a.runs()[0], &other = rows_b.runs()[0];
-    if (one.count == 1 || other.count == 1 || one.step == other.step) return;
-    const std::int64_t single = is_move(step.verb) ? std::min(rows_a.count(), rows_b.count()) : rows_a.count();
-    require(
-        single <= kMostSingleRows,
-        "strategy {}: layout striped leaves {} positions of step {} beside positions of step {} ({}), to be worked off one by "
-        "one, and at most {} may be; use layout contiguous or zigzag, or strategy ring",
-        plan.strategy, single, one.step, other.step, name_of(step.verb), kMostSingleRows);
+  const Problem& problem = *plan.problem;
+  if (problem.layout != Layout::kStriped || problem.mesh.sequence_parts() == 1) return;
+  const auto refuse = [&](std::int64_t rows, std::string_view beside) {
+    require(rows <= kMostSingleRows,
+            "strategy {}: layout striped leaves {} positions of step {} beside {}, to be worked off one by one, and at most {} "
+            "may be; use layout contiguous or zigzag, or strategy ring{}",
+            plan.strategy, rows, problem.mesh.sequence_parts(), beside, kMostSingleRows,
+            problem.invariant ? " without determinism invariant" : "");
   };
   for (const Step& step : plan.steps) {
-    if (step.verb == Verb::kAttend) check(step, step.in[0], step.in[1]);
-    if (is_move(step.verb) && step.verb != Verb::kRotate) check(step, step.in[0], step.out[0]);
+    if (step.verb == Verb::kAttend) {
+      const Positions q = plan.rows(step.in[0], 0), kv = plan.rows(step.in[1], 0);
+      const std::int64_t of_q = step_of(q), of_kv = step_of(kv);
+      if (of_q != 0 && of_kv != 0 && of_q != of_kv) refuse(std::max(q.count(), kv.count()), "positions in global order");
+    }
+    if (step.verb == Verb::kFetch) {
+      const Positions queries = plan.rows(plan.placing(step.out[0]).wanted, 0);
+      if (queries.count() > 0 && has_narrow_windows(problem.mask, queries.runs()[0].step))
+        refuse(queries.count(), "windows narrower than it");
+    }
   }
 }
 

@@ -42,12 +42,17 @@ std::int64_t Positions::at(std::int64_t row) const {
   return runs_[run].at(row - rows_[run]);
 }
 
-Positions Positions::rows(std::int64_t begin, std::int64_t count) const {
+Positions Positions::rows(std::int64_t begin, std::int64_t count, std::int64_t step) const {
   std::vector<Run> part;
-  for (std::size_t i = 0; i < runs_.size(); ++i) {
-    const std::int64_t first = std::max(begin, rows_[i]);
-    const std::int64_t end = std::min(begin + count, rows_[i] + runs_[i].count);
-    if (first < end) part.push_back({runs_[i].at(first - rows_[i]), end - first, runs_[i].step});
+  const auto after = std::upper_bound(rows_.begin(), rows_.end(), begin);
+  for (auto i = static_cast<std::size_t>(std::max<std::ptrdiff_t>(after - rows_.begin() - 1, 0)); i < runs_.size(); ++i) {
+    if (count <= 0) break;
+    const std::int64_t end = rows_[i] + runs_[i].count;
+    if (begin >= end) continue;
+    const std::int64_t inside = std::min(count, (end - begin + step - 1) / step);
+    part.push_back({runs_[i].at(begin - rows_[i]), inside, runs_[i].step * step});
+    begin += inside * step;
+    count -= inside;
   }
   return Positions(part);
 }

@@ -42,8 +42,8 @@ class Positions {
   const std::vector<Run>& runs() const { return runs_; }
   std::int64_t row_of_run(std::size_t run) const { return rows_[run]; }
   std::int64_t at(std::int64_t row) const;
-  Positions rows(std::int64_t begin, std::int64_t count) const;  // the positions of a range of rows
-  Positions inside(std::span<const Interval> ranges) const;      // those in ascending disjoint ranges, in row order
+  Positions rows(std::int64_t begin, std::int64_t count, std::int64_t step = 1) const;  // of every step-th row from begin on
+  Positions inside(std::span<const Interval> ranges) const;  // those in ascending disjoint ranges, in row order
   std::vector<std::int64_t> list() const;
   std::string text() const;  // "[0,8) [24,32)" or "3:1024:8" for strided runs
   bool operator==(const Positions& other) const { return runs_ == other.runs_; }

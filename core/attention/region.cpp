@@ -174,9 +174,10 @@ std::vector<Tile> make_tiles(const RegionList& mask, const Positions& queries, c
     }
   };
   for (std::size_t i = 0; i < queries.runs().size(); ++i) visit(queries.runs()[i], queries.row_of_run(i));
-  std::sort(tiles.begin(), tiles.end(), [](const Tile& a, const Tile& b) {
+  const auto before = [](const Tile& a, const Tile& b) {
     return std::tuple(a.rows.q.begin, a.rows.k.begin, a.region) < std::tuple(b.rows.q.begin, b.rows.k.begin, b.region);
-  });
+  };
+  if (!std::is_sorted(tiles.begin(), tiles.end(), before)) std::sort(tiles.begin(), tiles.end(), before);
   return tiles;
 }
 
@@ -194,6 +195,55 @@ std::int64_t area(std::span<const Region> mask) {
 
 namespace {
 
+// Sum over the rows of a run of clamp(row + hi + 1 - k.begin, 0, K): what they see below an upper bound.
+std::int64_t strided_below(const Run& rows, Interval k, std::int64_t hi) {
+  const auto row_of = [&rows](std::int64_t position) {  // the first one at or past it
+    return std::clamp<std::int64_t>(ceil_div(position - rows.begin, rows.step), 0, rows.count);
+  };
+  const std::int64_t first = row_of(k.begin - hi), saturated = std::max(first, row_of(k.end - 1 - hi)), n = saturated - first;
+  return n * (rows.at(first) + hi + 1 - k.begin) + rows.step * (n * (n - 1) / 2) + (rows.count - saturated) * k.count();
+}
+
+// Pairs of a run of positions on one side and a range on the other, with lo <= other - own <= hi.
+std::int64_t strided_area(const Run& run, Interval own, Interval other, std::int64_t lo, std::int64_t hi) {
+  const Interval inside = rows_inside(run, run.step, own);
+  if (inside.count() <= 0 || other.count() <= 0 || lo > hi) return 0;
+  const Run rows{run.at(inside.begin), inside.count(), run.step};
+  hi = std::min(hi, other.end - 1 - rows.begin);
+  lo = std::max(lo, other.begin - rows.last());
+  return lo > hi ? 0 : strided_below(rows, other, hi) - strided_below(rows, other, lo - 1);
+}
+
+Interval overlap(Interval a, Interval b) { return {std::max(a.begin, b.begin), std::min(a.end, b.end)}; }
+
+}  // namespace
+
+std::int64_t area(const RegionList& mask, const Positions& queries, Interval keys) {
+  std::int64_t sum = 0;
+  for (const Run& run : queries.runs()) {
+    const Interval met = mask.meeting({run.begin, run.last() + 1});
+    for (std::int64_t r = met.begin; r < met.end; ++r) {
+      const Region& region = mask[static_cast<std::size_t>(r)];
+      sum += strided_area(run, region.q, overlap(region.k, keys), region.lo, region.hi);
+    }
+  }
+  return sum;
+}
+
+std::int64_t area(const RegionList& mask, Interval queries, const Positions& keys) {
+  std::int64_t sum = 0;
+  for (const Run& run : keys.runs()) {
+    for (const Region& region : mask) sum += strided_area(run, region.k, overlap(region.q, queries), -region.hi, -region.lo);
+  }
+  return sum;
+}
+
+namespace {
+
+bool leaves_gaps(const Region& region, std::int64_t step) {
+  return bounded(region.lo) && bounded(region.hi) && region.hi - region.lo + 1 < step;
+}
+
 // The keys that rows first, first + step, .., last see of a region that cuts none of these rows off.
 void append_seen(const Region& region, std::int64_t first, std::int64_t last, std::int64_t step, std::vector<Interval>& seen) {
   const auto append = [&](std::int64_t from, std::int64_t to) {
@@ -201,8 +251,7 @@ void append_seen(const Region& region, std::int64_t first, std::int64_t last, st
     const std::int64_t end = bounded(region.hi) ? std::min(region.k.end, to + region.hi + 1) : region.k.end;
     if (begin < end) seen.push_back({begin, end});
   };
-  const bool gaps = bounded(region.lo) && bounded(region.hi) && region.hi - region.lo + 1 < step;
-  if (!gaps) return append(first, last);
+  if (!leaves_gaps(region, step)) return append(first, last);
   require_few_single_rows((last - first) / step + 1, step, region.hi - region.lo + 1);
   for (std::int64_t row = first; row <= last; row += step) append(row, row);
 }
@@ -234,6 +283,12 @@ std::vector<Interval> seen_keys(const CompiledMask& mask, const Positions& queri
   std::vector<Interval> seen;
   for (const BatchRegions& part : mask) append_seen(part.regions, queries, seen);
   return join(std::move(seen));
+}
+
+bool has_narrow_windows(const CompiledMask& mask, std::int64_t step) {
+  return std::any_of(mask.begin(), mask.end(), [step](const BatchRegions& part) {
+    return std::any_of(part.regions.begin(), part.regions.end(), [step](const Region& r) { return leaves_gaps(r, step); });
+  });
 }
 
 }  // namespace dattn

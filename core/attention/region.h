@@ -87,16 +87,21 @@ struct Tile {
 };
 
 // Positions that are worked off one by one: unequal steps, windows narrower than a step. More are refused.
-inline constexpr std::int64_t kMostSingleRows = std::int64_t{1} << 20;
+inline constexpr std::int64_t kMostSingleRows = std::int64_t{1} << 16;
 
 // The visible pairs of a block of queries and a block of keys, as disjoint non-empty tiles, ordered by query row, then
 // key row, then region. Runs of one row fit any step; runs of unequal steps are taken row by row.
 std::vector<Tile> make_tiles(const RegionList& mask, const Positions& queries, const Positions& keys);
 std::int64_t area(std::span<const Tile> tiles);
 std::int64_t area(std::span<const Region> mask);
+// Visible pairs of some queries and a range of keys, or of some keys and a range of queries; of runs of any step.
+std::int64_t area(const RegionList& mask, const Positions& queries, Interval keys);
+std::int64_t area(const RegionList& mask, Interval queries, const Positions& keys);
 
 // The smallest ascending disjoint ranges of positions that hold every key which one of the queries sees.
 std::vector<Interval> seen_keys(const RegionList& mask, const Positions& queries);
 std::vector<Interval> seen_keys(const CompiledMask& mask, const Positions& queries);  // by any batch row
+// Whether some region has a window between whose keys queries of that step leave gaps.
+bool has_narrow_windows(const CompiledMask& mask, std::int64_t step);
 
 }  // namespace dattn

@@ -29,6 +29,16 @@ class Error : public std::runtime_error {
   ErrorCode code_;
 };
 
+// A device's memory is used up. Whoever knows what it was for says so in a message of its own, around this one.
+class OutOfMemory final : public Error {
+ public:
+  explicit OutOfMemory(const std::string& message) : Error(ErrorCode::kSystem, message), message_(message) {}
+  const std::string& message() const { return message_; }  // without the context
+
+ private:
+  std::string message_;
+};
+
 // Appended to every message raised on this thread, for example "rank 3/8". Empty by default.
 void set_error_context(std::string context);
 const std::string& error_context();

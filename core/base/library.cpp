@@ -19,6 +19,14 @@ fs::path program_folder() {
   return fs::read_symlink("/proc/self/exe", error).parent_path();
 }
 
+// The folder of the file that holds this code: the program, or libdattn.so inside some other program.
+fs::path own_folder() {
+  Dl_info info{};
+  std::error_code error;
+  if (dladdr(reinterpret_cast<const void*>(&own_folder), &info) == 0 || info.dli_fname == nullptr) return {};
+  return fs::canonical(info.dli_fname, error).parent_path();
+}
+
 // Folders `parent`/NAME whose name starts with `prefix`, the highest name first.
 std::vector<fs::path> folders_in(const fs::path& parent, std::string_view prefix) {
   std::vector<fs::path> found;
@@ -52,6 +60,9 @@ std::vector<fs::path> python_roots() {
   if (const fs::path program = program_folder(); !program.empty()) {
     roots.push_back(program / "../../venv");  // BUILD/venv beside BUILD/release/bin
   }
+  if (const fs::path own = own_folder(); !own.empty()) {
+    roots.push_back(own / "../../../..");  // lib/python3.x/site-packages/dattn/libdattn.so
+  }
   if (fs::path root = python_of_path(); !root.empty()) roots.push_back(std::move(root));
   if (const char* home = std::getenv("HOME")) roots.push_back(fs::path(home) / ".local");
   roots.insert(roots.end(), {"/usr/local", "/usr"});
@@ -77,11 +88,12 @@ std::string path_of(void* handle, const std::string& asked) {
 std::vector<std::string> library_candidates(const char* variable, const char* name) {
   if (const char* named = std::getenv(variable)) return {named};
   std::vector<std::string> paths;
-  if (const fs::path program = program_folder(); !program.empty()) {
+  for (const fs::path& folder : {own_folder(), program_folder()}) {
     for (const char* place : {"../lib", "lib", "."}) {
       std::error_code error;
-      const auto path = program / place / name;
-      if (fs::exists(path, error)) paths.push_back(path.lexically_normal().string());
+      const std::string path = (folder / place / name).lexically_normal().string();
+      if (folder.empty() || !fs::exists(path, error)) continue;
+      if (std::find(paths.begin(), paths.end(), path) == paths.end()) paths.push_back(path);
     }
   }
   paths.emplace_back(name);

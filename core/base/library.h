@@ -7,7 +7,7 @@
 namespace dattn {
 
 // Where a library of ours may be, in the order it is looked for: what the environment variable says and nothing else, or
-// beside the program (../lib, lib, .), then the loader's own paths.
+// beside the file that holds this code and beside the program (../lib, lib, .), then the loader's own paths.
 std::vector<std::string> library_candidates(const char* variable, const char* name);
 
 // A function of the library at `path`, which stays loaded; or why there is none. flags: those of dlopen.

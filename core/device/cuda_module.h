@@ -57,6 +57,7 @@ struct CudaModule {
   void (*fill_zero)(const TensorView& view, NativeStream stream);
   void (*copy)(const TensorView& from, const TensorView& to, NativeStream stream);
   void (*add)(const TensorView& from, const TensorView& to, NativeStream stream);
+  void (*take_maximum)(const TensorView& from, const TensorView& to, NativeStream stream);
 
   // States (core/attention/state.h).
   void (*clear_state)(const TensorView& out, const TensorView& lse, NativeStream stream);
@@ -74,7 +75,7 @@ struct CudaModule {
   std::string (*matmul_library)();  // path and version of cuBLASLt, or why the plain kernel serves
 };
 
-inline constexpr int kCudaModuleVersion = 1;
+inline constexpr int kCudaModuleVersion = 2;
 
 // What the module asks of the program: so that its errors carry the rank, and its kernels the thread's stream.
 struct CudaHost {

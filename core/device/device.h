@@ -41,7 +41,8 @@ struct CudaDevice {
   int minor = 0;
   int multiprocessors = 0;
   std::int64_t memory_bytes = 0;
-  std::string pci;  // bus number, as lspci and nvidia-smi write it
+  std::string pci;       // bus number, as lspci and nvidia-smi write it
+  std::string unusable;  // why this build cannot compute there, or nothing
 };
 
 }  // namespace dattn

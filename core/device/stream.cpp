@@ -72,11 +72,11 @@ Stream::Stream(Stream&& other) noexcept
     : device_(other.device_), native_(std::exchange(other.native_, nullptr)), owned_(other.owned_) {}
 
 void Stream::wait(const Event& event) const {
-  if (native_ != nullptr && event.native() != nullptr) cuda_module().wait_event(native_, event.native());
+  if (device_.is_cuda() && event.native() != nullptr) cuda_module().wait_event(native_, event.native());
 }
 
 void Stream::synchronize() const {
-  if (native_ == nullptr) return;
+  if (!device_.is_cuda()) return;
   cuda_module().synchronize(native_);
   check_device(device_);
 }

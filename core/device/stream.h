@@ -15,6 +15,8 @@ class Stream {
   ~Stream();
   Stream(Stream&& other) noexcept;
   Stream& operator=(Stream&&) = delete;
+  // A stream of the host program, which keeps it; nullptr: the device's default stream.
+  static Stream borrowed(Device device, void* native) { return Stream(device, native); }
 
   Device device() const { return device_; }
   void* native() const { return native_; }  // cudaStream_t; nullptr on the cpu

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cmath>
 #include <cstdlib>
 #include <cstring>
 
@@ -190,12 +191,15 @@ bool TensorView::contiguous() const {
   return true;
 }
 
-TensorView TensorView::slice(int axis, std::int64_t begin, std::int64_t count) const {
-  ensure(axis >= 0 && axis < axes() && begin >= 0 && count >= 0 && begin + count <= size(axis),
-         "slice [{}, {}) of axis {} of a tensor {}", begin, begin + count, axis, shape);
+TensorView TensorView::slice(int axis, std::int64_t begin, std::int64_t count, std::int64_t step) const {
+  ensure(axis >= 0 && axis < axes() && begin >= 0 && count >= 0 && step >= 1, "slice of {} from {} by {} on axis {}", count,
+         begin, step, axis);
+  ensure(begin + (count == 0 ? 0 : (count - 1) * step + 1) <= size(axis), "slice of {} from {} by {} on axis {} of a tensor {}",
+         count, begin, step, axis, shape);
   TensorView part = *this;
   part.data = static_cast<char*>(data) + begin * stride(axis) * size_of(dtype);
   part.shape[axis] = count;
+  part.strides[static_cast<std::size_t>(axis)] *= step;
   return part;
 }
 
@@ -274,6 +278,27 @@ void add(const TensorView& from, const TensorView& to) {
     cuda_module().add(from, to, current_stream().native());
   else
     transfer<true>(from, to);
+}
+
+void take_maximum(const TensorView& from, const TensorView& to) {
+  check_transfer(from, to, false);
+  ensure(from.dtype == to.dtype, "the maximum of {} and {}", name_of(from.dtype), name_of(to.dtype));
+  if (from.elements() == 0) return;
+  if (on_cuda({&from, &to})) return cuda_module().take_maximum(from, to, current_stream().native());
+  const int last = std::max(0, from.axes() - 1);
+  const std::int64_t count = from.axes() == 0 ? 1 : from.size(last);
+  const std::int64_t step_from = from.axes() == 0 ? 1 : from.stride(last), step_to = to.axes() == 0 ? 1 : to.stride(last);
+  dispatch_float(from.dtype, [&](auto zero) {
+    using T = decltype(zero);
+    for_each_row(from, to, [&](std::int64_t f, std::int64_t t) {
+      for (std::int64_t i = 0; i < count; ++i) {
+        const T value = from.ptr<T>()[f + i * step_from];
+        T& held = to.ptr<T>()[t + i * step_to];
+        const auto wide = static_cast<double>(value);
+        if (wide > static_cast<double>(held) || std::isnan(wide)) held = value;
+      }
+    });
+  });
 }
 
 Tensor to_dtype(const TensorView& view, DType dtype) {

@@ -149,8 +149,10 @@ struct alignas(sizeof(T) * kWidth) Pack {
   T values[kWidth];
 };
 
+enum class Into { kReplace, kAdd, kMaximum };
+
 // In fp64 where one side is, else in fp32.
-template <class From, class To, bool kAdd, int kWidth>
+template <class From, class To, Into kInto, int kWidth>
 struct Convert {
   const Pack<From, kWidth>* from;
   Pack<To, kWidth>* to;
@@ -159,11 +161,15 @@ struct Convert {
     using Wide = std::conditional_t<std::is_same_v<From, double> || std::is_same_v<To, double>, double, float>;
     const Pack<From, kWidth> source = from[f];
     Pack<To, kWidth> target{};
-    if constexpr (kAdd) target = to[t];
+    if constexpr (kInto != Into::kReplace) target = to[t];
 #pragma unroll
     for (int i = 0; i < kWidth; ++i) {
       Wide value = static_cast<Wide>(source.values[i]);
-      if constexpr (kAdd) value += static_cast<Wide>(target.values[i]);
+      if constexpr (kInto == Into::kAdd) value += static_cast<Wide>(target.values[i]);
+      if constexpr (kInto == Into::kMaximum) {
+        const Wide held = static_cast<Wide>(target.values[i]);
+        if (!(value > held) && value == value) value = held;  // a NaN on either side stays
+      }
       if constexpr (std::is_same_v<To, BFloat16>)
         target.values[i] = BFloat16(static_cast<float>(value));
       else
@@ -190,7 +196,7 @@ void run_words(Walk walk, const TensorView& from, const TensorView& to, cudaStre
   }
 }
 
-template <bool kAdd>
+template <Into kInto>
 void convert(Walk walk, const TensorView& from, const TensorView& to, cudaStream_t stream) {
   constexpr int kWidth = 4;
   const bool wide =
@@ -199,8 +205,8 @@ void convert(Walk walk, const TensorView& from, const TensorView& to, cudaStream
     dispatch_float(to.dtype, [&]<class To>(To) {
       const auto go = [&]<int kUnit>(std::integral_constant<int, kUnit>) {
         run(walk,
-            Convert<From, To, kAdd, kUnit>{static_cast<const Pack<From, kUnit>*>(from.data),
-                                           static_cast<Pack<To, kUnit>*>(to.data)},
+            Convert<From, To, kInto, kUnit>{static_cast<const Pack<From, kUnit>*>(from.data),
+                                            static_cast<Pack<To, kUnit>*>(to.data)},
             stream);
       };
       if (wide)
@@ -228,7 +234,7 @@ void copy(const TensorView& from, const TensorView& to, NativeStream stream) {
   const auto native = static_cast<cudaStream_t>(stream);
   const Walk walk = make_walk(from, to);
   if (from.dtype != to.dtype)
-    convert<false>(walk, from, to, native);
+    convert<Into::kReplace>(walk, from, to, native);
   else if (dense(walk))
     check(cudaMemcpyAsync(to.data, from.data, static_cast<std::size_t>(to.bytes()), cudaMemcpyDefault, native),
           "cudaMemcpyAsync");
@@ -237,7 +243,11 @@ void copy(const TensorView& from, const TensorView& to, NativeStream stream) {
 }
 
 void add(const TensorView& from, const TensorView& to, NativeStream stream) {
-  if (!to.empty()) convert<true>(make_walk(from, to), from, to, static_cast<cudaStream_t>(stream));
+  if (!to.empty()) convert<Into::kAdd>(make_walk(from, to), from, to, static_cast<cudaStream_t>(stream));
+}
+
+void take_maximum(const TensorView& from, const TensorView& to, NativeStream stream) {
+  if (!to.empty()) convert<Into::kMaximum>(make_walk(from, to), from, to, static_cast<cudaStream_t>(stream));
 }
 
 }  // namespace dattn::cuda

@@ -64,7 +64,7 @@ struct TensorView {
   }
 
   // Rows [begin, begin + count) of one axis; shares the memory.
-  TensorView slice(int axis, std::int64_t begin, std::int64_t count) const;
+  TensorView slice(int axis, std::int64_t begin, std::int64_t count, std::int64_t step = 1) const;
   TensorView transpose(int a, int b) const;
   TensorView reshape(const Shape& extents) const;  // contiguous views only
 };
@@ -109,8 +109,9 @@ class Tensor {
 
 // All take views of one device, but for copy between host and device, which waits until the bytes have arrived.
 void fill_zero(const TensorView& view);
-void copy(const TensorView& from, const TensorView& to);  // equal shapes; converts between floating types
-void add(const TensorView& from, const TensorView& to);   // to += from; equal shapes; accumulates in the type of `to`
+void copy(const TensorView& from, const TensorView& to);          // equal shapes; converts between floating types
+void add(const TensorView& from, const TensorView& to);           // to += from; equal shapes; accumulates in the type of `to`
+void take_maximum(const TensorView& from, const TensorView& to);  // to = the greater, a NaN before all; equal shapes and types
 
 Tensor to_dtype(const TensorView& view, DType dtype);     // a contiguous copy on the same device
 Tensor to_device(const TensorView& view, Device device);  // a contiguous copy

@@ -1,4 +1,5 @@
-// dattn bench attention | comm: how fast attention runs on the present ranks, and what the axes of a mesh carry.
+// dattn bench attention | product | comm: how fast attention and matrix products run on the present ranks, and what the axes of
+// a mesh carry.
 #include <algorithm>
 #include <chrono>
 #include <cmath>
@@ -9,6 +10,7 @@
 #include "core/base/error.h"
 #include "core/base/threads.h"
 #include "core/device/stream.h"
+#include "core/nn/matmul.h"
 #include "launch/commands/planning.h"
 #include "parallel/attention.h"
 
@@ -93,6 +95,28 @@ void bench_attention(const AttentionBench& bench, const RunConfig& config, Commu
   print_line(bench.common.json ? done.dump() : done.dump(2));
 }
 
+struct ProductBench {
+  CommonOptions common;
+  std::string dtype = "fp32";
+  std::int64_t size = 4096;
+  int repeat = 10;
+};
+
+// c = a b of square matrices, on every rank at once: what attention's rate is compared with.
+void bench_product(const ProductBench& bench, const RunConfig& config, Communicator& world) {
+  const Shape shape{bench.size, bench.size};
+  const Tensor a = random_tensor(config.dtype, shape, 1), b = random_tensor(config.dtype, shape, 2);
+  const Tensor c = Tensor::uninitialized(config.dtype, shape);
+  const Percentiles time = time_calls(world, bench.repeat, [&] { matmul(a, b, c); });
+  if (world.rank() != 0) return;
+  const Json done{{"event", "done"},
+                  {"gflops", 2 * std::pow(static_cast<double>(bench.size), 3) / time.p50 * 1e-6},
+                  {"milliseconds", time.json()},
+                  {"ranks", world.size()},
+                  {"threads", num_threads()}};
+  print_line(bench.common.json ? done.dump() : done.dump(2));
+}
+
 // Round trips and one-way streams between rank 0 and every neighbour distance of the job.
 void bench_comm(bool json, int repeat, Communicator& world) {
   require(world.size() > 1, "bench comm measures between ranks but the job has 1; use --ranks 2 or mpirun -np 2");
@@ -131,13 +155,20 @@ Command add_bench(CLI::App& app) {
   attention->add_option("--repeat", bench->repeat, "timed calls")->capture_default_str()->check(CLI::PositiveNumber);
   bench->common.declare(*attention, true);
 
+  CLI::App* product = command->add_subcommand("product", "one product of square matrices");
+  const auto product_bench = std::make_shared<ProductBench>();
+  product->add_option("--size", product_bench->size, "rows and columns")->capture_default_str()->check(CLI::PositiveNumber);
+  product->add_option("--dtype", product_bench->dtype, "fp32 or bf16")->capture_default_str();
+  product->add_option("--repeat", product_bench->repeat, "timed calls")->capture_default_str()->check(CLI::PositiveNumber);
+  product_bench->common.declare(*product, true);
+
   CLI::App* comm = command->add_subcommand("comm", "messages between neighbouring ranks");
   const auto comm_options = std::make_shared<CommonOptions>();
   const auto comm_repeat = std::make_shared<int>(20);
   comm->add_option("--repeat", *comm_repeat, "timed exchanges")->capture_default_str()->check(CLI::PositiveNumber);
   comm_options->declare(*comm, false);
 
-  return [attention, bench, comm_options, comm_repeat] {
+  return [attention, bench, product, product_bench, comm_options, comm_repeat] {
     if (attention->parsed()) {
       const auto load = [&] {
         const RunConfig config = config_of(*bench);
@@ -145,6 +176,16 @@ Command add_bench(CLI::App& app) {
       };
       return run_with_config(bench->common, load,
                              [&](const RunConfig& config, Communicator& world) { bench_attention(*bench, config, world); });
+    }
+    if (product->parsed()) {
+      const auto load = [&] {
+        std::vector<std::string> set{"dtype=" + product_bench->dtype};
+        set.insert(set.end(), product_bench->common.set.begin(), product_bench->common.set.end());
+        return parse_config_as<RunConfig>("{}", "dattn bench", set);
+      };
+      return run_with_config(product_bench->common, load, [&](const RunConfig& config, Communicator& world) {
+        bench_product(*product_bench, config, world);
+      });
     }
     const auto load = [] { return RunConfig{}; };
     return run_with_config(*comm_options, load,

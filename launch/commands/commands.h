@@ -7,15 +7,12 @@
 #include <vector>
 
 #include <CLI/CLI.hpp>
-#include <nlohmann/json.hpp>
 
 #include "launch/bootstrap.h"
 #include "launch/run_config.h"
-#include "parallel/plan.h"
+#include "parallel/report.h"
 
 namespace dattn {
-
-using Json = nlohmann::ordered_json;
 
 // Options that all subcommands share.
 struct CommonOptions {
@@ -54,9 +51,5 @@ RunConfig run_folder_config(const std::string& path, const CommonOptions& common
 
 // Standard normal numbers, another set for each stream: what `bench` and `doctor` compute on.
 Tensor random_tensor(DType dtype, const Shape& shape, std::uint64_t stream);
-
-// Costs of a plan over all ranks, or on large meshes over a sample of them (then `sampled_ranks` says of how many), as `plan`
-// and `attention` report them.
-Json plan_costs(const Plan& forward, const Plan& gradient);
 
 }  // namespace dattn

@@ -1,22 +1,12 @@
 #include <algorithm>
-#include <cmath>
 #include <cstdio>
 #include <exception>
 #include <filesystem>
 
 #include "core/base/philox.h"
 #include "launch/commands/commands.h"
-#include "parallel/cost_model.h"
-#include "parallel/rank_plan.h"
 
 namespace dattn {
-namespace {
-
-constexpr int kCountedRanks = 512;  // the costs of larger meshes are those of a sample,
-constexpr int kSampledRanks = 32;   // of so many ranks
-
-}  // namespace
-
 void CommonOptions::declare(CLI::App& command, bool with_config) {
   command.add_flag("--json", json, "JSON lines on stdout, each with an `event`");
   if (with_config)
@@ -70,38 +60,6 @@ Tensor random_tensor(DType dtype, const Shape& shape, std::uint64_t stream) {
     tensor.ptr<float>()[i] = philox_normal(1, stream, static_cast<std::uint64_t>(i));
   Tensor made = to_dtype(tensor, dtype);
   return wanted.is_cuda() ? to_device(made, wanted) : std::move(made);
-}
-
-Json plan_costs(const Plan& forward, const Plan& gradient) {
-  const int ranks = forward.problem->mesh.ranks();
-  const std::vector<int> counted = sample(ranks, ranks <= kCountedRanks ? ranks : kSampledRanks);
-  const auto count = static_cast<double>(counted.size());
-  Json bytes, bytes_max, stats;
-  double flops_sum = 0, flops_max = 0;
-  std::int64_t peak = 0;
-  for (const auto& [name, plan] : {std::pair{"forward", &forward}, std::pair{"backward", &gradient}}) {
-    double sum = 0, statistics = 0;
-    std::int64_t most = 0;
-    for (const int rank : counted) {
-      const RankCost cost = make_rank_plan(*plan, rank).cost;
-      sum += static_cast<double>(cost.bytes_received);
-      statistics += static_cast<double>(cost.stats_bytes);
-      most = std::max(most, cost.bytes_received);
-      peak = std::max(peak, cost.peak_memory);
-      if (plan == &forward) flops_sum += cost.flops, flops_max = std::max(flops_max, cost.flops);
-    }
-    bytes[name] = std::llround(sum / count);
-    stats[name] = std::llround(statistics / count);
-    bytes_max[name] = most;
-  }
-  Json costs{{"bytes_per_rank", bytes},
-             {"bytes_max", bytes_max},
-             {"stats_bytes", stats},
-             {"flops_per_rank", flops_sum / count},
-             {"balance", flops_max > 0 ? flops_sum / count / flops_max : 1.0},
-             {"peak_memory_bytes", peak}};
-  if (counted.size() < static_cast<std::size_t>(ranks)) costs["sampled_ranks"] = counted.size();
-  return costs;
 }
 
 }  // namespace dattn

@@ -47,8 +47,9 @@ Json cuda_report() {
   if (devices.empty()) return finding(false, why);
   Json names = Json::array();
   for (const CudaDevice& device : devices) {
-    names.push_back(fmt::format("{} (compute capability {}.{}, {} multiprocessors, {:.1f} GiB)", device.name, device.major,
-                                device.minor, device.multiprocessors, static_cast<double>(device.memory_bytes) / 0x1p30));
+    names.push_back(fmt::format("{} (compute capability {}.{}, {} multiprocessors, {:.1f} GiB){}", device.name, device.major,
+                                device.minor, device.multiprocessors, static_cast<double>(device.memory_bytes) / 0x1p30,
+                                device.unusable.empty() ? "" : ", not usable: " + device.unusable));
   }
   Json report = finding(true, fmt::format("{} device(s), {}, module: {}", devices.size(), module->versions(), module->flavour));
   report["devices"] = names;

@@ -60,7 +60,7 @@ Planned plan_config(const RunConfig& config) {
 
 std::size_t tiles_of(const RankStep& step) {
   std::size_t count = 0;
-  for (const BatchTiles& part : step.tiles) count += part.tiles.size();
+  for (const BatchTiles& part : step.tiles()) count += part.tiles.size();
   return count;
 }
 
@@ -69,7 +69,7 @@ std::string rank_table(const Plan& plan, int rank) {
   std::string lines =
       fmt::format("rank {}: queries {}, heads [{}, {}), {:.3f} GFLOP, receives {} bytes and {} of statistics, peak {} bytes\n",
                   rank, mine.blocks[0].rows.text(), mine.blocks[0].heads.q.begin, mine.blocks[0].heads.q.end,
-                  mine.cost.flops * 1e-9, mine.cost.bytes_received, mine.cost.stats_bytes, mine.cost.peak_memory);
+                  mine.flops() * 1e-9, mine.cost.bytes_received, mine.cost.stats_bytes, mine.cost.peak_memory);
   for (std::size_t i = 0; i < plan.steps.size(); ++i) {
     const Step& step = plan.steps[i];
     const RankStep& part = mine.steps[i];
@@ -83,8 +83,8 @@ std::string rank_table(const Plan& plan, int rank) {
         if (source != rank && from.find(name) == std::string::npos) from += name;
       }
       lines += fmt::format(" over {}, from{}\n", name_of(step.axis), from.empty() ? " none" : from);
-    } else if (!part.tiles.empty() || step.verb == Verb::kAttend || step.verb == Verb::kAttendGrad) {
-      lines += fmt::format(" {} tiles, {} pairs\n", tiles_of(part), area(part.tiles));
+    } else if (!part.tiles().empty() || step.verb == Verb::kAttend || step.verb == Verb::kAttendGrad) {
+      lines += fmt::format(" {} tiles, {} pairs\n", tiles_of(part), area(part.tiles()));
     } else {
       lines += "\n";
     }
@@ -130,6 +130,25 @@ void add_judgement(const Planned& planned, Json& costs) {
   costs["planning_s"] = planned.planning_s;
 }
 
+// What training this model holds on a rank, for a config that trains one: into `costs`, and as a line for people.
+std::string add_training_memory(const RunConfig& config, const Planned& planned, const SimulateOptions& simulation,
+                                Json& costs) {
+  if (config.shape) return {};
+  const TrainingMemory memory = predicted_memory(config, planned.forward, planned.gradient);
+  Json& json = costs["training_memory"];
+  json = {{"parameters_held", memory.parameters},  {"weights_bytes", memory.weights},
+          {"gradients_bytes", memory.gradients},   {"optimizer_bytes", memory.optimizer},
+          {"activations_kept_bytes", memory.kept}, {"working_bytes", memory.working},
+          {"total_bytes", memory.total()},         {"recompute", name_of(config.train.recompute)}};
+  std::string text = text_of(memory, config.train.recompute);
+  if (simulation.wanted()) {
+    const bool fits = memory.total() <= load_machine(simulation.machine).memory_bytes;
+    json["fits_memory"] = fits;
+    if (!fits) text += fmt::format(". That does not fit: {}", memory_remedies());
+  }
+  return text;
+}
+
 void print_text(const Planned& planned, const Json& costs, const std::optional<int>& rank) {
   const Problem& problem = *planned.forward.problem;
   fmt::print("strategy {}, mesh {}, layout {}, mask {}\n\n", planned.forward.strategy, problem.mesh.text(),
@@ -169,17 +188,20 @@ Command add_plan(CLI::App& app) {
   options->simulation.declare(*command);
   options->common.declare(*command, true);
   return [options] {
-    const Planned planned = plan_config(load_run_config(options->config, options->common));
+    const RunConfig config = load_run_config(options->config, options->common);
+    const Planned planned = plan_config(config);
     const Plan &forward = planned.forward, &gradient = planned.gradient;
     const Problem& problem = *forward.problem;
     require(!options->rank || *options->rank < problem.mesh.ranks(), "--rank {}: the mesh has {} ranks, numbered from 0",
             options->rank.value_or(0), problem.mesh.ranks());
+    Json costs = plan_costs(forward, gradient);
+    const std::string training = add_training_memory(config, planned, options->simulation, costs);
     if (options->simulation.wanted() && !options->common.json) {
       if (options->verify) prove(forward, gradient);
       print_simulation(simulate_plans(options->simulation, forward, gradient), forward);
+      if (!training.empty()) print_line(training);
       return 0;
     }
-    Json costs = plan_costs(forward, gradient);
     add_judgement(planned, costs);
     if (options->verify) {
       costs["verified_pairs"] = prove(forward, gradient);
@@ -188,6 +210,7 @@ Command add_plan(CLI::App& app) {
     if (options->simulation.wanted()) costs["simulate"] = simulate_plans(options->simulation, forward, gradient);
     if (!options->common.json) {
       print_text(planned, costs, options->rank);
+      if (!training.empty()) print_line(training);
       return 0;
     }
     Json done{

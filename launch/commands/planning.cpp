@@ -1,43 +1,24 @@
 #include "launch/commands/planning.h"
 
-#include <cmath>
-
-#include <fmt/format.h>
+#include <algorithm>
 
 #include "core/nn/model_config.h"
+#include "parallel/cost_model.h"
+#include "parallel/rank_plan.h"
+#include "parallel/strategy.h"
 
 namespace dattn {
-namespace {
-
-Json to_json(const Candidate& candidate) {
-  Json json{{"strategy", candidate.strategy}};
-  for (const Axis axis : kAxes) json["mesh"][std::string(name_of(axis))] = candidate.mesh.size(axis);
-  json["layout"] = name_of(candidate.layout);
-  json["bytes_per_rank"] = {{"forward", std::llround(candidate.forward_bytes)},
-                            {"backward", std::llround(candidate.backward_bytes)}};
-  json["balance"] = candidate.balance;
-  json["peak_memory_bytes"] = candidate.peak_memory;
-  json["time_s"] = candidate.time_s > 0 ? Json(candidate.time_s) : Json();
-  json["simulated"] = candidate.simulated;
-  return json;
-}
-
-std::string costs_text(const Candidate& candidate) {
-  std::string text = fmt::format("{:.0f} bytes a rank forward, {:.0f} backward, balance {:.3f}, {} bytes of memory",
-                                 candidate.forward_bytes, candidate.backward_bytes, candidate.balance, candidate.peak_memory);
-  if (candidate.time_s > 0)
-    text += fmt::format(", {:.4g} ms {}", candidate.time_s * 1e3, candidate.simulated ? "simulated" : "estimated");
-  return text;
-}
-
-}  // namespace
-
 AttentionShape planned_shape(const RunConfig& config) {
   if (config.shape) return shape_of(*config.shape, config.dtype);
   const ModelConfig model = resolve(config.model);
-  const std::int64_t batch = split_evenly(config.train.batch, config.mesh.data, 0).count();
-  return {batch,          config.train.seq_len, config.train.seq_len, model.heads,
-          model.kv_heads, model.head_dim,       model.head_dim,       config.dtype};
+  return {rows_at_a_time(config.train, config.mesh.data),
+          config.train.seq_len,
+          config.train.seq_len,
+          model.heads,
+          model.kv_heads,
+          model.head_dim,
+          model.head_dim,
+          config.dtype};
 }
 
 std::optional<Machine> machine_of(const RunConfig& config) {
@@ -89,22 +70,20 @@ RunConfig resolve_mesh(const RunConfig& config) {
   return is_planned(config) ? resolve_mesh(config, planned_shape(config)) : resolve_mesh(config, AttentionShape{});
 }
 
-std::string explain(const Choice& choice) {
-  std::string text = fmt::format("best      {}\n          {}\n", choice.chosen.text(), costs_text(choice.chosen));
-  text += fmt::format("          {:.3f} times the lower bound of {:.0f} bytes for full attention\n", choice.ratio,
-                      choice.lower_bound_bytes);
-  if (choice.runner_up)
-    text += fmt::format("runner-up {}\n          {}\n", choice.runner_up->text(), costs_text(*choice.runner_up));
-  for (const Rejected& one : choice.rejected) text += fmt::format("refused   {}: {}\n", one.what, one.why);
-  return text;
+TrainingMemory predicted_memory(const RunConfig& config, const Plan& forward, const Plan& gradient) {
+  const int ranks = forward.problem->mesh.ranks();
+  AttentionPeaks peaks;
+  for (const int rank : sample(ranks, std::min(ranks, 32))) {
+    peaks.forward = std::max(peaks.forward, make_rank_plan(forward, rank).cost.peak_memory);
+    peaks.backward = std::max(peaks.backward, make_rank_plan(gradient, rank).cost.peak_memory);
+  }
+  return training_memory(config.model, config.train, forward.problem->mesh, config.dtype, peaks);
 }
 
-Json to_json(const Choice& choice) {
-  Json json{{"chosen", to_json(choice.chosen)},
-            {"runner_up", choice.runner_up ? to_json(*choice.runner_up) : Json()},
-            {"rejected", Json::array()}};
-  for (const Rejected& one : choice.rejected) json["rejected"].push_back({{"what", one.what}, {"why", one.why}});
-  return json;
+TrainingMemory predicted_memory(const RunConfig& config) {
+  const AttentionShape shape = planned_shape(config);
+  const Plan forward = make_plan(config.mesh.shape(), shape, attention_options(config, shape.seq_q, shape.seq_kv));
+  return predicted_memory(config, forward, backward(forward));
 }
 
 }  // namespace dattn

@@ -5,6 +5,7 @@
 
 #include "launch/commands/commands.h"
 #include "parallel/planner.h"
+#include "plugins/train/memory.h"
 
 namespace dattn {
 
@@ -26,8 +27,9 @@ RunConfig with_choice(RunConfig config, const Candidate& chosen);
 RunConfig resolve_mesh(const RunConfig& config, const AttentionShape& shape);
 RunConfig resolve_mesh(const RunConfig& config);  // for planned_shape
 
-// What the planner says, as text and for --json.
-std::string explain(const Choice& choice);
-Json to_json(const Choice& choice);
+// What training holds on the rank that holds most, of large meshes among a sample of their ranks.
+TrainingMemory predicted_memory(const RunConfig& config, const Plan& forward, const Plan& gradient);
+// The same for a config whose mesh has been resolved.
+TrainingMemory predicted_memory(const RunConfig& config);
 
 }  // namespace dattn

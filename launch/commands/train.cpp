@@ -2,6 +2,8 @@
 #include <filesystem>
 #include <memory>
 
+#include <fmt/format.h>
+
 #include "launch/commands/planning.h"
 #include "plugins/train/trainer.h"
 
@@ -36,7 +38,14 @@ Command add_train(CLI::App& app) {
       job.resume = options->resume;
       TrainHooks hooks;
       if (options->common.json) hooks.on_event = print_line;
-      const TrainResult result = train(world, job, hooks);
+      const TrainResult result = [&] {
+        try {
+          return train(world, job, hooks);
+        } catch (const OutOfMemory& error) {
+          const std::string predicted = text_of(predicted_memory(config), config.train.recompute);
+          throw OutOfMemory(fmt::format("{}; {}. {}", error.message(), predicted, memory_remedies()));
+        }
+      }();
       if (world.rank() == 0 && !options->common.json) print_line(result.run_dir);
     });
   };

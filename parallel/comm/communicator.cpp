@@ -55,28 +55,16 @@ void join_on_host(const std::vector<const std::byte*>& pieces, void* out, DType 
   dispatch_float(dtype, [&](auto zero) { join_in_rank_order<Join>(pieces, static_cast<decltype(zero)*>(out), count); });
 }
 
-// The same bits: a sum in the accumulator type, rounded once. Maxima, which are few and short (of a vocabulary's logits), are
-// taken on the host, because the device's functions have no maximum that a NaN wins.
+// The same bits: in the accumulator type, rounded once.
 template <class Join>
 void join_on_device(const std::vector<const std::byte*>& pieces, const TensorView& out) {
   const auto piece = [&](std::size_t r) {
     return TensorView(const_cast<std::byte*>(pieces[r]), out.dtype, Shape{out.elements()}, out.device);
   };
-  const TensorView flat(out.data, out.dtype, Shape{out.elements()}, out.device);
-  if constexpr (std::is_same_v<Join, SumOf>) {
-    const Tensor sum = to_dtype(piece(0), accumulate_type(out.dtype));
-    for (std::size_t r = 1; r < pieces.size(); ++r) add(piece(r), sum);
-    copy(sum, flat);
-  } else {
-    std::vector<Tensor> copies;
-    std::vector<const std::byte*> on_host;
-    for (std::size_t r = 0; r < pieces.size(); ++r) {
-      copies.push_back(to_device(piece(r), Device{}));
-      on_host.push_back(copies.back().ptr<std::byte>());
-    }
-    join_on_host<Join>(on_host, copies[0].ptr<void>(), out.dtype, out.elements());
-    copy(copies[0], flat);
-  }
+  constexpr bool kSums = std::is_same_v<Join, SumOf>;
+  const Tensor joined = to_dtype(piece(0), kSums ? accumulate_type(out.dtype) : out.dtype);
+  for (std::size_t r = 1; r < pieces.size(); ++r) kSums ? add(piece(r), joined) : take_maximum(piece(r), joined);
+  copy(joined, TensorView(out.data, out.dtype, Shape{out.elements()}, out.device));
 }
 
 // out: contiguous, one of the pieces or not.

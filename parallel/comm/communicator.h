@@ -102,6 +102,13 @@ class Communicator {
                                   const OpLabel& label);
   virtual void barrier(const OpLabel& label);
 
+  // Whether this call of a collective, with this tensor (`data` or `all`) and counts, is the back end's own, not made of
+  // start() and wait(): decorators that look on ask.
+  enum class Collective { kAllReduceSum, kAllGather, kReduceScatterSum };
+  virtual bool has_native(Collective, const TensorView& /*data*/, std::span<const std::int64_t> /*counts*/) const {
+    return false;
+  }
+
   // Byte strings of any length from every rank, in rank order (small control data: errors, shapes, names).
   std::vector<std::string> gather_strings(const std::string& mine, const OpLabel& label);
 };

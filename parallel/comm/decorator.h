@@ -6,7 +6,8 @@
 namespace dattn {
 
 // Forwards everything, and decorates the parts of a group like the group. The collectives stay those of Communicator, made of
-// this object's own start() and wait(), so that what a decorator does to exchanges it does to every byte of a collective too.
+// this object's own start() and wait(), so that what a decorator does to exchanges it does to every byte of a collective too. A
+// decorator that only looks on is an Observer instead (decorators.cpp): it leaves a back end's own collectives as they are.
 class Decorator : public Communicator {
  public:
   explicit Decorator(std::unique_ptr<Communicator> inner) : inner_(std::move(inner)) {}

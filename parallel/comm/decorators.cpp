@@ -1,5 +1,6 @@
 #include "parallel/comm/decorators.h"
 
+#include <functional>
 #include <thread>
 #include <unordered_map>
 
@@ -11,21 +12,53 @@
 namespace dattn {
 namespace {
 
-// Payload of an exchange, without what goes to oneself.
+// What a rank moves, without what goes to oneself.
 struct Payload {
   std::int64_t received = 0;
   std::int64_t sent = 0;
 
+  explicit Payload(std::int64_t both) : received(both), sent(both) {}
   Payload(std::span<const SendPart> sends, std::span<const RecvPart> receives, int rank) {
     for (const SendPart& part : sends) sent += part.peer == rank ? 0 : static_cast<std::int64_t>(part.bytes);
     for (const RecvPart& part : receives) received += part.peer == rank ? 0 : static_cast<std::int64_t>(part.bytes);
   }
 };
 
-class Counted final : public Decorator {
+// Sees exchanges, and the collectives that the back end does by itself: those as if the ranks were a ring, in which n bytes of
+// P ranks take n (P-1)/P, and twice that where they are summed for all.
+class Observer : public Decorator {
+ public:
+  using Decorator::Decorator;
+
+  void all_reduce_sum(const TensorView& data, const OpLabel& label) override {
+    if (!has_native(Collective::kAllReduceSum, data, {})) return Communicator::all_reduce_sum(data, label);
+    observe(label, Payload(2 * in_a_ring(data)), [&] { inner_->all_reduce_sum(data, label); });
+  }
+  void all_gather(const TensorView& all, std::span<const std::int64_t> counts, const OpLabel& label) override {
+    if (!has_native(Collective::kAllGather, all, counts)) return Communicator::all_gather(all, counts, label);
+    observe(label, Payload(in_a_ring(all)), [&] { inner_->all_gather(all, counts, label); });
+  }
+  void reduce_scatter_sum(const TensorView& all, std::span<const std::int64_t> counts, const TensorView& own,
+                          const OpLabel& label) override {
+    if (!has_native(Collective::kReduceScatterSum, all, counts))
+      return Communicator::reduce_scatter_sum(all, counts, own, label);
+    observe(label, Payload(in_a_ring(all)), [&] { inner_->reduce_scatter_sum(all, counts, own, label); });
+  }
+  bool has_native(Collective call, const TensorView& data, std::span<const std::int64_t> counts) const override {
+    return inner_->has_native(call, data, counts);
+  }
+
+ protected:
+  virtual void observe(const OpLabel& label, const Payload& payload, const std::function<void()>& call) = 0;
+
+ private:
+  std::int64_t in_a_ring(const TensorView& data) const { return data.bytes() * (size() - 1) / size(); }
+};
+
+class Counted final : public Observer {
  public:
   Counted(std::unique_ptr<Communicator> inner, std::shared_ptr<ByteCounter> counter)
-      : Decorator(std::move(inner)), counter_(std::move(counter)) {}
+      : Observer(std::move(inner)), counter_(std::move(counter)) {}
   Ticket start(std::span<const SendPart> sends, std::span<const RecvPart> receives, const OpLabel& label) override {
     const Payload payload(sends, receives, rank());
     const Ticket ticket = inner_->start(sends, receives, label);
@@ -34,6 +67,10 @@ class Counted final : public Decorator {
   }
 
  private:
+  void observe(const OpLabel& label, const Payload& payload, const std::function<void()>& call) override {
+    call();
+    counter_->count(label.verb, payload.received, payload.sent);
+  }
   std::unique_ptr<Communicator> decorate(std::unique_ptr<Communicator> part) const override {
     return counted(std::move(part), counter_);
   }
@@ -41,18 +78,16 @@ class Counted final : public Decorator {
 };
 
 // One span from start to the end of the wait on the group's own track, and one for the wait itself: what is exposed.
-class Traced final : public Decorator {
+class Traced final : public Observer {
  public:
   Traced(std::unique_ptr<Communicator> inner, std::shared_ptr<Trace> trace)
-      : Decorator(std::move(inner)), trace_(std::move(trace)) {}
+      : Observer(std::move(inner)), trace_(std::move(trace)) {}
   Ticket start(std::span<const SendPart> sends, std::span<const RecvPart> receives, const OpLabel& label) override {
     const Payload payload(sends, receives, rank());
     const double begin = trace_->now_us();
     const Ticket ticket = inner_->start(sends, receives, label);
     const std::lock_guard lock(mutex_);
-    running_.insert_or_assign(ticket, Running{std::string(label.verb), begin,
-                                              fmt::format(R"({{"layer":{},"step":{},"received":{},"sent":{}}})", label.layer,
-                                                          label.step, payload.received, payload.sent)});
+    running_.insert_or_assign(ticket, Running{std::string(label.verb), begin, arguments_of(label, payload)});
     return ticket;
   }
   void wait(Ticket ticket) override {
@@ -69,6 +104,15 @@ class Traced final : public Decorator {
   }
 
  private:
+  void observe(const OpLabel& label, const Payload& payload, const std::function<void()>& call) override {
+    const double begin = trace_->now_us();
+    call();
+    trace_->span(fmt::format("comm {}", name()), label.verb, begin, trace_->now_us(), arguments_of(label, payload));
+  }
+  static std::string arguments_of(const OpLabel& label, const Payload& payload) {
+    return fmt::format(R"({{"layer":{},"step":{},"received":{},"sent":{}}})", label.layer, label.step, payload.received,
+                       payload.sent);
+  }
   std::unique_ptr<Communicator> decorate(std::unique_ptr<Communicator> part) const override {
     return traced(std::move(part), trace_);
   }

@@ -1,6 +1,6 @@
-// Decorators: a communicator around a communicator; split() decorates the parts with the same sink. Collectives are made
-// of the decorated exchanges, so nothing escapes. Outermost first: counted(traced(faulty(world))), with a
-// slowed link (slowed.h) inside traced.
+// Decorators: a communicator around a communicator; split() decorates the parts with the same sink. Nothing escapes:
+// collectives are made of the decorated exchanges, but where the back end has its own and the decorators around it only look on
+// (counted, traced). Outermost first: counted(traced(faulty(world))), with a slowed link (slowed.h) inside traced.
 #pragma once
 
 #include <atomic>

@@ -46,9 +46,10 @@ Loaded load_shim() {
 
 class MpiTransport final : public Transport {
  public:
-  explicit MpiTransport(const DattnMpiTable& mpi) : mpi_(mpi) {
+  MpiTransport(const DattnMpiTable& mpi, const void* host_comm) : mpi_(mpi) {
     std::array<char, 512> error{};
-    if (mpi.join(&rank_, &size_, &max_tag_, error.data(), error.size()) != 0) fail(ErrorCode::kSystem, "{}", error.data());
+    if (mpi.join(host_comm, &rank_, &size_, &max_tag_, error.data(), error.size()) != 0)
+      fail(ErrorCode::kSystem, "{}", error.data());
   }
 
   int rank() const override { return rank_; }
@@ -109,7 +110,7 @@ class MpiTransport final : public Transport {
 
 }  // namespace
 
-std::unique_ptr<Communicator> mpi_world(const CommOptions& options) {
+std::unique_ptr<Communicator> mpi_world(const CommOptions& options, const void* host_comm) {
   const Loaded loaded = load_shim();
   if (!loaded.table) {
     fail(ErrorCode::kSystem,
@@ -117,7 +118,7 @@ std::unique_ptr<Communicator> mpi_world(const CommOptions& options) {
          "path",
          kShimName, loaded.tried);
   }
-  return engine_world(std::make_unique<MpiTransport>(*loaded.table), options);
+  return engine_world(std::make_unique<MpiTransport>(*loaded.table, host_comm), options);
 }
 
 ShimReport probe_mpi() {

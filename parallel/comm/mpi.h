@@ -7,8 +7,10 @@
 namespace dattn {
 
 // Joins the MPI job this process was started in. Initialises MPI unless it is; finalises only what it initialised.
-// Throws Error(kSystem) where the shim or MPI cannot be loaded, saying what was looked for and the remedy.
-std::unique_ptr<Communicator> mpi_world(const CommOptions& options);
+// host_comm: address of the host program's MPI_Comm, which is duplicated by all its ranks at once and kept by the host;
+// nullptr: the world. One job at a time. Throws Error(kSystem) where the shim or MPI cannot be loaded, saying what was looked
+// for and the remedy.
+std::unique_ptr<Communicator> mpi_world(const CommOptions& options, const void* host_comm = nullptr);
 
 struct ShimReport {
   bool found = false;

@@ -57,7 +57,12 @@ void post_control_receive() {
 
 // A host program that runs MPI itself calls it from its own threads, beside ours: that takes MPI_THREAD_MULTIPLE.
 int initialise(char* error, std::size_t error_bytes) {
-  int initialised = 0, provided = MPI_THREAD_SINGLE;
+  int initialised = 0, finalised = 0, provided = MPI_THREAD_SINGLE;
+  MPI_Finalized(&finalised);
+  if (finalised) {
+    std::snprintf(error, error_bytes, "MPI has been finalised in this process and cannot be used again; keep the communicator");
+    return 1;
+  }
   MPI_Initialized(&initialised);
   if (initialised) {
     MPI_Query_thread(&provided);
@@ -81,11 +86,16 @@ int initialise(char* error, std::size_t error_bytes) {
   return 1;
 }
 
-int join(int* rank, int* size, int* max_tag, char* error, std::size_t error_bytes) {
-  if (initialise(error, error_bytes) != 0) return 1;
+int join(const void* host_comm, int* rank, int* size, int* max_tag, char* error, std::size_t error_bytes) {
   State& s = state();
-  if (MPI_Comm_dup(MPI_COMM_WORLD, &s.comm) != MPI_SUCCESS) {
-    std::snprintf(error, error_bytes, "MPI_Comm_dup of the world failed");
+  if (s.comm != MPI_COMM_NULL) {
+    std::snprintf(error, error_bytes, "this process is part of an MPI job already; use its communicator, or destroy it first");
+    return 1;
+  }
+  if (initialise(error, error_bytes) != 0) return 1;
+  const MPI_Comm from = host_comm ? *static_cast<const MPI_Comm*>(host_comm) : MPI_COMM_WORLD;
+  if (MPI_Comm_dup(from, &s.comm) != MPI_SUCCESS) {
+    std::snprintf(error, error_bytes, "MPI_Comm_dup of the host's communicator failed");
     return 1;
   }
   MPI_Comm_set_errhandler(s.comm, MPI_ERRORS_RETURN);
@@ -216,6 +226,7 @@ void leave(int clean) {
   for (ControlSend& sent : s.control_sends) MPI_Wait(&sent.request, MPI_STATUS_IGNORE);
   s.control_sends.clear();
   if (s.initialised_here) MPI_Finalize();  // frees the communicator too; MPI_Comm_free would be one more collective call
+  s.comm = MPI_COMM_NULL;
 }
 
 void kill_job(int exit_code) { MPI_Abort(MPI_COMM_WORLD, exit_code); }

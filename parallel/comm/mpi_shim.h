@@ -7,7 +7,7 @@
 
 extern "C" {
 
-#define DATTN_MPI_SHIM_VERSION 1
+#define DATTN_MPI_SHIM_VERSION 2
 
 struct DattnMpiDone {
   uint64_t cookie;
@@ -20,8 +20,9 @@ struct DattnMpiTable {
   int32_t version;
   // MPI's own version string; may be called before join.
   const char* (*library_version)(void);
-  // Initialises MPI unless it is, duplicates the world (the only collective calls). Returns 0, or 1 and an error text.
-  int (*join)(int* rank, int* size, int* max_tag, char* error, size_t error_bytes);
+  // Initialises MPI unless it is, duplicates the host's communicator (MPI_Comm*; NULL: the world): the only collective calls.
+  // Returns 0, or 1 and an error text: also where this process has joined a job and not left it.
+  int (*join)(const void* host_comm, int* rank, int* size, int* max_tag, char* error, size_t error_bytes);
   int (*send)(int peer, int tag, const void* data, size_t bytes, uint64_t cookie);
   int (*receive)(int peer, int tag, void* data, size_t bytes, uint64_t cookie);
   // The transfers finished since the last call, valid until the next one; returns their number.

@@ -131,6 +131,8 @@ class NcclCommunicator : public Communicator {
   void reduce_scatter_sum(const TensorView& all, std::span<const std::int64_t> counts, const TensorView& own,
                           const OpLabel& label) override;
 
+  bool has_native(Collective call, const TensorView& data, std::span<const std::int64_t> counts) const override;
+
   void initialise();  // NCCL's communicator, by all ranks of the group at once
 
  protected:
@@ -146,7 +148,7 @@ class NcclCommunicator : public Communicator {
   Communicator& control() const { return control_ ? *control_ : job_->control(); }
   std::unique_ptr<NcclCommunicator> part(std::span<const int> ranks, std::string_view name);
   void share_id(nccl::UniqueId& id, IdFile& file);
-  bool native(const TensorView& data, const OpLabel& label);
+  void check_device(const TensorView& data, const OpLabel& label) const;
   template <class Enqueue, class After>
   void run_native(const OpLabel& label, std::size_t bytes, const Enqueue& enqueue, const After& after);
   void register_memory(std::span<const SendPart> sends, std::span<const RecvPart> receives);
@@ -313,12 +315,17 @@ void NcclCommunicator::share_id(nccl::UniqueId& id, IdFile& file) {
   control().broadcast(std::as_writable_bytes(std::span(id.internal)), 0, {.verb = "nccl_id"});
 }
 
-// Whether NCCL's own collective may serve this tensor.
-bool NcclCommunicator::native(const TensorView& data, const OpLabel& label) {
+// NCCL's maximum is not among them: it does not say what it makes of a NaN, which must reach all ranks.
+bool NcclCommunicator::has_native(Collective call, const TensorView& data, std::span<const std::int64_t> counts) const {
   if (!data.device.is_cuda() || size() == 1 || !data.contiguous() || data.elements() == 0) return false;
+  if (call != Collective::kAllGather && (job_->options.ordered_sums || data.dtype == DType::kI32)) return false;
+  return call == Collective::kAllReduceSum ||
+         (std::cmp_equal(counts.size(), size()) && equal(counts) && counts[0] * size() == data.elements());
+}
+
+void NcclCommunicator::check_device(const TensorView& data, const OpLabel& label) const {
   ensure(data.device == job_->device, "{}: a tensor of {} on a rank whose device is {}", label_text(label),
          to_text(data.device), to_text(job_->device));
-  return true;
 }
 
 template <class Enqueue, class After>
@@ -330,9 +337,8 @@ void NcclCommunicator::run_native(const OpLabel& label, std::size_t bytes, const
 }
 
 void NcclCommunicator::all_reduce_sum(const TensorView& data, const OpLabel& label) {
-  if (job_->options.ordered_sums || data.dtype == DType::kI32 || !native(data, label)) {
-    return Communicator::all_reduce_sum(data, label);
-  }
+  if (!has_native(Collective::kAllReduceSum, data, {})) return Communicator::all_reduce_sum(data, label);
+  check_device(data, label);
   const auto call = [&] {
     return job_->nccl.all_reduce(data.data, data.data, static_cast<std::size_t>(data.elements()), nccl_type(data.dtype),
                                  nccl::kSum, group_->comm, group_->stream.native());
@@ -342,11 +348,10 @@ void NcclCommunicator::all_reduce_sum(const TensorView& data, const OpLabel& lab
 
 void NcclCommunicator::reduce_scatter_sum(const TensorView& all, std::span<const std::int64_t> counts, const TensorView& own,
                                           const OpLabel& label) {
-  const bool fits = std::cmp_equal(counts.size(), size()) && equal(counts) && counts[0] * size() == all.elements() &&
-                    own.elements() == counts[0] && own.contiguous() && own.dtype == all.dtype && own.device == all.device;
-  if (job_->options.ordered_sums || !fits || all.dtype == DType::kI32 || !native(all, label)) {
-    return Communicator::reduce_scatter_sum(all, counts, own, label);
-  }
+  if (!has_native(Collective::kReduceScatterSum, all, counts)) return Communicator::reduce_scatter_sum(all, counts, own, label);
+  check_device(all, label);
+  ensure(own.elements() == counts[0] && own.contiguous() && own.dtype == all.dtype && own.device == all.device,
+         "{}: the result is a contiguous tensor like a slot of what is summed", label_text(label));
   const auto call = [&] {
     return job_->nccl.reduce_scatter(all.data, own.data, static_cast<std::size_t>(counts[0]), nccl_type(all.dtype), nccl::kSum,
                                      group_->comm, group_->stream.native());
@@ -356,8 +361,8 @@ void NcclCommunicator::reduce_scatter_sum(const TensorView& all, std::span<const
 
 // Equal slots are gathered in place, or through symmetric memory where the group has some.
 void NcclCommunicator::all_gather(const TensorView& all, std::span<const std::int64_t> counts, const OpLabel& label) {
-  const bool fits = std::cmp_equal(counts.size(), size()) && equal(counts) && counts[0] * size() == all.elements();
-  if (!fits || !native(all, label)) return Communicator::all_gather(all, counts, label);
+  if (!has_native(Collective::kAllGather, all, counts)) return Communicator::all_gather(all, counts, label);
+  check_device(all, label);
   const auto slot = static_cast<std::size_t>(counts[0] * size_of(all.dtype)), whole = slot * static_cast<std::size_t>(size());
   std::byte* own = all.ptr<std::byte>() + slot * static_cast<std::size_t>(rank());
   const bool symmetric = whole <= group_->arena_bytes;

@@ -49,12 +49,15 @@ struct NcclOptions {
   // takes it away when all have come. DATTN_NCCL_ID_FILE.
   std::string id_file{};
 
-  // A host framework's ncclComm_t of the same ranks on this device: used for the world and never destroyed or aborted.
+  // A host framework's ncclComm_t of the same ranks on this device: used for the world and never destroyed or aborted. So when
+  // a job fails with transfers under way on it, they end when the framework aborts it; `stuck` is called where that takes too
+  // long.
   nccl::Comm lent = nullptr;
 
-  // Called by the watcher when a failed job's streams have not run empty 10 s after NCCL's abort, so that the host may be held
-  // up for ever: the command ends the process. Without it nothing more is done.
-  std::function<void(const std::string& reason)> stuck{};
+  // Called by the watcher when a failed job's streams have not run empty drain_s after NCCL's abort, so that the host may be
+  // held up for ever: the command ends the process. Without it nothing more is done.
+  std::function<void(const JobEnd& end)> stuck{};
+  double drain_s = 10;
 
   static NcclOptions from_environment(double timeout_s);
 };

@@ -108,7 +108,10 @@ namespace dattn {
 
 NcclReport probe_nccl() {
   NcclReport report;
-  report.found = nccl::find_nccl(report.detail).has_value();
+  if (const auto api = nccl::find_nccl(report.detail)) {
+    report.found = true;
+    report.version = nccl::version_text(api->version);
+  }
   return report;
 }
 

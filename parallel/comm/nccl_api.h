@@ -32,7 +32,7 @@ enum Result : int {
   kInProgress = 7,
 };
 
-enum RedOp : int { kSum = 0, kMax = 2 };
+enum RedOp : int { kSum = 0 };
 enum DataType : int { kInt8 = 0, kInt32 = 2, kFloat32 = 7, kFloat64 = 8, kBfloat16 = 9 };
 
 inline constexpr int kUndefined = INT_MIN;
@@ -111,7 +111,8 @@ namespace dattn {
 
 struct NcclReport {
   bool found = false;
-  std::string detail;  // version and path, or what was looked for, where
+  std::string version;  // "2.28.9", or nothing
+  std::string detail;   // version and path, or what was looked for, where
 };
 NcclReport probe_nccl();  // for doctor; opens no communicator
 

@@ -14,7 +14,6 @@ namespace {
 using std::chrono::duration;
 
 constexpr std::size_t kMostRegistered = 1024;
-constexpr double kDrainWithin = 10;  // seconds from an abort until streams are empty
 
 double seconds_since(NcclClock::time_point begin) { return duration<double>(NcclClock::now() - begin).count(); }
 
@@ -237,9 +236,9 @@ void NcclJob::watch() {
       end_locked();
       if (!ended) ended = NcclClock::now();
       if (drained_locked()) return;
-      if (seconds_since(*ended) > kDrainWithin) {
+      if (seconds_since(*ended) > options.drain_s) {
         lock.unlock();
-        if (options.stuck) options.stuck(end.reason);
+        if (options.stuck) options.stuck(end);
         return;
       }
     }

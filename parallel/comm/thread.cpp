@@ -12,6 +12,7 @@
 #include <exception>
 #include <map>
 #include <mutex>
+#include <numeric>
 #include <thread>
 #include <tuple>
 
@@ -221,6 +222,12 @@ TransferNote ThreadCommunicator::note(const Operation& operation, int world_peer
   return text;
 }
 
+void finish_rank(ThreadJob& job, int rank) {
+  const std::lock_guard lock(job.mutex);
+  job.waits.finish(rank, now_s());
+  for (auto& condition : job.arrived) condition.notify_all();  // those that wait for this rank look again
+}
+
 // Runs one rank; the first exception ends the job and is kept.
 void run_rank(const std::shared_ptr<ThreadJob>& job, const std::vector<int>& ranks, int rank, int threads,
               const std::function<void(Communicator&)>& body) {
@@ -243,13 +250,23 @@ void run_rank(const std::shared_ptr<ThreadJob>& job, const std::vector<int>& ran
     error = std::current_exception();
     reason = "an exception of unknown type";
   }
-  const std::lock_guard lock(job->mutex);
-  job->waits.finish(rank, now_s());
   if (error) {
+    const std::lock_guard lock(job->mutex);
     job->errors[static_cast<std::size_t>(rank)] = error;
     job->end_locked(rank, code, fmt::format("rank {} ended the job: {}", rank, reason));
   }
-  for (auto& condition : job->arrived) condition.notify_all();  // those that wait for this rank look again
+  finish_rank(*job, rank);
+}
+
+void check_job(int ranks, const CommOptions& options) {
+  require(ranks >= 1, "{} ranks asked for; at least 1 is needed", ranks);
+  require(options.timeout_s > 0, "comm.timeout_s is {}; it must be positive", options.timeout_s);
+}
+
+std::vector<int> all_of(int ranks) {
+  std::vector<int> all(static_cast<std::size_t>(ranks));
+  std::iota(all.begin(), all.end(), 0);
+  return all;
 }
 
 class SelfCommunicator final : public Communicator {
@@ -283,11 +300,9 @@ class SelfCommunicator final : public Communicator {
 }  // namespace
 
 void run_thread_ranks(int ranks, const CommOptions& options, const std::function<void(Communicator&)>& body) {
-  require(ranks >= 1, "{} ranks asked for; at least 1 is needed", ranks);
-  require(options.timeout_s > 0, "comm.timeout_s is {}; it must be positive", options.timeout_s);
+  check_job(ranks, options);
   const auto job = std::make_shared<ThreadJob>(ranks, options.timeout_s);
-  std::vector<int> all;
-  for (int r = 0; r < ranks; ++r) all.push_back(r);
+  const std::vector<int> all = all_of(ranks);
   const int threads = std::max(1, available_cores() / ranks);
   std::vector<std::thread> running;
   for (int r = 0; r < ranks; ++r) running.emplace_back([&, r] { run_rank(job, all, r, threads, body); });
@@ -297,6 +312,18 @@ void run_thread_ranks(int ranks, const CommOptions& options, const std::function
   for (const std::exception_ptr& error : job->errors) {
     if (error) std::rethrow_exception(error);
   }
+}
+
+std::vector<std::unique_ptr<Communicator>> thread_worlds(int ranks, const CommOptions& options) {
+  check_job(ranks, options);
+  const auto job = std::make_shared<ThreadJob>(ranks, options.timeout_s);
+  std::vector<std::unique_ptr<Communicator>> worlds;
+  for (int rank = 0; rank < ranks; ++rank) {
+    // All communicators of a rank hold its presence: when the last is gone the rank will not act again.
+    const std::shared_ptr<ThreadJob> presence(job.get(), [job, rank](ThreadJob* ended) { finish_rank(*ended, rank); });
+    worlds.push_back(std::make_unique<ThreadCommunicator>(presence, all_of(ranks), rank, "world"));
+  }
+  return worlds;
 }
 
 std::unique_ptr<Communicator> self_communicator() { return std::make_unique<SelfCommunicator>(); }

@@ -2,6 +2,8 @@
 #pragma once
 
 #include <functional>
+#include <memory>
+#include <vector>
 
 #include "parallel/comm/communicator.h"
 
@@ -14,6 +16,9 @@ struct CommOptions {
 // Runs body(world) on `ranks` threads and joins them. The first exception, by time, is rethrown after every other rank
 // has been ended by it; the error context of each thread is "rank r/n", and each has cores / ranks threads of its own.
 void run_thread_ranks(int ranks, const CommOptions& options, const std::function<void(Communicator&)>& body);
+
+// The same for threads of the host program: one world each, by rank. A rank's work is over when its communicators are gone.
+std::vector<std::unique_ptr<Communicator>> thread_worlds(int ranks, const CommOptions& options);
 
 // The group of one.
 std::unique_ptr<Communicator> self_communicator();

@@ -169,7 +169,15 @@ std::string text_of(const Interval& heads) { return fmt::format("[{}, {})", head
 
 Positions missing_from(const Positions& held, const Positions& in) {
   std::vector<Interval> found;
-  for (const SharedRows& rows : shared_rows(held, in)) found.push_back({rows.row_a, rows.row_a + rows.count});
+  for (const SharedRows& rows : shared_rows(held, in)) {
+    if (rows.step_a == 1) {
+      found.push_back({rows.row_a, rows.row_a + rows.count});
+    } else {
+      for (std::int64_t i = 0; i < rows.count; ++i)
+        found.push_back({rows.row_a + i * rows.step_a, rows.row_a + i * rows.step_a + 1});
+    }
+  }
+  std::sort(found.begin(), found.end(), [](const Interval& a, const Interval& b) { return a.begin < b.begin; });
   std::vector<Run> runs;
   std::int64_t next = 0;
   found.push_back({held.count(), held.count()});

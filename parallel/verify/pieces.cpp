@@ -2,6 +2,8 @@
 // exactly once where it is copied, at least once where it is added up or merged.
 #include <algorithm>
 #include <map>
+#include <numeric>
+#include <utility>
 
 #include "parallel/verify/proof.h"
 
@@ -79,8 +81,8 @@ class Pieces {
       report_piece(to, "expects", step_.out[0], *expected);
       return false;
     }
-    const Positions here = rows_of(step_.in[0], from).rows(sent->row, sent->rows);
-    const Positions there = rows_of(step_.out[0], to).rows(expected->row, expected->rows);
+    const Positions here = rows_of(step_.in[0], from).rows(sent->row, sent->rows, sent->step);
+    const Positions there = rows_of(step_.out[0], to).rows(expected->row, expected->rows, expected->step);
     if (here == there && sent->heads == expected->heads) return true;
     findings_.add(to, index_, "expects positions {} heads {} from rank {}, which sends positions {} heads {}", text_of(there),
                   text_of(expected->heads), from, text_of(here), text_of(sent->heads));
@@ -89,7 +91,7 @@ class Pieces {
 
   // A piece that the other side does not know.
   void report_piece(int rank, const char* does, ValueId value, const Piece& piece) {
-    const Positions rows = rows_of(value, rank).rows(piece.row, piece.rows);
+    const Positions rows = rows_of(value, rank).rows(piece.row, piece.rows, piece.step);
     findings_.add(rank, index_, "{} positions {} heads {} of {}, and the rank at {} on the axis does not", does, text_of(rows),
                   text_of(piece.heads), plan_.value_name(value), piece.peer);
   }
@@ -117,25 +119,45 @@ class Pieces {
     return true;
   }
 
+  // Pieces of several rows are taken apart into runs of one step, and these are laid side by side within their residues.
   bool covers_heads(int rank, Interval heads, const std::vector<Piece>& pieces) {
-    std::vector<Interval> arrived;
+    const auto has_heads = [&](const Piece& piece) { return piece.heads.begin <= heads.begin && piece.heads.end >= heads.end; };
+    std::int64_t step = 1;
     for (const Piece& piece : pieces) {
-      if (piece.heads.begin <= heads.begin && piece.heads.end >= heads.end)
-        arrived.push_back({piece.row, piece.row + piece.rows});
+      if (has_heads(piece) && piece.rows > 1) step = std::lcm(step, piece.step);
     }
-    std::sort(arrived.begin(), arrived.end(), [](const Interval& a, const Interval& b) { return a.begin < b.begin; });
+    std::vector<Run> arrived;
+    for (const Piece& piece : pieces) {
+      if (!has_heads(piece)) continue;
+      const std::int64_t parts = piece.rows > 1 ? std::min(step / piece.step, piece.rows) : 1;
+      for (std::int64_t i = 0; i < parts; ++i)
+        arrived.push_back({piece.row + i * piece.step, (piece.rows - i - 1) / parts + 1, step});
+    }
+    std::sort(arrived.begin(), arrived.end(), [step](const Run& a, const Run& b) {
+      return std::pair(a.begin % step, a.begin) < std::pair(b.begin % step, b.begin);
+    });
+    const std::int64_t count = rows_of(step_.out[0], rank).count();
+    auto run = arrived.begin();
+    for (std::int64_t residue = 0; residue < std::min(step, count); ++residue) {
+      std::int64_t next = residue;
+      for (; run != arrived.end() && run->begin % step == residue; ++run) {
+        if (!meets(rank, heads, next, *run)) return false;
+        next = std::max(next, run->begin + run->count * step);
+      }
+      if (!meets(rank, heads, next, {residue + (count - residue + step - 1) / step * step, 0, step})) return false;
+    }
+    return true;
+  }
+
+  // What arrives as `run`, after all rows of its residue before `next`.
+  bool meets(int rank, Interval heads, std::int64_t next, const Run& run) {
     const Positions& rows = rows_of(step_.out[0], rank);
     const bool fetched = plan_.placing(step_.in[0]).kind == Placing::Kind::kFetched;  // rows that nobody fetched get nothing
-    const bool gaps_allowed = fetched && step_.verb == Verb::kReduceScatter;
-    arrived.push_back({rows.count(), rows.count()});
-    std::int64_t next = 0;
-    for (const Interval& part : arrived) {
-      if (part.begin > next && !gaps_allowed)
-        return report_rows(rank, heads, rows.rows(next, part.begin - next), "never arrive");
-      if (part.begin < next && copies())
-        return report_rows(rank, heads, rows.rows(part.begin, std::min(part.end, next) - part.begin), "arrive twice");
-      next = std::max(next, part.end);
-    }
+    if (run.begin > next && !(fetched && step_.verb == Verb::kReduceScatter))
+      return report_rows(rank, heads, rows.rows(next, (run.begin - next) / run.step, run.step), "never arrive");
+    const std::int64_t end = std::min(run.begin + run.count * run.step, next);
+    if (run.begin < end && copies())
+      return report_rows(rank, heads, rows.rows(run.begin, (end - run.begin) / run.step, run.step), "arrive twice");
     return true;
   }
 

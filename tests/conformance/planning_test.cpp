@@ -70,6 +70,7 @@ void expect_sums(const Plan& plan, const std::string& what) {
     }
     EXPECT_EQ(of_rank, mine.cost.bytes_received + mine.cost.stats_bytes) << "rank " << rank << "\n" << what;
     EXPECT_GE(mine.cost.peak_memory, 0) << what;
+    EXPECT_GE(mine.flops(), 0) << what;
     received += of_rank;
   }
   if (mesh.ranks() <= 8) {

@@ -83,9 +83,6 @@ RandomCall RandomCalls::next() {
   shape.sink = chance(15);
   call.options = some_options(shape);
   call.options.strategy = writer.strategy;
-  // Below kMostSingleRows gathered strides are legal and take a minute to prove; above it they are refused.
-  const bool slow = size_ == Size::kLong && std::min(shape.seq_q, shape.seq_kv) <= 8 * kMostSingleRows;
-  if (slow && call.options.layout == Layout::kStriped) call.options.layout = Layout::kContiguous;
   call.mesh = some_mesh(writer);
   if (!nonsense_) return call;
   // The mask was made for the sizes that make sense.

@@ -247,6 +247,7 @@ DeviceOptions test_devices() {
   };
   named("DATTN_TEST_DEVICE", options.device);
   named("DATTN_TEST_TRANSFERS", options.transfers);
+  if (const char* ranks = std::getenv("DATTN_TEST_RANKS_PER_DEVICE")) options.ranks_per_device = std::max(1, std::atoi(ranks));
   return options;
 }
 

@@ -37,8 +37,8 @@ std::vector<Case> sweep(const std::string& strategy, int ranks, bool full);
 bool full_sweep();           // DATTN_SWEEP=full
 std::uint64_t sweep_seed();  // of random calls: DATTN_SEED, or always the same
 
-// Where the tests compute: DATTN_TEST_DEVICE=cpu (default) or cuda, which ranks share; DATTN_TEST_TRANSFERS=auto, nccl or
-// staged.
+// Where the tests compute: DATTN_TEST_DEVICE=cpu (default) or cuda, which ranks share, at most DATTN_TEST_RANKS_PER_DEVICE (64)
+// of a host one device; DATTN_TEST_TRANSFERS=auto, nccl or staged.
 DeviceOptions test_devices();
 
 // Runs one case on the ranks of `world` and returns what this rank found wrong, or an empty string.

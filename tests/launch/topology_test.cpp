@@ -1,5 +1,7 @@
 #include "launch/topology.h"
 
+#include <unistd.h>
+
 #include <array>
 #include <fstream>
 
@@ -46,7 +48,7 @@ class FakeSysfs : public testing::Test {
     fs::create_directory_symlink(root_ / "devices" / path, root_ / "class" / name / "device");
   }
 
-  fs::path root_ = testing::TempDir() + "fake_sysfs";
+  fs::path root_ = testing::TempDir() + "fake_sysfs_" + std::to_string(::getpid());  // tests run side by side
 };
 
 TEST_F(FakeSysfs, GpusAndTheInterfacesNearestToThem) {

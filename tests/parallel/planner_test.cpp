@@ -63,11 +63,11 @@ Means exact(const Plan& plan) {
   const int ranks = plan.problem->mesh.ranks();
   double flops = 0, most = 0;
   for (int rank = 0; rank < ranks; ++rank) {
-    const RankCost cost = make_rank_plan(plan, rank).cost;
-    means.forward += static_cast<double>(cost.bytes_received) / ranks;
+    const RankPlan mine = make_rank_plan(plan, rank);
+    means.forward += static_cast<double>(mine.cost.bytes_received) / ranks;
     means.backward += static_cast<double>(make_rank_plan(gradient, rank).cost.bytes_received) / ranks;
-    flops += cost.flops / ranks;
-    most = std::max(most, cost.flops);
+    flops += mine.flops() / ranks;
+    most = std::max(most, mine.flops());
   }
   means.balance = most > 0 ? flops / most : 1;
   return means;
@@ -186,6 +186,25 @@ TEST(Planner, RefusesWhatItCannotPlan) {
   request = request_of(32, 8, 16);
   request.options.strategy = "rings";
   EXPECT_THAT(refusal(request), HasSubstr("unknown strategy 'rings'"));
+}
+
+// Strides of a long sequence have gaps between the keys of narrow windows: too many ranges to fetch. The ring takes them whole.
+TEST(Planner, TriesWhatElseFitsAFixedLayout) {
+  PlanRequest request = request_of(32, 8, 8);
+  request.shape.seq_q = request.shape.seq_kv = 32 * kMostSingleRows;
+  request.options.mask = Mask::window(3, 0);
+  request.options.layout = Layout::kStriped;
+  request.fixed_layout = true;
+  const Choice choice = plan_attention(request);
+  EXPECT_EQ(choice.chosen.layout, Layout::kStriped);
+  bool told = false;
+  for (const Rejected& one : choice.rejected)
+    told = told || (one.what.find("fetch") == 0 && one.why.find("one by one") != std::string::npos);
+  EXPECT_TRUE(told);
+  request.ranks.reset();
+  request.mesh.set(Axis::kRing, 8);
+  request.options.strategy = "fetch";
+  EXPECT_THAT(refusal(request), HasSubstr("one by one"));
 }
 
 TEST(Planner, KeepsWhatIsGiven) {

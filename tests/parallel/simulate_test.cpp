@@ -161,7 +161,7 @@ TEST(Simulate, BytesFlopsAndMemoryAreThePlans) {
       std::int64_t inputs = 0;
       for (const ValueId value : plan.inputs) inputs += bytes_of(plan, value, mine.blocks[static_cast<std::size_t>(value)]);
       EXPECT_EQ(times.bytes_inside + times.bytes_between, mine.cost.bytes_received + mine.cost.stats_bytes);
-      EXPECT_EQ(times.flops, mine.cost.flops);
+      EXPECT_EQ(times.flops, mine.flops());
       EXPECT_EQ(times.peak_memory, mine.cost.peak_memory + inputs);
       EXPECT_NEAR(times.end_s, times.compute_s + times.exposed_s, 1e-9);
       EXPECT_LE(times.end_s, simulation.time_s);

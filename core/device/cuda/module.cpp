@@ -32,6 +32,7 @@ const CudaModule kTable{
     .fill_zero = fill_zero,
     .copy = copy,
     .add = add,
+    .take_maximum = take_maximum,
     .clear_state = clear_state,
     .merge_state = merge_state,
     .merge_sink = merge_sink,
@@ -46,6 +47,6 @@ const CudaModule kTable{
 }  // namespace dattn::cuda
 
 extern "C" __attribute__((visibility("default"))) const dattn::CudaModule* dattn_cuda_module(const dattn::CudaHost* host) {
-  dattn::cuda::bind_host(host);
+  if (host != nullptr) dattn::cuda::bind_host(host);
   return &dattn::cuda::kTable;
 }

@@ -1,11 +1,13 @@
 // Devices, memory, streams and events by CUDA's runtime.
 #include "core/device/cuda/runtime.h"
 
+#include <algorithm>
 #include <array>
 #include <atomic>
 #include <cstdint>
 #include <cstdlib>
 #include <mutex>
+#include <string_view>
 #include <unordered_set>
 
 #include "core/base/error.h"
@@ -21,6 +23,61 @@ cudaEvent_t native_event(NativeEvent event) { return static_cast<cudaEvent_t>(ev
 
 std::string error_text(cudaError_t error, const char* call) {
   return fmt::format("{}: {} ({})", call, cudaGetErrorString(error), cudaGetErrorName(error));
+}
+
+// What is to be done about an error, beginning with "; ", or nothing.
+const char* remedy_of(cudaError_t error) {
+  switch (error) {
+    case cudaErrorECCUncorrectable:
+      return "; the device is lost to this process: look for Xid in the kernel's log (dmesg), reset the device or leave it out "
+             "(CUDA_VISIBLE_DEVICES), and continue from the last checkpoint";
+    case cudaErrorIllegalAddress:
+    case cudaErrorLaunchFailure:
+      return "; all work of this process on the device is lost: either a kernel is wrong (compute-sanitizer says which) or the "
+             "device is (Xid in the kernel's log, dmesg)";
+    case cudaErrorNoKernelImageForDevice:
+      return "; this build has no code for the device: build with DATTN_CUDA_ARCHITECTURES, or use another one";
+    default: return "";
+  }
+}
+
+// Code for NN runs on compute capability N.N and, translated by the driver, on what came later; code for NNa on N.N alone.
+bool has_code_for(int major, int minor) {
+  for (std::string_view rest = DATTN_CUDA_ARCHITECTURES; !rest.empty();) {
+    const std::string one(rest.substr(0, rest.find(',')));
+    rest.remove_prefix(std::min(rest.size(), one.size() + 1));
+    const int built = std::atoi(one.c_str()), device = 10 * major + minor;
+    if (one.back() == 'a' ? device == built : device >= built) return true;
+  }
+  return false;
+}
+
+std::string why_unusable(const cudaDeviceProp& device) {
+  if (has_code_for(device.major, device.minor)) return {};
+  return fmt::format("compute capability {}.{}, and this build has code for {} only; build with DATTN_CUDA_ARCHITECTURES={}{}",
+                     device.major, device.minor, DATTN_CUDA_ARCHITECTURES, device.major, device.minor);
+}
+
+std::string version_text(int version) { return fmt::format("{}.{}", version / 1000, version % 1000 / 10); }
+
+// The driver is missing or older than the runtime that this build is linked to.
+std::string why_driver(cudaError_t error) {
+  int driver = 0, runtime = 0;
+  if (cudaDriverGetVersion(&driver) != cudaSuccess) cudaGetLastError();
+  if (cudaRuntimeGetVersion(&runtime) != cudaSuccess) cudaGetLastError();
+  // The oldest driver of each major version, from NVIDIA's table "CUDA toolkit and minimum compatible driver versions".
+  const char* least = runtime >= 13000 ? "580" : runtime >= 12000 ? "525" : "450";
+  if (driver == 0) {
+    return fmt::format(
+        "there is no NVIDIA driver (libcuda.so.1 is not found by the loader); install {} or newer, which CUDA {} "
+        "needs",
+        least, version_text(runtime));
+  }
+  if (error != cudaErrorInsufficientDriver || driver >= runtime) return error_text(error, "cudaGetDeviceCount");
+  return fmt::format(
+      "the NVIDIA driver is too old: it knows CUDA {}, this build needs CUDA {}; install driver {} or newer, or build "
+      "with an older toolkit",
+      version_text(driver), version_text(runtime), least);
 }
 
 // Memory that goes back to the device's pool stays there: otherwise every synchronisation would return it to the driver.
@@ -39,10 +96,9 @@ void keep_freed_memory(int device) {
   std::size_t free_bytes = 0, total_bytes = 0;
   memory_now(free_bytes, total_bytes);
   adopt_error_context();
-  fail(
-      ErrorCode::kSystem,
+  throw OutOfMemory(fmt::format(
       "out of memory on cuda:{}: {} bytes were asked for, {} of {} are free; use a smaller batch, more ranks, or recomputation",
-      current_device_index(), bytes, free_bytes, total_bytes);
+      current_device_index(), bytes, free_bytes, total_bytes));
 }
 
 cudaMemoryType type_of(const void* memory) {
@@ -96,7 +152,7 @@ void check(cudaError_t error, const char* call) {
   adopt_error_context();
   int device = -1;
   cudaGetDevice(&device);
-  fail(ErrorCode::kSystem, "cuda:{}: {}", device, error_text(error, call));
+  fail(ErrorCode::kSystem, "cuda:{}: {}{}", device, error_text(error, call), remedy_of(error));
 }
 
 std::vector<CudaDevice> devices(std::string& why) {
@@ -104,7 +160,9 @@ std::vector<CudaDevice> devices(std::string& why) {
   const cudaError_t error = cudaGetDeviceCount(&count);
   if (error != cudaSuccess || count == 0) {
     cudaGetLastError();
-    why = error != cudaSuccess ? error_text(error, "cudaGetDeviceCount") : "the driver sees no CUDA device";
+    why = error != cudaSuccess && error != cudaErrorNoDevice
+              ? why_driver(error)
+              : "the driver sees no CUDA device (nvidia-smi -L lists them; CUDA_VISIBLE_DEVICES may hide them)";
     return {};
   }
   std::vector<CudaDevice> all;
@@ -119,7 +177,7 @@ std::vector<CudaDevice> devices(std::string& why) {
     std::array<char, 32> pci{};
     if (cudaDeviceGetPCIBusId(pci.data(), static_cast<int>(pci.size()), i) != cudaSuccess) cudaGetLastError();
     all.push_back({properties.name, properties.major, properties.minor, properties.multiProcessorCount,
-                   static_cast<std::int64_t>(properties.totalGlobalMem), pci.data()});
+                   static_cast<std::int64_t>(properties.totalGlobalMem), pci.data(), why_unusable(properties)});
   }
   return all;
 }
@@ -128,8 +186,7 @@ std::string versions() {
   int driver = 0, runtime = 0;
   if (cudaDriverGetVersion(&driver) != cudaSuccess) cudaGetLastError();
   if (cudaRuntimeGetVersion(&runtime) != cudaSuccess) cudaGetLastError();
-  const auto text = [](int version) { return fmt::format("{}.{}", version / 1000, version % 1000 / 10); };
-  return fmt::format("{}, runtime {}", driver == 0 ? "no driver" : "driver " + text(driver), text(runtime));
+  return fmt::format("{}, runtime {}", driver == 0 ? "no driver" : "driver " + version_text(driver), version_text(runtime));
 }
 
 void set_device(int index) {

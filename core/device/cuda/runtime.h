@@ -48,6 +48,7 @@ void copy_pinned(void* to, const void* from, std::size_t bytes, NativeStream str
 void fill_zero(const TensorView& view, NativeStream stream);
 void copy(const TensorView& from, const TensorView& to, NativeStream stream);
 void add(const TensorView& from, const TensorView& to, NativeStream stream);
+void take_maximum(const TensorView& from, const TensorView& to, NativeStream stream);
 
 // .. and states (core/attention/state.cu).
 void clear_state(const TensorView& out, const TensorView& lse, NativeStream stream);

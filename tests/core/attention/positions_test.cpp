@@ -52,6 +52,16 @@ RC_GTEST_PROP(Positions, ListAtAndRowsAgree, ()) {
   RC_ASSERT(positions.rows(begin, count).list() == std::vector<std::int64_t>(all.begin() + begin, all.begin() + begin + count));
 }
 
+RC_GTEST_PROP(Positions, EveryFewRows, ()) {
+  const Positions positions = some_positions();
+  const std::int64_t step = pick(1, 5), begin = pick(0, positions.count() + 1);
+  const std::int64_t count = pick(0, (positions.count() - begin + step - 1) / step + 1);
+  const std::vector<std::int64_t> all = positions.list(), part = positions.rows(begin, count, step).list();
+  RC_ASSERT(std::ssize(part) == count);
+  for (std::int64_t i = 0; i < count; ++i)
+    RC_ASSERT(part[static_cast<std::size_t>(i)] == all[static_cast<std::size_t>(begin + i * step)]);
+}
+
 RC_GTEST_PROP(SplitEvenly, PartsAreInOrderAndDifferByAtMostOne, ()) {
   const auto total = pick(0, 1000);
   const auto parts = pick(1, 40);

@@ -131,6 +131,8 @@ TEST(RegionList, FindsWhatAStretchOfQueriesMeets) {
 
 TEST(Tiles, TooManySingleRowsAreRefused) {
   const std::int64_t rows = 3 * kMostSingleRows;
+  EXPECT_TRUE(has_narrow_windows({{{0, 1}, RegionList({{{0, 9}, {0, 9}, -1, 0}})}}, 3));
+  EXPECT_FALSE(has_narrow_windows({{{0, 1}, RegionList({{{0, 9}, {0, 9}, -1, 0}, {{0, 9}, {0, 2}}})}}, 2));
   const std::vector<Region> all{{{0, rows}, {0, rows}}};
   EXPECT_THROW(make_tiles(all, Positions::range(0, rows), Positions({{0, 10, 7}})), Error);
   const std::vector<Region> window{{{0, 8 * rows}, {0, 8 * rows}, -1, 0}};
@@ -200,6 +202,24 @@ RC_GTEST_PROP(Tiles, HoldEveryVisiblePairOnceInLocalRows, ()) {
   RC_ASSERT(std::is_sorted(tiles.begin(), tiles.end(), [](const Tile& a, const Tile& b) {
     return Pair(a.rows.q.begin, a.rows.k.begin) < Pair(b.rows.q.begin, b.rows.k.begin);
   }));
+}
+
+RC_GTEST_PROP(Area, OfRunsAndARangeIsThatOfTheirPairs, ()) {
+  const RegionList mask(some_mask());
+  const Positions rows = some_positions();
+  const std::int64_t begin = pick(0, kSide);
+  const Interval range{begin, pick(begin, kSide + 1)};
+  std::int64_t as_queries = 0, as_keys = 0;
+  for (const std::int64_t row : rows.list()) {
+    for (std::int64_t other = range.begin; other < range.end; ++other) {
+      for (const Region& region : mask) {
+        as_queries += region.contains(row, other) ? 1 : 0;
+        as_keys += region.contains(other, row) ? 1 : 0;
+      }
+    }
+  }
+  RC_ASSERT(area(mask, rows, range) == as_queries);
+  RC_ASSERT(area(mask, range, rows) == as_keys);
 }
 
 TEST(Tiles, StripedCausalIsOneTileAPair) {

@@ -85,17 +85,24 @@ void all_reduce_sums_in_rank_order(Communicator& world) {
 }
 
 void all_reduce_takes_maxima(Communicator& world) {
-  for (const std::int64_t count : {1, 5003}) {
-    Tensor data = host_tensor(DType::kF32, Shape{count});
-    for (std::int64_t i = 0; i < count; ++i) data.ptr<float>()[i] = static_cast<float>((i + world.rank()) % world.size()) - 100;
-    data.ptr<float>()[count - 1] = world.rank() == world.size() - 1 ? std::numeric_limits<float>::quiet_NaN() : 1;
-    data = here(data);
-    world.all_reduce_max(data, kLabel);
-    data = home(data);
-    for (std::int64_t i = 0; i + 1 < count; ++i) {
-      ensure(data.ptr<float>()[i] == static_cast<float>(world.size() - 101), "max {} at {}", data.ptr<float>()[i], i);
+  constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
+  for (const DType dtype : kFloats) {
+    for (const std::int64_t count : {1, 5003}) {
+      for (const int from : {0, world.size() - 1}) {  // whose last number is none
+        Tensor numbers = host_tensor(DType::kF64, Shape{count});
+        for (std::int64_t i = 0; i < count; ++i) {
+          numbers.ptr<double>()[i] = static_cast<double>((i + world.rank()) % world.size()) - 100;
+        }
+        numbers.ptr<double>()[count - 1] = world.rank() == from ? kNaN : 1;
+        Tensor data = here(to_dtype(numbers, dtype));
+        world.all_reduce_max(data, kLabel);
+        data = home(data);
+        for (std::int64_t i = 0; i + 1 < count; ++i) {
+          ensure(value_at(data, i) == world.size() - 101, "max {} at {}", value_at(data, i), i);
+        }
+        ensure(std::isnan(value_at(data, count - 1)), "a NaN of rank {} must reach all", from);
+      }
     }
-    ensure(std::isnan(data.ptr<float>()[count - 1]), "a NaN of one rank must reach all");
   }
 }
 

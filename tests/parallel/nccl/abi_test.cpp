@@ -54,7 +54,7 @@ static_assert(int{kSuccess} == ncclSuccess && int{kUnhandledCudaError} == ncclUn
               int{kSystemError} == ncclSystemError && int{kInternalError} == ncclInternalError &&
               int{kInvalidArgument} == ncclInvalidArgument && int{kInvalidUsage} == ncclInvalidUsage &&
               int{kRemoteError} == ncclRemoteError && int{kInProgress} == ncclInProgress);
-static_assert(int{kSum} == ncclSum && int{kMax} == ncclMax);
+static_assert(int{kSum} == ncclSum);
 static_assert(int{kInt8} == ncclInt8 && int{kInt32} == ncclInt32 && int{kFloat32} == ncclFloat32 &&
               int{kFloat64} == ncclFloat64 && int{kBfloat16} == ncclBfloat16);
 static_assert(kUndefined == NCCL_CONFIG_UNDEF_INT && NCCL_VERSION(2, 19, 0) == kLeastVersion);

@@ -64,6 +64,20 @@ TEST(NcclFaults, RankThatNeverJoinsEndsWithinTheDeadline) {
   EXPECT_LT(outcome.seconds, 3);
 }
 
+TEST(NcclFaults, DeviceThatNeverComesToRestIsTold) {
+  const Environment injected("DATTN_NCCL_FAULT", "hang 1 1 2.5");
+  std::atomic<int> told{0};
+  NcclOptions options{.timeout_s = 0.5, .drain_s = 0.3};
+  options.stuck = [&](const JobEnd& end) {
+    ++told;
+    EXPECT_EQ(end.code, ErrorCode::kPeer);
+    EXPECT_THAT(end.reason, HasSubstr("has not ended for 0.5 s"));
+  };
+  const Outcome outcome = failure_of([&] { run_nccl_ranks(3, options, [](Communicator& world) { turn(world); }); });
+  EXPECT_EQ(outcome.code, ErrorCode::kPeer);
+  EXPECT_GE(told, 1);  // the rank whose stream is held up; others' run empty
+}
+
 TEST(NcclFaults, DelayWithinTheDeadlineIsNoFault) {
   const Environment injected("DATTN_NCCL_FAULT", "delay 1 1 0.4");
   run_nccl_ranks(3, {.timeout_s = 5}, [](Communicator& world) { turn(world); });

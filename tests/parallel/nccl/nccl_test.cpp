@@ -14,6 +14,7 @@
 
 #include "core/base/philox.h"
 #include "core/device/stream.h"
+#include "parallel/comm/decorators.h"
 #include "parallel/comm/staged.h"
 #include "tests/parallel/comm/cases.h"
 #include "tests/parallel/nccl/job.h"
@@ -30,6 +31,12 @@ class OnDevices : public testing::TestWithParam<std::tuple<std::size_t, int>> {}
 TEST_P(OnDevices, OverNccl) {
   const auto& [index, ranks] = GetParam();
   run_nccl_ranks(ranks, {.timeout_s = 60}, collective_cases()[index].run);
+}
+
+TEST(Nccl, MaximaWhereSumsAreItsOwn) {
+  for (const auto& one : collective_cases()) {
+    if (one.name == "AllReduceMax") run_nccl_ranks(3, {.timeout_s = 60, .ordered_sums = false}, one.run);
+  }
 }
 
 TEST_P(OnDevices, OverNcclWithCallsChecked) {
@@ -128,6 +135,34 @@ TEST(Nccl, SumsOfItsOwnAreUsedWhereOrderDoesNotMatter) {
   });
 }
 
+// NCCL's own collectives are counted and traced as a ring would move them, and are still NCCL's.
+TEST(Nccl, CollectivesOfItsOwnAreCounted) {
+  Tensor down = random_of(3, 6000);
+  for (const int rank : {2, 1, 0}) add(random_of(rank, 6000), down);
+  run_nccl_ranks(4, {.timeout_s = 60, .ordered_sums = false}, [&](Communicator& world) {
+    const auto counter = std::make_shared<ByteCounter>();
+    const auto trace = std::make_shared<Trace>(world.rank());
+    const std::array<int, 4> everyone{0, 1, 2, 3};
+    const auto job = counted(traced(world.split(everyone, "job"), trace), counter);
+    const Tensor data = to_device(random_of(world.rank(), 6000), current_device());
+    const std::array<std::int64_t, 4> even{1500, 1500, 1500, 1500}, uneven{1500, 1499, 1501, 1500};
+    Tensor own(DType::kF32, Shape{1500});
+    job->reduce_scatter_sum(data, even, own, {.verb = "reduce_scatter"});
+    job->all_reduce_sum(data, {.verb = "all_reduce"});
+    job->all_gather(data, even, {.verb = "gather"});
+    job->all_gather(data, uneven, {.verb = "exchanges"});
+    const auto counts = counter->by_verb();
+    EXPECT_EQ(counts.at("reduce_scatter").received, 18000);
+    EXPECT_EQ(counts.at("all_reduce").sent, 36000);
+    EXPECT_EQ(counts.at("gather").received, 18000);
+    EXPECT_EQ(counts.at("exchanges").sent, 3 * 4 * uneven[static_cast<std::size_t>(world.rank())]);
+    for (const char* verb : {"reduce_scatter", "all_reduce", "gather", "exchanges"}) EXPECT_EQ(counts.at(verb).operations, 1);
+    EXPECT_THAT(trace->json_events(), AllOf(HasSubstr("\"all_reduce\""), HasSubstr("\"received\":36000")));
+    const Tensor part = to_device(own, Device{});
+    EXPECT_EQ(std::memcmp(part.ptr<char>(), down.ptr<float>() + 1500 * world.rank(), 1500 * sizeof(float)), 0);
+  });
+}
+
 TEST(Nccl, GathersThroughSymmetricMemory) {
   const NcclOptions options{.timeout_s = 60, .zero_cta = true, .symmetric_bytes = 10000, .register_buffers = true};
   run_nccl_ranks(2, options, [](Communicator& world) {
@@ -166,7 +201,7 @@ TEST(Nccl, BorrowsAFrameworksCommunicator) {
         const Tensor sum = to_device(data, Device{});
         EXPECT_EQ(sum.ptr<float>()[3], random_of(0, 10).ptr<float>()[3] + random_of(1, 10).ptr<float>()[3]);
       });
-  const Outcome outcome = failure_of([&] {
+  const Outcome other_ranks = failure_of([&] {
     run_device_ranks(
         2, 60,
         [&](std::unique_ptr<Communicator> control) {
@@ -179,7 +214,49 @@ TEST(Nccl, BorrowsAFrameworksCommunicator) {
         },
         [](Communicator&) {});
   });
-  EXPECT_THAT(outcome.message, AllOf(HasSubstr("rank 0 of 1"), HasSubstr("lend one of the same ranks")));
+  EXPECT_THAT(other_ranks.message, AllOf(HasSubstr("rank 0 of 1"), HasSubstr("lend one of the same ranks")));
+}
+
+// The framework's communicator serves the framework after a job that ended well and after one that failed; groups of ranks are
+// made by splitting it, and those are ours to end.
+TEST(Nccl, LentCommunicatorsAreNeverEnded) {
+  std::string report;
+  const nccl::Api api = nccl::find_nccl(report).value();
+  for (const bool fails : {false, true}) {
+    nccl::UniqueId id{};
+    api.get_unique_id(&id);
+    std::array<nccl::Comm, 2> lent{};
+    const auto job = [&] {
+      run_device_ranks(
+          2, 60,
+          [&](std::unique_ptr<Communicator> control) {
+            const int rank = control->rank();
+            nccl::Config config;
+            api.comm_init_rank_config(&lent[static_cast<std::size_t>(rank)], 2, id, rank, &config);
+            return nccl_world(std::move(control), {.timeout_s = 60, .lent = lent[static_cast<std::size_t>(rank)]});
+          },
+          [&](Communicator& world) {
+            const std::array<int, 2> both{0, 1};
+            const auto part = world.partition(both, "part");
+            const Tensor data = to_device(random_of(world.rank(), 10), current_device());
+            part->all_reduce_sum(data, {.verb = "all_reduce"});
+            current_stream().synchronize();
+            world.barrier({});
+            if (fails && world.rank() == 1) fail(ErrorCode::kSystem, "no space left");
+            world.barrier({});
+          });
+    };
+    if (fails)
+      EXPECT_THAT(failure_of(job).message, HasSubstr("no space left"));
+    else
+      job();
+    for (const nccl::Comm comm : lent) {
+      nccl::Result state = nccl::kInternalError;
+      EXPECT_EQ(api.comm_get_async_error(comm, &state), nccl::kSuccess);
+      EXPECT_EQ(state, nccl::kSuccess) << "fails: " << fails;
+      EXPECT_EQ(api.comm_destroy(comm), nccl::kSuccess);
+    }
+  }
 }
 
 TEST(Nccl, IdThroughAFile) {

@@ -81,9 +81,9 @@ TEST(NcclStandIn, CollectivesAndSplits) {
     int place = -1;
     nccl.comm_user_rank(half, &place);
     EXPECT_EQ(place, rank < 2 ? 1 : 0);
-    float largest = static_cast<float>(rank);
-    nccl.all_reduce(&largest, &largest, 1, kFloat32, kMax, half, nullptr);
-    EXPECT_EQ(largest, static_cast<float>(rank % 2 + 2));
+    float sum = static_cast<float>(rank);
+    nccl.all_reduce(&sum, &sum, 1, kFloat32, kSum, half, nullptr);
+    EXPECT_EQ(sum, static_cast<float>(2 * (rank % 2) + 2));
     nccl.comm_destroy(half);
 
     Comm none = comm;

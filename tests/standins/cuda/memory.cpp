@@ -99,6 +99,7 @@ struct Rows {
 };
 
 cudaError_t enqueue_copy(Rows rows, cudaStream_t handle) {
+  if (const cudaError_t error = report_lost()) return error;
   if (rows.width == 0 || rows.height == 0) return cudaSuccess;
   CUstream_st& stream = *CUstream_st::of(handle);
   bool from_pageable = false, to_pageable = false;
@@ -155,6 +156,7 @@ cudaError_t cudaMemPoolSetAttribute(cudaMemPool_t /*pool*/, cudaMemPoolAttr /*at
 
 cudaError_t cudaMallocAsync(void** memory, std::size_t bytes, cudaStream_t handle) {
   *memory = nullptr;
+  if (const cudaError_t error = report_lost()) return error;
   if (bytes == 0) return cudaSuccess;
   CUstream_st& stream = *CUstream_st::of(handle);
   auto& used = used_bytes(stream.device());

@@ -28,6 +28,14 @@ int device_count() {
   return count;
 }
 
+// DATTN_CUDA_STANDIN_DRIVER: the CUDA version that the driver knows, 0 for none; DATTN_CUDA_STANDIN_CAPABILITY, as "7.5".
+int number_from(const char* variable, int otherwise) {
+  const char* text = std::getenv(variable);
+  return text == nullptr ? otherwise : std::atoi(text);
+}
+constexpr int kVersion = 13000;  // of runtime and driver
+bool driver_is_old() { return number_from("DATTN_CUDA_STANDIN_DRIVER", kVersion) < kVersion; }
+
 bool is_device(int device) { return device >= 0 && device < device_count(); }
 cudaError_t no_such_device(int device) {
   return report(cudaErrorInvalidDevice, "invalid device ordinal " + std::to_string(device));
@@ -73,6 +81,10 @@ constexpr Name kNames[] = {
      "CUDA driver version is insufficient for CUDA runtime version"},
     {cudaErrorNoDevice, "cudaErrorNoDevice", "no CUDA-capable device is detected"},
     {cudaErrorInvalidDevice, "cudaErrorInvalidDevice", "invalid device ordinal"},
+    {cudaErrorNoKernelImageForDevice, "cudaErrorNoKernelImageForDevice",
+     "no kernel image is available for execution on the device"},
+    {cudaErrorECCUncorrectable, "cudaErrorECCUncorrectable", "uncorrectable ECC error encountered"},
+    {cudaErrorIllegalAddress, "cudaErrorIllegalAddress", "an illegal memory access was encountered"},
     {cudaErrorInvalidResourceHandle, "cudaErrorInvalidResourceHandle", "invalid resource handle"},
     {cudaErrorNotReady, "cudaErrorNotReady", "device not ready"},
     {cudaErrorLaunchFailure, "cudaErrorLaunchFailure", "unspecified launch failure"},
@@ -85,6 +97,8 @@ const Name& known(cudaError_t error) {
 
 int current_device() { return t_device; }
 
+cudaError_t report_lost() { return report(lost(t_device)); }
+
 cudaError_t report(cudaError_t error, const std::string& text) {
   static const Failure* const not_ready = keep({cudaErrorNotReady, known(cudaErrorNotReady).text});
   return report(error == cudaErrorNotReady ? not_ready : keep({error, text}));
@@ -93,6 +107,8 @@ cudaError_t report(cudaError_t error, const std::string& text) {
 }  // namespace dattn::cuda::standin
 
 cudaError_t cudaGetDeviceCount(int* count) {
+  *count = 0;
+  if (driver_is_old()) return report(cudaErrorInsufficientDriver, known(cudaErrorInsufficientDriver).text);
   *count = device_count();
   return *count > 0 ? cudaSuccess : report(cudaErrorNoDevice, known(cudaErrorNoDevice).text);
 }
@@ -115,6 +131,9 @@ cudaError_t cudaGetDeviceProperties(cudaDeviceProp* properties, int device) {
   std::size_t free = 0;
   cudaMemGetInfo(&free, &properties->totalGlobalMem);
   properties->major = 9;
+  if (const char* text = std::getenv("DATTN_CUDA_STANDIN_CAPABILITY")) {
+    std::sscanf(text, "%d.%d", &properties->major, &properties->minor);
+  }
   properties->multiProcessorCount = 132;
   return cudaSuccess;
 }
@@ -142,12 +161,12 @@ cudaError_t cudaDeviceGetStreamPriorityRange(int* least, int* greatest) {
 }
 
 cudaError_t cudaDriverGetVersion(int* version) {
-  *version = 13000;
+  *version = number_from("DATTN_CUDA_STANDIN_DRIVER", kVersion);
   return cudaSuccess;
 }
 
 cudaError_t cudaRuntimeGetVersion(int* version) {
-  *version = 13000;
+  *version = kVersion;
   return cudaSuccess;
 }
 
@@ -155,7 +174,7 @@ cudaError_t cudaDeviceSynchronize() {
   const Failure* failure = nullptr;
   for_streams([&](CUstream_st& stream) {
     stream.synchronize();
-    if (const Failure* mine = stream.failure.exchange(nullptr)) failure = mine;
+    if (const Failure* mine = stream.take_failure()) failure = mine;
   });
   return report(failure);
 }
@@ -186,13 +205,13 @@ cudaError_t cudaStreamDestroy(cudaStream_t stream) {
 cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
   CUstream_st& own = *CUstream_st::of(stream);
   own.synchronize();
-  return report(own.failure.exchange(nullptr));
+  return report(own.take_failure());
 }
 
 cudaError_t cudaStreamQuery(cudaStream_t stream) {
   CUstream_st& own = *CUstream_st::of(stream);
   if (!own.idle()) return report(cudaErrorNotReady, known(cudaErrorNotReady).text);
-  return report(own.failure.exchange(nullptr));
+  return report(own.take_failure());
 }
 
 cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned /*flags*/) {
@@ -219,7 +238,8 @@ cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t handle) {
   }
   stream.push(
       [state = event->state, target = ++event->recorded, &stream] {
-        state->failure.store(stream.failure.load());
+        const Failure* const always = lost(stream.device());
+        state->failure.store(always != nullptr ? always : stream.failure.load());
         state->time_ns.store(std::chrono::steady_clock::now().time_since_epoch().count(), std::memory_order_relaxed);
         state->progress.reach(target);
       },
@@ -252,7 +272,7 @@ cudaError_t cudaEventDestroy(cudaEvent_t event) {
 cudaError_t cudaGetLastError() {
   if (t_last == cudaSuccess) {
     for_streams([&](CUstream_st& stream) {
-      if (t_last == cudaSuccess) report(stream.failure.exchange(nullptr));
+      if (t_last == cudaSuccess) report(stream.take_failure());
     });
   }
   return std::exchange(t_last, cudaSuccess);

@@ -45,7 +45,34 @@ unsigned jitter_seed() {
   return seed;
 }
 
+struct Fault {
+  cudaError_t error = cudaSuccess;
+  const char* text = "";
+  int device = -1;
+  int kernel = 0;
+};
+
+const Fault& fault() {
+  static const Fault told = [] {
+    Fault made;
+    char kind[16] = "";
+    const char* text = std::getenv("DATTN_CUDA_STANDIN_FAULT");
+    if (text == nullptr || std::sscanf(text, "%15s %d %d", kind, &made.device, &made.kernel) != 3) return Fault{};
+    const std::string name = kind;
+    if (name == "ecc") made.error = cudaErrorECCUncorrectable, made.text = "uncorrectable ECC error encountered";
+    if (name == "address") made.error = cudaErrorIllegalAddress, made.text = "an illegal memory access was encountered";
+    if (name == "launch") made.error = cudaErrorLaunchFailure, made.text = "unspecified launch failure";
+    return made;
+  }();
+  return told;
+}
+
+std::atomic<const Failure*> g_lost{nullptr};  // of the fault's device
+std::atomic<int> g_kernels{0};                // run on it
+
 }  // namespace
+
+const Failure* lost(int device) { return device == fault().device ? g_lost.load(std::memory_order_relaxed) : nullptr; }
 
 // Futexes by hand: what the standard library offers orders the waiting thread before the waking one for ThreadSanitizer.
 void Progress::reach(std::uint32_t value) {
@@ -123,6 +150,7 @@ cudaError_t start(Launch launch, cudaStream_t handle) {
     return report(cudaErrorInvalidResourceHandle, "a kernel for device " + std::to_string(current_device()) +
                                                       " on a stream of device " + std::to_string(stream.device()));
   }
+  if (const cudaError_t error = report_lost()) return error;
   stream.push([launch = std::move(launch), &stream] { stream.run_grid(launch); });
   return cudaSuccess;
 }
@@ -220,7 +248,17 @@ void CUstream_st::synchronize() {
 
 bool CUstream_st::idle() const { return done_.load(std::memory_order_acquire) >= given_.load(std::memory_order_relaxed); }
 
+const Failure* CUstream_st::take_failure() {
+  const Failure* const taken = failure.exchange(nullptr);
+  const Failure* const always = lost(device_);
+  return always != nullptr ? always : taken;
+}
+
 void CUstream_st::run_grid(const Launch& launch) {
+  if (device_ == fault().device && g_kernels.fetch_add(1, std::memory_order_relaxed) == fault().kernel) {
+    g_lost.store(keep({fault().error, fault().text}), std::memory_order_relaxed);
+  }
+  if (lost(device_) != nullptr) return;
   const std::uint64_t blocks = std::uint64_t{launch.grid.x} * launch.grid.y * launch.grid.z;
   std::atomic<std::uint64_t> next_block{0};
   std::atomic<const Failure*> failed{nullptr};

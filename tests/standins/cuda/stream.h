@@ -60,6 +60,11 @@ const Failure* keep(Failure failure);  // never freed, so errors can be handed a
 
 int current_device();
 
+// A device that a fault has hit is lost: nothing runs on it any more, and every call says why. nullptr: it works.
+// DATTN_CUDA_STANDIN_FAULT, "ERROR DEVICE N": the N-th kernel of the device, from 0, meets it; ERROR: ecc, address or launch.
+const Failure* lost(int device);
+cudaError_t report_lost();  // of the current device; cudaSuccess: it works
+
 }  // namespace dattn::cuda::standin
 
 struct CUevent_st {
@@ -83,7 +88,8 @@ struct CUstream_st {
   void synchronize();
   bool idle() const;
   void run_grid(const dattn::cuda::standin::Launch& launch);
-  void retire(void* memory, std::size_t bytes);  // frees device memory, late enough to see it used after that
+  void retire(void* memory, std::size_t bytes);         // frees device memory, late enough to see it used after that
+  const dattn::cuda::standin::Failure* take_failure();  // the first since the last call, or why the device is lost
 
   std::atomic<const dattn::cuda::standin::Failure*> failure{nullptr};
 

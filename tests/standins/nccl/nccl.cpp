@@ -11,7 +11,6 @@
 
 #include <atomic>
 #include <bit>
-#include <cmath>
 #include <cstdlib>
 #include <cstring>
 #include <map>
@@ -185,7 +184,7 @@ void add_all_to_all(World& world, Work& work, const char* from, std::size_t stri
 
 // From the highest rank down: NCCL promises no order, so nobody may rely on rank order.
 template <class T>
-void reduce(const std::vector<char*>& blocks, void* out, std::size_t count, RedOp op) {
+void reduce(const std::vector<char*>& blocks, void* out, std::size_t count) {
   auto* result = static_cast<T*>(out);
   for (std::size_t i = 0; i < count; ++i) {
     T value{};
@@ -195,24 +194,23 @@ void reduce(const std::vector<char*>& blocks, void* out, std::size_t count, RedO
       if (r + 1 == blocks.size()) {
         value = one;
       } else {
-        const double a = static_cast<double>(value), b = static_cast<double>(one);
-        value =
-            T(static_cast<std::conditional_t<std::is_same_v<T, double>, double, float>>(op == kSum ? a + b : std::fmax(a, b)));
+        const double sum = static_cast<double>(value) + static_cast<double>(one);
+        value = T(static_cast<std::conditional_t<std::is_same_v<T, double>, double, float>>(sum));
       }
     }
     result[i] = value;
   }
 }
 
-void reduce_blocks(const std::vector<char*>& blocks, void* out, std::size_t count, DataType type, RedOp op) {
-  if (type == kFloat32) reduce<float>(blocks, out, count, op);
-  if (type == kFloat64) reduce<double>(blocks, out, count, op);
-  if (type == kBfloat16) reduce<dattn::BFloat16>(blocks, out, count, op);
+void reduce_blocks(const std::vector<char*>& blocks, void* out, std::size_t count, DataType type) {
+  if (type == kFloat32) reduce<float>(blocks, out, count);
+  if (type == kFloat64) reduce<double>(blocks, out, count);
+  if (type == kBfloat16) reduce<dattn::BFloat16>(blocks, out, count);
 }
 
 // stride 0: every rank sends all it has to all (all-reduce); otherwise block r goes to rank r (reduce-scatter).
 void add_reduction(World& world, Work& work, const void* in, std::size_t stride, void* out, std::size_t count, DataType type,
-                   RedOp op, Kind kind) {
+                   Kind kind) {
   std::vector<char*> blocks;
   for (int r = 0; r < world.ranks(); ++r) {
     work.buffers.emplace_back(count * size_of(type));
@@ -220,7 +218,7 @@ void add_reduction(World& world, Work& work, const void* in, std::size_t stride,
   }
   add_all_to_all(world, work, static_cast<const char*>(in), stride, count, type, kind,
                  [&](int r) { return blocks[static_cast<std::size_t>(r)]; });
-  work.after.emplace_back([blocks, out, count, type, op] { reduce_blocks(blocks, out, count, type, op); });
+  work.after.emplace_back([blocks, out, count, type] { reduce_blocks(blocks, out, count, type); });
 }
 
 constexpr std::uintptr_t kPage = 4096;
@@ -414,16 +412,16 @@ Result ncclAllGather(const void* own, void* all, std::size_t count, DataType typ
 }
 
 Result ncclReduceScatter(const void* all, void* own, std::size_t count, DataType type, RedOp op, Comm comm, Stream stream) {
+  if (op != kSum) return kInvalidArgument;
   const auto body = [&](World& world, Work& work) {
-    add_reduction(world, work, all, count * size_of(type), own, count, type, op, Kind::kReduceScatter);
+    add_reduction(world, work, all, count * size_of(type), own, count, type, Kind::kReduceScatter);
   };
   return issue(comm, body, stream);
 }
 
 Result ncclAllReduce(const void* in, void* out, std::size_t count, DataType type, RedOp op, Comm comm, Stream stream) {
-  const auto body = [&](World& world, Work& work) {
-    add_reduction(world, work, in, 0, out, count, type, op, Kind::kAllReduce);
-  };
+  if (op != kSum) return kInvalidArgument;
+  const auto body = [&](World& world, Work& work) { add_reduction(world, work, in, 0, out, count, type, Kind::kAllReduce); };
   return issue(comm, body, stream);
 }
 

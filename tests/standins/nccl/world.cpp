@@ -172,6 +172,7 @@ bool World::begin_send(Transfer& transfer) {
   const int number = messages_++;
   if (fault_.number != number) return true;
   if (fault_.is("delay", rank_)) std::this_thread::sleep_for(std::chrono::duration<double>(fault_.seconds));
+  if (fault_.is("hang", rank_)) std::this_thread::sleep_for(std::chrono::duration<double>(fault_.seconds));
   if (fault_.is("async", rank_)) {
     fail(nccl::kRemoteError, "an injected fault: the connection was lost");
     return false;

@@ -20,6 +20,7 @@ namespace nccl = dattn::nccl;
 // DATTN_NCCL_FAULT, "KIND RANK [N [SECONDS]]"; RANK and N (from 0) are counted in every communicator on its own:
 //   drop R N      rank R's N-th message is never sent
 //   delay R N S   ... is sent S seconds late
+//   hang R N S    ... holds its stream up for S seconds, whatever is aborted meanwhile
 //   async R N     rank R's N-th message is not sent and its communicator fails with ncclRemoteError
 //   init R CODE   rank R's initialisation returns this result
 //   absent R      rank R never joins

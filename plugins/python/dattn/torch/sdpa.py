@@ -1,0 +1,77 @@
+"""`with dattn.torch.sdpa(mesh):` calls of F.scaled_dot_product_attention run sharded, in code that knows nothing of it."""
+import torch
+import torch.nn.functional as F
+from torch.overrides import TorchFunctionMode
+
+from dattn import _c
+from dattn.torch import _masks, _mesh, sharding
+from dattn.torch._attention import attention
+
+
+class sdpa(TorchFunctionMode):
+    """Inside, q, k, v of F.scaled_dot_product_attention, [batch, heads, seq, dim], are this rank's rows.
+
+    is_causal means the whole sequence's causality. attn_mask is the whole sequence's, [.., seq, keys] (equal on all ranks), or
+    what is added to the scores of this rank's rows, [.., rows, keys]. Booleans, and floats of zeros and -inf, are recognised as
+    bands; other floats are a bias. mask= takes the place of both in every call. Keep the context around backward too where
+    activations are recomputed."""
+
+    def __init__(self, mesh=None, *, layout="zigzag", strategy="auto", mask=None, seq_len=None, determinism=None, timeout_s=None):
+        super().__init__()
+        self.mask, self.layout = mask, layout
+        self.options = {"mesh": mesh, "layout": layout, "strategy": strategy, "seq_len": seq_len, "determinism": determinism,
+                        "timeout_s": timeout_s}
+        self.spec = _mesh.spec_of(mesh, strategy, timeout_s)
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function is F.scaled_dot_product_attention:
+            return self.attend(*args, **(kwargs or {}))
+        return function(*args, **(kwargs or {}))
+
+    def attend(self, query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, *, scale=None, enable_gqa=False):
+        if query.dim() == 3:  # one head
+            attn_mask = attn_mask[:, None] if attn_mask is not None and attn_mask.dim() == 3 else attn_mask
+            return self.attend(query[:, None], key[:, None], value[:, None], attn_mask, dropout_p, is_causal, scale=scale)[:, 0]
+        if attn_mask is not None and is_causal:
+            raise _c.BadInput("attn_mask and is_causal are both given; give one")
+        if key.dim() == 4 and query.dim() == 4 and key.shape[1] != query.shape[1] and not enable_gqa:
+            raise _c.BadInput(f"query has {query.shape[1]} heads and key {key.shape[1]}; set enable_gqa=True")
+        mask, bias, options = "causal" if is_causal else "full", None, dict(self.options)
+        if self.mask is not None:
+            mask = self.mask
+        elif attn_mask is not None:
+            mask, bias = self._read(attn_mask, query, key, options)
+        return attention(query, key, value, mask=mask, bias=bias, tensor_format="bhsd", scale=scale, dropout_p=dropout_p, **options)
+
+    def _read(self, mask, query, key, options):
+        """(mask, bias) of an attn_mask."""
+        rows, keys, ranks = query.shape[-2], key.shape[-2], self.spec.sequence_ranks
+        seq_kv = mask.shape[-1]
+        if ranks > 1 and options["seq_len"] is None:
+            options["seq_len"] = sharding.total_rows(self.spec, rows)
+        seq = rows if ranks == 1 else options["seq_len"]
+        if seq_kv == 1:
+            seq_kv = options["seq_len_kv"] = keys if ranks == 1 else seq if keys == rows else sharding.total_rows(self.spec, keys)
+        if ranks > 1 and seq_kv == keys:
+            raise _c.BadInput(
+                f"attn_mask has {mask.shape[-2]} x {seq_kv} positions, this rank's own; it does not say who sees keys of other"
+                " ranks: give the whole sequence's mask, or sdpa(mask=)")
+        options["seq_len_kv"] = seq_kv
+        if mask.shape[-2] == 1 or mask.shape[-2] == seq:
+            found, bias = self._recognise(mask.expand(*mask.shape[:-2], seq, seq_kv) if mask.shape[-2] == 1 or mask.shape[-1] == 1 else mask)
+            if bias is not None and ranks > 1:
+                bias = sharding.shard(bias, self.spec, self.layout, dim=-2, mask=self.mask)
+        elif mask.shape[-2] == rows and mask.is_floating_point():
+            found, bias = {"kind": "full"}, mask
+        else:
+            raise _c.BadInput(f"attn_mask has {mask.shape[-2]} rows; give the whole sequence's {seq}"
+                              + ("" if mask.dtype != torch.bool else f" (of this rank's {rows} rows alone, only floats can be taken)"))
+        if bias is not None:
+            bias = bias.to(query.dtype)
+            while bias.dim() < 4:
+                bias = bias[None]
+        return found, bias
+
+    @staticmethod
+    def _recognise(mask):
+        return _masks.split(mask)

@@ -1,0 +1,84 @@
+"""What is refused, with which words; nothing has been sent then: other ranks go on."""
+import pytest
+import torch
+import torch.distributed as dist
+
+from ranks import mesh, on_ranks
+import dattn
+import dattn.torch
+from reference import close, inputs
+
+
+def q(*shape, **options):
+    return torch.randn(*(shape or (2, 8, 4, 16)), **options)
+
+
+REFUSED = {
+    "q is torch.float16": (lambda: (q().half(),) * 3, {}),
+    "q is torch.float32 but k is torch.bfloat16": (lambda: (q(), q().bfloat16(), q()), {}),
+    "they must be on one device": (lambda: (q(), q(device="meta"), q()), {}),
+    "tensor_format bshd has 4 axes": (lambda: (q(8, 4, 16),) * 3, {}),
+    "unknown tensor_format 'hbsd'": (lambda: (q(),) * 3, {"tensor_format": "hbsd"}),
+    "q has 2 batch rows, k 1": (lambda: (q(), q(1, 8, 4, 16), q(1, 8, 4, 16)), {}),
+    "must be a multiple": (lambda: (q(), q(2, 8, 3, 16), q(2, 8, 3, 16)), {}),
+    "q has head dim 16 but k 12": (lambda: (q(), q(2, 8, 4, 12), q()), {}),
+    "k has 8 rows of 4 heads but v 7 rows": (lambda: (q(), q(), q(2, 7, 4, 16)), {}),
+    "bias has shape": (lambda: (q(),) * 3, {"bias": torch.zeros(2, 3, 8, 8)}),
+    "bias is torch.float64": (lambda: (q(),) * 3, {"bias": torch.zeros(1, 1, 8, 8).double()}),
+    "sink has shape": (lambda: (q(),) * 3, {"sink": torch.zeros(3)}),
+    "dropout_p is 1.5": (lambda: (q(),) * 3, {"dropout_p": 1.5}),
+    "dropout_seed is -1": (lambda: (q(),) * 3, {"dropout_p": 0.5, "dropout_seed": -1}),
+    "mask is a Tensor": (lambda: (q(),) * 3, {"mask": torch.ones(8, 8)}),
+    "mask is a int": (lambda: (q(),) * 3, {"mask": 3}),
+    "give a torch DeviceMesh": (lambda: (q(),) * 3, {"mesh": "ring"}),
+    "diagonal": (lambda: (q(),) * 3, {"mask": "diagonal"}),
+    "lef": (lambda: (q(),) * 3, {"mask": {"kind": "window", "lef": 3}}),
+    "snake": (lambda: (q(),) * 3, {"layout": "snake"}),
+    "teleport": (lambda: (q(),) * 3, {"strategy": "teleport"}),
+    "alibi": (lambda: (q(),) * 3, {"alibi_slopes": [1.0, 2.0]}),
+}
+
+
+@pytest.mark.parametrize("words", REFUSED)
+def test_refused(words):
+    make, options = REFUSED[words]
+    with pytest.raises(ValueError, match=words) as caught:
+        dattn.torch.attention(*make(), **options)
+    assert isinstance(caught.value, dattn.BadInput) and isinstance(caught.value, dattn.Error)
+
+
+@on_ranks(2)
+def test_refused_on_meshes_and_the_mesh_still_works():
+    where = mesh(ring=2)
+    x, k, v, _ = inputs(seq=8)
+    x, k, v = x.detach(), k.detach(), v.detach()
+    rows = dattn.torch.position_ids(where, seq_len=8)
+    own = [tensor[:, rows] for tensor in (x, k, v)]
+    for options, words in [({"seq_len": 9}, "gives this rank"), ({"seq_len": 8, "strategy": "ulysses"}, "ulysses"),
+                           ({"seq_len": 8, "timeout_s": -1}, "timeout_s"), ({"seq_len": 8, "mesh": mesh(x=2)}, "none is one of ours"),
+                           ({"seq_len": 8, "mesh": dist.init_device_mesh("cpu", (2,))}, "no dimension names")]:
+        if dist.get_rank() == 0 or options["seq_len"] == 8:
+            with pytest.raises(dattn.BadInput, match=words):
+                dattn.torch.attention(*own, **{"mesh": where, **options})
+    close(dattn.torch.attention(*own, mesh=where, seq_len=8), dattn.torch.attention(x, k, v)[:, rows])
+
+
+@on_ranks(4)
+def test_refused_dimensions():
+    with pytest.raises(dattn.BadInput, match="in the order ulysses, ring"):
+        dattn.torch.attention(q(), q(), q(), mesh=mesh(ulysses=2, ring=2))
+    with pytest.raises(dattn.BadInput, match="heads"):
+        dattn.torch.attention(q(1, 2, 3, 8), q(1, 2, 3, 8), q(1, 2, 3, 8), mesh=mesh(ulysses=4), seq_len=8, strategy="nothing-heads")
+
+
+def test_nothing_is_printed(capfd):
+    for words, (make, options) in REFUSED.items():
+        with pytest.raises(ValueError):
+            dattn.torch.attention(*make(), **options)
+    dattn.torch.attention(q(), q(), q())
+    assert capfd.readouterr() == ("", "")
+
+
+def test_tensors_without_data_give_shapes():
+    out, lse = dattn.torch.attention(*(q(device="meta"),) * 3, return_lse=True)
+    assert out.is_meta and out.shape == (2, 8, 4, 16) and lse.shape == (2, 4, 8)

@@ -1,0 +1,30 @@
+"""The examples, under torchrun as their users run them: the same losses as one process."""
+import os
+import subprocess
+import sys
+
+import pytest
+
+from ranks import ROOT
+
+EXAMPLES = os.path.join(ROOT, "plugins", "torch", "examples")
+
+
+def losses(name, ranks, *arguments):
+    path = [os.path.join(EXAMPLES, name), *arguments]
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
+    environment = dict(os.environ, PYTHONPATH=os.path.join(ROOT, "plugins", "python"), OMP_NUM_THREADS="1")
+    result = subprocess.run([sys.executable, *launch, *path], capture_output=True, text=True, timeout=170, env=environment)
+    assert result.returncode == 0, result.stderr[-4000:]
+    return [float(line.split()[-1]) for line in result.stdout.splitlines() if line.startswith("step")]
+
+
+@pytest.mark.parametrize("name, ranks, arguments", [
+    ("long_context.py", 4, ["--ring", "2", "--ulysses", "2"]),
+    ("tensor_parallel.py", 8, ["--ring", "2", "--ulysses", "2", "--tensor", "2"])])
+def test_example(name, ranks, arguments):
+    one = losses(name, 1)
+    many = losses(name, ranks, *arguments)
+    assert len(one) == len(many) >= 3 and one[-1] < one[0]
+    for left, right in zip(one, many):
+        assert abs(left - right) < 2e-4, (one, many)
