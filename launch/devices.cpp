@@ -144,10 +144,4 @@ void run_on_device(const DeviceOptions& options, Communicator& threads, double t
   run_on_device(options, whole_group(threads), threads.rank(), threads.size(), timeout_s, body);
 }
 
-std::unique_ptr<Communicator> whole_group(Communicator& world) {
-  std::vector<int> everyone;
-  for (int rank = 0; rank < world.size(); ++rank) everyone.push_back(rank);
-  return world.split(everyone, world.name());
-}
-
 }  // namespace dattn

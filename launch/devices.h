@@ -58,7 +58,4 @@ void run_on_device(const DeviceOptions& options, std::unique_ptr<Communicator> c
 void run_on_device(const DeviceOptions& options, Communicator& threads, double timeout_s,
                    const std::function<void(Communicator&)>& body);
 
-// All ranks of the world again, as a group that may be given away.
-std::unique_ptr<Communicator> whole_group(Communicator& world);
-
 }  // namespace dattn

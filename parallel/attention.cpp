@@ -101,6 +101,8 @@ HeadRange ShardedAttention::heads() const { return impl_->q_block().heads; }
 
 const Plan& ShardedAttention::forward_plan() const { return impl_->forward_plan; }
 const Plan& ShardedAttention::backward_plan() const { return impl_->backward_plan; }
+const RankPlan& ShardedAttention::forward_rank_plan() const { return impl_->forward_mine; }
+const RankPlan& ShardedAttention::backward_rank_plan() const { return impl_->backward_mine; }
 
 AttentionResult ShardedAttention::forward(const TensorView& q, const TensorView& k, const TensorView& v,
                                           const AttentionCall& call) {

@@ -98,6 +98,7 @@ struct AttentionGradients {
 };
 
 struct Plan;
+struct RankPlan;
 
 class ShardedAttention {
  public:
@@ -111,6 +112,8 @@ class ShardedAttention {
   HeadRange heads() const;  // of this rank's shard
   const Plan& forward_plan() const;
   const Plan& backward_plan() const;
+  const RankPlan& forward_rank_plan() const;  // this rank's part
+  const RankPlan& backward_rank_plan() const;
 
   // q [B, Sq_local, H_local, D], k [B, Skv_local, K_local, D], v [B, Skv_local, K_local, V]; any strides, last axis
   // contiguous. backward takes the same call as its forward.

@@ -186,4 +186,21 @@ inline AttentionShape shape_of(const ShapeConfig& shape, DType dtype) {
           dtype};
 }
 
+// What such a config asks of the planner; it has mesh and objective too. `machine` must outlive the request.
+template <class Config>
+PlanRequest planner_request(const Config& config, const AttentionShape& shape, const std::optional<Machine>& machine) {
+  PlanRequest request;
+  request.shape = shape;
+  request.options = attention_options(config, shape.seq_q, shape.seq_kv);
+  request.mesh = config.mesh.axes();
+  request.ranks = config.mesh.ranks;
+  request.fixed_layout = config.layout.has_value();
+  request.objective = config.objective.value_or(machine ? Objective::kTime : Objective::kBytes);
+  if (machine) {
+    request.machine = &*machine;
+    request.memory_bytes = machine->memory_bytes;
+  }
+  return request;
+}
+
 }  // namespace dattn

@@ -16,7 +16,7 @@ constexpr int kSampledRanks = 32;   // of so many ranks
 
 Json to_json(const Candidate& candidate) {
   Json json{{"strategy", candidate.strategy}};
-  for (const Axis axis : kAxes) json["mesh"][std::string(name_of(axis))] = candidate.mesh.size(axis);
+  json["mesh"] = to_json(candidate.mesh);
   json["layout"] = name_of(candidate.layout);
   json["bytes_per_rank"] = {{"forward", std::llround(candidate.forward_bytes)},
                             {"backward", std::llround(candidate.backward_bytes)}};
@@ -36,6 +36,12 @@ std::string costs_text(const Candidate& candidate) {
 }
 
 }  // namespace
+
+Json to_json(const MeshShape& mesh) {
+  Json json;
+  for (const Axis axis : kAxes) json[std::string(name_of(axis))] = mesh.size(axis);
+  return json;
+}
 
 Json plan_costs(const Plan& forward, const Plan& gradient) {
   const int ranks = forward.problem->mesh.ranks();

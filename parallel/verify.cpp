@@ -28,4 +28,12 @@ Verdict verify(const Plan& plan) {
   return verdict;
 }
 
+Verdict require_proved(const Plan& plan, std::string_view name) {
+  Verdict verdict = verify(plan);
+  std::string all;
+  for (const std::string& problem : verdict.problems) all += "\n  " + problem;
+  ensure(verdict.ok(), "the {} plan of strategy {} is wrong:{}", name, plan.strategy, all);
+  return verdict;
+}
+
 }  // namespace dattn

@@ -4,6 +4,7 @@
 #pragma once
 
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "parallel/plan.h"
@@ -17,5 +18,9 @@ struct Verdict {
 };
 
 Verdict verify(const Plan& plan);
+
+// The same for callers that go on with right plans only: throws Error(kInternal) with all problems. name: "forward",
+// "backward".
+Verdict require_proved(const Plan& plan, std::string_view name);
 
 }  // namespace dattn

@@ -15,8 +15,6 @@
 namespace dattn {
 namespace {
 
-constexpr std::int64_t kLogits = std::int64_t{1} << 23;  // logits kept at a time by the loss: 32 MiB
-
 // Whether the residual rows are cut over the parts (sequence parallelism).
 bool cuts_rows(const Boundary& boundary, const ModelPart& part) {
   return part.count > 1 && boundary.residual_rows(part.count) < part.count;
@@ -275,7 +273,7 @@ Tensor Transformer::Impl::enter_head(const Pass& pass, const TensorView& x, Tens
 double Transformer::Impl::head(const TokenBatch& batch, const Pass& pass, const TensorView& h, const TensorView& dh) const {
   if (!pass.rows.tree.empty()) return head_by_tree(batch, pass.rows.tree, h, dh);
   const std::int64_t widest = split_evenly(config.vocab, options.part.count, 0).count();
-  const std::int64_t piece = std::max<std::int64_t>(1, kLogits / widest);
+  const std::int64_t piece = std::max<std::int64_t>(1, kLogitsAtATime / widest);
   double total = 0.0;
   for (std::int64_t begin = 0; begin < h.size(0); begin += piece) {
     const Interval rows{begin, std::min(begin + piece, h.size(0))};

@@ -33,6 +33,8 @@ enum class Recompute {
 Recompute recompute_from(std::string_view name);  // "none" | "block"; throws Error(kBadInput)
 std::string_view name_of(Recompute recompute);
 
+inline constexpr std::int64_t kLogitsAtATime = std::int64_t{1} << 23;  // held by the loss: 32 MiB
+
 struct TransformerOptions {
   ModelPart part;
   DType compute = DType::kF32;  // kBF16: operands of matrix products and q, k, v are rounded to bf16; sums, the residual

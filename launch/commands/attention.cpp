@@ -134,7 +134,7 @@ void run_attention(const RunConfig& unplanned, Communicator& world, const std::s
             {"mask", forward.problem->mask_text},
             {"dtype", name_of(config.dtype)},
             {"accumulator", name_of(sums)}};
-  for (const Axis axis : kAxes) done["mesh"][std::string(name_of(axis))] = mesh.shape().size(axis);
+  done["mesh"] = to_json(mesh.shape());
   done.update(plan_costs(forward, attention.backward_plan()));
   done["wall_s"] = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
   done["out"] = out_path;

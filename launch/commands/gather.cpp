@@ -4,22 +4,14 @@
 
 #include "core/base/error.h"
 #include "core/tensor/safetensors.h"
+#include "parallel/rows.h"
 
 namespace dattn {
 namespace {
 
-// Calls body(part of the whole, row of the shard) for every run of rows; strided runs are strided views.
-template <class Body>
-void for_each_run(const TensorView& whole, const Shard& shard, const Body& body) {
-  const TensorView mine =
-      whole.slice(0, shard.batch.begin, shard.batch.count()).slice(2, shard.heads.begin, shard.heads.count());
-  for (std::size_t i = 0; i < shard.rows.runs().size(); ++i) {
-    const Run& run = shard.rows.runs()[i];
-    TensorView part = mine.slice(1, run.begin, 1);
-    part.shape[1] = run.count;
-    part.strides[1] *= run.step;
-    body(part, shard.rows.row_of_run(i));
-  }
+// The batch rows and heads of a shard, with all positions.
+TensorView all_rows(const TensorView& whole, const Shard& shard) {
+  return whole.slice(0, shard.batch.begin, shard.batch.count()).slice(2, shard.heads.begin, shard.heads.count());
 }
 
 }  // namespace
@@ -38,7 +30,7 @@ TensorView to_format(TensorView bshd, TensorFormat format) {
 
 Tensor take_shard(const TensorView& whole, const Shard& shard, DType dtype) {
   Tensor mine = Tensor::uninitialized(dtype, {shard.batch.count(), shard.rows.count(), shard.heads.count(), whole.size(3)});
-  for_each_run(whole, shard, [&](const TensorView& part, std::int64_t row) { copy(part, mine->slice(1, row, part.size(1))); });
+  for_each_run(shard.rows, 1, all_rows(whole, shard), mine, copy);
   return mine;
 }
 
@@ -80,8 +72,8 @@ Tensor Gatherer::collect(const TensorView& own, const Shape& whole, const std::f
       const RecvPart part{rank, theirs->data, static_cast<std::size_t>(theirs->bytes())};
       world.exchange({}, {&part, 1}, label);
     }
-    for_each_run(all, shard,
-                 [&](const TensorView& part, std::int64_t row) { dattn::add(theirs->slice(1, row, part.size(1)), part); });
+    for_each_run(shard.rows, 1, all_rows(all, shard), theirs,
+                 [](const TensorView& part, const TensorView& rows) { dattn::add(rows, part); });
   }
   return all;
 }

@@ -108,15 +108,8 @@ Json steps_json(const Plan& plan) {
 
 // Proves both plans; throws with the problems found.
 Json prove(const Plan& forward, const Plan& gradient) {
-  Json pairs;
-  for (const auto& [name, plan] : {std::pair{"forward", &forward}, std::pair{"backward", &gradient}}) {
-    const Verdict verdict = verify(*plan);
-    std::string all;
-    for (const std::string& problem : verdict.problems) all += "\n  " + problem;
-    ensure(verdict.ok(), "the {} plan of strategy {} is wrong:{}", name, plan->strategy, all);
-    pairs = verdict.pairs;
-  }
-  return pairs;
+  require_proved(forward, "forward");
+  return require_proved(gradient, "backward").pairs;
 }
 
 // What plans are judged by; bytes_per_rank is in `costs` already.
@@ -215,7 +208,7 @@ Command add_plan(CLI::App& app) {
     }
     Json done{
         {"event", "done"}, {"strategy", forward.strategy}, {"layout", name_of(problem.layout)}, {"mask", problem.mask_text}};
-    for (const Axis axis : kAxes) done["mesh"][std::string(name_of(axis))] = problem.mesh.size(axis);
+    done["mesh"] = to_json(problem.mesh);
     done.update(costs);
     Json said = to_json(planned.choice);
     done["rejected"] = said["rejected"];

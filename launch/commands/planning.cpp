@@ -29,18 +29,8 @@ std::optional<Machine> machine_of(const RunConfig& config) {
 bool is_planned(const RunConfig& config) { return config.mesh.ranks || config.objective; }
 
 PlanRequest plan_request(const RunConfig& config, const AttentionShape& shape, const std::optional<Machine>& machine) {
-  PlanRequest request;
-  request.shape = shape;
-  request.options = attention_options(config, shape.seq_q, shape.seq_kv);
+  PlanRequest request = planner_request(config, shape, machine);
   request.options.mask = batch_slice(request.options.mask, {0, shape.batch});
-  request.mesh = config.mesh.axes();
-  request.ranks = config.mesh.ranks;
-  request.fixed_layout = config.layout.has_value();
-  request.objective = config.objective.value_or(machine ? Objective::kTime : Objective::kBytes);
-  if (machine) {
-    request.machine = &*machine;
-    request.memory_bytes = machine->memory_bytes;
-  }
   return request;
 }
 

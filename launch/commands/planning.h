@@ -17,7 +17,7 @@ std::optional<Machine> machine_of(const RunConfig& config);
 // Whether the planner chooses: where the ranks alone are given, or an objective is.
 bool is_planned(const RunConfig& config);
 
-// `machine` must outlive the request.
+// `machine` must outlive the request. The mask is cut to the batch rows of `shape`, those of the first data coordinate.
 PlanRequest plan_request(const RunConfig& config, const AttentionShape& shape, const std::optional<Machine>& machine);
 
 // The config with the chosen axes, strategy and layout in place of what asked for them. The same on every rank.

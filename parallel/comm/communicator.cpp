@@ -11,6 +11,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <numeric>
 
 namespace dattn {
 namespace {
@@ -286,6 +287,12 @@ std::vector<std::string> Communicator::gather_strings(const std::string& mine, c
   }
   exchange(sends, receives, label);
   return all;
+}
+
+std::unique_ptr<Communicator> whole_group(Communicator& world) {
+  std::vector<int> everyone(static_cast<std::size_t>(world.size()));
+  std::iota(everyone.begin(), everyone.end(), 0);
+  return world.split(everyone, world.name());
 }
 
 }  // namespace dattn

@@ -113,4 +113,7 @@ class Communicator {
   std::vector<std::string> gather_strings(const std::string& mine, const OpLabel& label);
 };
 
+// All ranks of the world again, as a group that may be given away.
+std::unique_ptr<Communicator> whole_group(Communicator& world);
+
 }  // namespace dattn

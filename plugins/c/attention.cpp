@@ -24,9 +24,7 @@ struct PlannedAttention {
 };
 
 dattn_plan_info info_of(const PlannedAttention& plan) {
-  const int rank = plan.mesh->mesh.rank();
-  const RankPlan forward = make_rank_plan(plan.attention.forward_plan(), rank);
-  const RankPlan backward = make_rank_plan(plan.attention.backward_plan(), rank);
+  const RankPlan &forward = plan.attention.forward_rank_plan(), &backward = plan.attention.backward_rank_plan();
   const HeadRange heads = plan.attention.heads();
   dattn_plan_info info{};
   info.q_rows = plan.attention.q_positions().count();
@@ -50,20 +48,13 @@ std::string explain(const PlannedAttention& plan) {
   const Plan &forward = plan.attention.forward_plan(), &backward = plan.attention.backward_plan();
   const Problem& problem = plan.problem();
   Json json{{"strategy", forward.strategy}, {"layout", name_of(problem.layout)}, {"mask", problem.mask_text}};
-  for (const Axis axis : kAxes) json["mesh"][std::string(name_of(axis))] = problem.mesh.size(axis);
+  json["mesh"] = to_json(problem.mesh);
   json.update(plan_costs(forward, backward));
   const double least = lower_bound_bytes(problem.shape, problem.mesh);
   json["lower_bound_bytes"] = least;
   json["ratio"] = ratio_over(json["bytes_per_rank"]["forward"].get<double>(), least);
   json["steps"] = {{"forward", forward.text()}, {"backward", backward.text()}};
   return json.dump();
-}
-
-void prove(const Plan& plan, std::string_view name) {
-  const Verdict verdict = verify(plan);
-  std::string all;
-  for (const std::string& problem : verdict.problems) all += "\n  " + problem;
-  ensure(verdict.ok(), "the {} plan of strategy {} is wrong:{}", name, plan.strategy, all);
 }
 
 // Inputs that forward and backward share: members of the same names in both structs.
@@ -196,8 +187,8 @@ dattn_status dattn_plan_explain(dattn_plan* plan, const char** text) {
 
 dattn_status dattn_plan_verify(dattn_plan* plan) {
   return on_plan(plan, [&](const PlannedAttention& held) {
-    prove(held.attention.forward_plan(), "forward");
-    prove(held.attention.backward_plan(), "backward");
+    require_proved(held.attention.forward_plan(), "forward");
+    require_proved(held.attention.backward_plan(), "backward");
   });
 }
 

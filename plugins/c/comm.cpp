@@ -97,10 +97,7 @@ dattn_status dattn_comm_nccl(dattn_context* context, dattn_comm* control, void* 
     const CommOptions options = comm_options(given);
     NcclOptions nccl = NcclOptions::from_environment(options.timeout_s);
     nccl.lent = static_cast<nccl::Comm>(host_comm);
-    Communicator& world = *control->held->world;
-    std::vector<int> everyone;
-    for (int rank = 0; rank < world.size(); ++rank) everyone.push_back(rank);
-    return std::make_shared<Comm>(Comm{context->held, control->held, nccl_world(world.split(everyone, world.name()), nccl)});
+    return std::make_shared<Comm>(Comm{context->held, control->held, nccl_world(whole_group(*control->held->world), nccl)});
   });
 }
 

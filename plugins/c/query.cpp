@@ -38,18 +38,7 @@ std::string answer(const QueryConfig& config) {
   const AttentionShape shape = shape_of(config.shape, config.dtype);
   std::optional<Machine> machine;
   if (!config.machine.empty()) machine = load_machine(config.machine);
-  PlanRequest request;
-  request.shape = shape;
-  request.options = attention_options(config, shape.seq_q, shape.seq_kv);
-  request.mesh = config.mesh.axes();
-  request.ranks = config.mesh.ranks;
-  request.fixed_layout = config.layout.has_value();
-  request.objective = config.objective.value_or(machine ? Objective::kTime : Objective::kBytes);
-  if (machine) {
-    request.machine = &*machine;
-    request.memory_bytes = machine->memory_bytes;
-  }
-  const Choice choice = plan_attention(request);
+  const Choice choice = plan_attention(planner_request(config, shape, machine));
   Json json = to_json(choice);
   json["lower_bound_bytes"] = choice.lower_bound_bytes;
   json["ratio"] = choice.ratio;

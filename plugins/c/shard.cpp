@@ -5,6 +5,7 @@
 #include <algorithm>
 
 #include "core/attention/mask.h"
+#include "parallel/rows.h"
 #include "plugins/c/handles.h"
 #include "plugins/c/options.h"
 #include "plugins/c/tensor.h"
@@ -35,26 +36,6 @@ std::vector<Positions> parts_of(Layout layout, std::int64_t seq, int parts, cons
   std::vector<Positions> all;
   for (int part = 0; part < parts; ++part) all.push_back(positions_of(layout, seq, parts, part));
   return all;
-}
-
-// Calls body(rows of the whole, rows of the shard) for every run of positions; strided runs are strided views.
-template <class Body>
-void for_each_run(const Positions& rows, int axis, const TensorView& whole, const TensorView& shard, const Body& body) {
-  for (std::size_t i = 0; i < rows.runs().size(); ++i) {
-    const Run& run = rows.runs()[i];
-    TensorView part = whole.slice(axis, run.begin, 1);
-    part.shape[axis] = run.count;
-    part.strides[static_cast<std::size_t>(axis)] *= run.step;
-    body(part, shard.slice(axis, rows.row_of_run(i), run.count));
-  }
-}
-
-void take(const Positions& rows, int axis, const TensorView& whole, const TensorView& shard) {
-  for_each_run(rows, axis, whole, shard, [](const TensorView& from, const TensorView& to) { copy(from, to); });
-}
-
-void put(const Positions& rows, int axis, const TensorView& shard, const TensorView& whole) {
-  for_each_run(rows, axis, whole, shard, [](const TensorView& to, const TensorView& from) { copy(from, to); });
 }
 
 // One buffer with every rank's rows behind each other: [rows, other axes].
@@ -88,21 +69,6 @@ void check_pair(const Sharding& sharding, int axis, const TensorView& whole, con
   require(shard.dtype == whole.dtype, "the whole tensor and the shard have elements of different types");
 }
 
-template <class Body>
-dattn_status on_sharding(const std::shared_ptr<Sharding>& sharding, int axis, const dattn_tensor* whole,
-                         const dattn_tensor* shard, void* stream, const Body& body) noexcept {
-  return guarded([&] {
-    collective(*sharding->mesh->comm, [&] {
-      const Device device = sharding->mesh->device();
-      const TensorView all = view_of_elements(whole, device, "whole"), mine = view_of_elements(shard, device, "shard");
-      check_pair(*sharding, axis, all, mine);
-      const CallerStream caller(device, stream);
-      body(*sharding, all, mine);
-      caller.done();
-    });
-  });
-}
-
 }  // namespace
 
 void write_positions(const Positions& rows, int64_t* positions, int64_t capacity) {
@@ -121,6 +87,28 @@ using namespace dattn::c;
 struct dattn_sharding {
   std::shared_ptr<Sharding> held;
 };
+
+namespace {
+
+// Runs body(sharding, whole, shard) as the sharding's rank, once all has been checked.
+template <class Body>
+dattn_status on_sharding(const dattn_sharding* handle, int axis, const dattn_tensor* whole, const dattn_tensor* shard,
+                         void* stream, const Body& body) noexcept {
+  return guarded([&] {
+    require_pointer(handle, "sharding");
+    const Sharding& sharding = *handle->held;
+    collective(*sharding.mesh->comm, [&] {
+      const Device device = sharding.mesh->device();
+      const TensorView all = view_of_elements(whole, device, "whole"), mine = view_of_elements(shard, device, "shard");
+      check_pair(sharding, axis, all, mine);
+      const CallerStream caller(device, stream);
+      body(sharding, all, mine);
+      caller.done();
+    });
+  });
+}
+
+}  // namespace
 
 dattn_status dattn_sharding_create(dattn_mesh* mesh, int64_t seq, const char* layout, const char* attention,
                                    dattn_sharding** sharding) {
@@ -147,34 +135,33 @@ dattn_status dattn_sharding_positions(const dattn_sharding* sharding, int64_t* p
 
 dattn_status dattn_shard(dattn_sharding* sharding, int32_t axis, const dattn_tensor* whole, const dattn_tensor* shard,
                          void* stream) {
-  if (sharding == nullptr) return guarded([] { require_pointer<void>(nullptr, "sharding"); });
-  return on_sharding(
-      sharding->held, axis, whole, shard, stream,
-      [&](const Sharding& held, const TensorView& all, const TensorView& mine) { take(held.mine(), axis, all, mine); });
+  return on_sharding(sharding, axis, whole, shard, stream,
+                     [&](const Sharding& held, const TensorView& all, const TensorView& mine) {
+                       for_each_run(held.mine(), axis, all, mine, copy);
+                     });
 }
 
 dattn_status dattn_unshard(dattn_sharding* sharding, int32_t axis, const dattn_tensor* shard, const dattn_tensor* whole,
                            void* stream) {
-  if (sharding == nullptr) return guarded([] { require_pointer<void>(nullptr, "sharding"); });
-  return on_sharding(sharding->held, axis, whole, shard, stream,
+  return on_sharding(sharding, axis, whole, shard, stream,
                      [&](const Sharding& held, const TensorView& all, const TensorView& mine) {
                        const Slots slots(held, axis, all);
                        copy(mine, slots.of_rank[static_cast<std::size_t>(held.ranks().rank())]);
                        held.ranks().all_gather(slots.buffer, slots.counts, {.verb = "unshard"});
                        for (std::size_t part = 0; part < held.parts.size(); ++part)
-                         put(held.parts[part], axis, slots.of_rank[part], all);
+                         for_each_run(held.parts[part], axis, all, slots.of_rank[part],
+                                      [](const TensorView& to, const TensorView& from) { copy(from, to); });
                      });
 }
 
 dattn_status dattn_reduce_shard(dattn_sharding* sharding, int32_t axis, const dattn_tensor* whole, const dattn_tensor* shard,
                                 void* stream) {
-  if (sharding == nullptr) return guarded([] { require_pointer<void>(nullptr, "sharding"); });
-  return on_sharding(sharding->held, axis, whole, shard, stream,
+  return on_sharding(sharding, axis, whole, shard, stream,
                      [&](const Sharding& held, const TensorView& all, const TensorView& mine) {
                        require(to_dtype(whole->dtype, "whole") == all.dtype, "sums are of floating types");
                        const Slots slots(held, axis, all);
                        for (std::size_t part = 0; part < held.parts.size(); ++part)
-                         take(held.parts[part], axis, all, slots.of_rank[part]);
+                         for_each_run(held.parts[part], axis, all, slots.of_rank[part], copy);
                        const Tensor own = Tensor::uninitialized(all.dtype, mine.shape);
                        held.ranks().reduce_scatter_sum(slots.buffer, slots.counts, own, {.verb = "reduce_shard"});
                        copy(own, mine);

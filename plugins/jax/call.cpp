@@ -82,51 +82,44 @@ Outcome check_rows(const CallRequest& request, const dattn_plan_info& info) {
   return refused(text.str());
 }
 
-Outcome forward(dattn_plan* plan, const CallRequest& request, const dattn_plan_info& info) {
-  const CallSite& site = *request.site;
-  Tensors tensors(request, info);
-  dattn_forward args{};
+// The members that forward and backward share, from the arrays up to `next`, which then counts on.
+template <class Args>
+Args shared_args(Tensors& tensors, const CallRequest& request, std::size_t& next) {
+  Args args{};
   args.struct_size = sizeof args;
   args.q = tensors.queries(request.arrays[0]);
   args.k = tensors.keys(request.arrays[1]);
   args.v = tensors.keys(request.arrays[2]);
-  std::size_t next = kPlainArrays;
-  if (site.bias) args.bias = tensors.bias(request.arrays[next++]);
-  if (site.sink) args.sink = tensors.heads(request.arrays[next++]);
-  args.out = tensors.queries(request.results[0]);
-  args.lse = tensors.statistics(request.results[1]);
+  next = kPlainArrays;
+  if (request.site->bias) args.bias = tensors.bias(request.arrays[next++]);
+  if (request.site->sink) args.sink = tensors.heads(request.arrays[next++]);
   args.dropout_stream = request.dropout_stream;
   args.batch_begin = request.batch_coordinate * request.arrays[0].shape[0];
   args.stream = request.stream;
+  return args;
+}
+
+Outcome forward(dattn_plan* plan, const CallRequest& request, const dattn_plan_info& info) {
+  Tensors tensors(request, info);
+  std::size_t next = 0;
+  auto args = shared_args<dattn_forward>(tensors, request, next);
+  args.out = tensors.queries(request.results[0]);
+  args.lse = tensors.statistics(request.results[1]);
   return outcome_of(dattn_attention_forward(plan, &args));
 }
 
 Outcome backward(dattn_plan* plan, const CallRequest& request, const dattn_plan_info& info) {
-  const CallSite& site = *request.site;
   Tensors tensors(request, info);
-  dattn_backward args{};
-  args.struct_size = sizeof args;
-  args.q = tensors.queries(request.arrays[0]);
-  args.k = tensors.keys(request.arrays[1]);
-  args.v = tensors.keys(request.arrays[2]);
-  std::size_t next = kPlainArrays, result = kPlainArrays;
-  if (site.bias) {
-    args.bias = tensors.bias(request.arrays[next++]);
-    args.dbias = tensors.bias(request.results[result++]);
-  }
-  if (site.sink) {
-    args.sink = tensors.heads(request.arrays[next++]);
-    args.dsink = tensors.heads(request.results[result++]);
-  }
+  std::size_t next = 0, result = kPlainArrays;
+  auto args = shared_args<dattn_backward>(tensors, request, next);
   args.out = tensors.queries(request.arrays[next++]);
   args.lse = tensors.statistics(request.arrays[next++]);
   args.dout = tensors.queries(request.arrays[next++]);
   args.dq = tensors.queries(request.results[0]);
   args.dk = tensors.keys(request.results[1]);
   args.dv = tensors.keys(request.results[2]);
-  args.dropout_stream = request.dropout_stream;
-  args.batch_begin = request.batch_coordinate * request.arrays[0].shape[0];
-  args.stream = request.stream;
+  if (request.site->bias) args.dbias = tensors.bias(request.results[result++]);
+  if (request.site->sink) args.dsink = tensors.heads(request.results[result++]);
   return outcome_of(dattn_attention_backward(plan, &args));
 }
 

@@ -243,5 +243,3 @@ DATTN_JAX_API void* dattn_jax_cpu_type_id() { return &CpuSite::id; }
 DATTN_JAX_API const void* dattn_jax_cpu_type_info() { return &kCpuSiteInfo; }
 DATTN_JAX_API void* dattn_jax_cuda_type_id() { return &CudaSite::id; }
 DATTN_JAX_API const void* dattn_jax_cuda_type_info() { return &kCudaSiteInfo; }
-// The version of the FFI that the handlers were compiled for: major * 1000 + minor.
-DATTN_JAX_API std::int32_t dattn_jax_ffi_version() { return XLA_FFI_API_MAJOR * 1000 + XLA_FFI_API_MINOR; }

@@ -10,9 +10,8 @@
 namespace dattn {
 namespace {
 
-constexpr std::int64_t kFloat = 4;                       // bytes
-constexpr std::int64_t kLogits = std::int64_t{1} << 23;  // elements of a piece of the loss (core/nn/transformer.cpp)
-constexpr std::int64_t kStatistics = 2 * kFloat;         // of a norm, for each row
+constexpr std::int64_t kFloat = 4;                // bytes
+constexpr std::int64_t kStatistics = 2 * kFloat;  // of a norm, for each row
 
 std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 
@@ -62,8 +61,8 @@ Sizes sizes_of(const ModelConfig& model, const PartRanges& part, const TrainConf
   const std::int64_t widest = std::max({part.hidden.count(), vocab, part.heads.count() * model.head_dim});
   is.rounding = dtype == DType::kF32 ? 0 : e * widest * dim;
   const std::int64_t widest_vocab = ceil_div(model.vocab, tensor);
-  is.logits =
-      std::min(rows, std::max<std::int64_t>(1, kLogits / widest_vocab)) * vocab * (kFloat + (dtype == DType::kF32 ? 0 : e));
+  is.logits = std::min(rows, std::max<std::int64_t>(1, kLogitsAtATime / widest_vocab)) * vocab *
+              (kFloat + (dtype == DType::kF32 ? 0 : e));
   is.to_float = kFloat / e;
   is.ups = model.activation == "swiglu" ? 2 : 1;
   return is;

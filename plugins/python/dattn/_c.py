@@ -12,6 +12,11 @@ INT, FLOAT, BFLOAT = 0, 2, 4
 BIAS, BIAS_PER_BATCH, BIAS_PER_HEAD = 1, 2, 4
 
 
+def bias_flags(shape):
+    """Of a bias [batch or 1, heads or 1, ..]."""
+    return BIAS | (BIAS_PER_BATCH if shape[0] > 1 else 0) | (BIAS_PER_HEAD if shape[1] > 1 else 0)
+
+
 class Error(Exception):
     """What every failure of dattn derives from; `status` is the C interface's code."""
     status = 1

@@ -26,8 +26,7 @@ struct Results {
 };
 
 dattn_attention_options options_of_call() {
-  dattn_attention_options options{};
-  options.struct_size = sizeof options;
+  auto options = sized<dattn_attention_options>();
   options.batch = kBatch;
   options.seq_q = kSeq;
   options.heads = kHeads;
@@ -67,14 +66,12 @@ void attend(dattn_comm* comm, dattn_mesh_options axes, const Whole& whole, Resul
   HostTensor dk({kBatch, mine, kKvHeads, kDim}), dv({kBatch, mine, kKvHeads, kDim}), dbias({1, mine, kHeads, kSeq});
   HostTensor dsink({kHeads});
 
-  dattn_forward forward{};
-  forward.struct_size = sizeof forward;
+  auto forward = sized<dattn_forward>();
   forward.q = &q, forward.k = &k, forward.v = &v, forward.bias = &bias, forward.sink = &whole.sink;
   forward.out = &out, forward.lse = &lse;
   forward.dropout_stream = 3;
   DATTN_OK_OR_FAIL(dattn_attention_forward(plan, &forward));
-  dattn_backward backward{};
-  backward.struct_size = sizeof backward;
+  auto backward = sized<dattn_backward>();
   backward.q = &q, backward.k = &k, backward.v = &v, backward.bias = &bias, backward.sink = &whole.sink;
   backward.out = &out, backward.lse = &lse, backward.dout = &dout;
   backward.dq = &dq, backward.dk = &dk, backward.dv = &dv, backward.dbias = &dbias, backward.dsink = &dsink;
@@ -118,18 +115,15 @@ TEST(CAttention, OneRowByHand) {
   PlanHandle plan;
   DATTN_OK_OR_FAIL(dattn_context_create(nullptr, &context));
   DATTN_OK_OR_FAIL(dattn_comm_self(context, &comm));
-  dattn_mesh_options axes{};
-  axes.struct_size = sizeof axes;
+  auto axes = sized<dattn_mesh_options>();
   DATTN_OK_OR_FAIL(dattn_mesh_create(comm, &axes, &mesh));
-  dattn_attention_options options{};
-  options.struct_size = sizeof options;
+  auto options = sized<dattn_attention_options>();
   options.batch = 1, options.seq_q = 2, options.heads = 1, options.dim_qk = 1;
   options.dtype = kFp32;
   DATTN_OK_OR_FAIL(dattn_plan_create(mesh, &options, &plan));
   HostTensor q({1, 2, 1, 1}), k({1, 2, 1, 1}), v({1, 2, 1, 1}), out({1, 2, 1, 1}), lse({1, 1, 2});
   q.values = {1, 2}, k.values = {0.5, 1}, v.values = {3, 5};
-  dattn_forward forward{};
-  forward.struct_size = sizeof forward;
+  auto forward = sized<dattn_forward>();
   forward.q = &q, forward.k = &k, forward.v = &v, forward.out = &out, forward.lse = &lse;
   DATTN_OK_OR_FAIL(dattn_attention_forward(plan, &forward));
   const double a = std::exp(1.0), b = std::exp(2.0);  // scores 2 * 0.5 and 2 * 1; the first query sees the first key alone
@@ -175,18 +169,15 @@ TEST(CAttention, PlansTellTheirCosts) {
   on_threads(thread_ranks(context, 2), [](dattn_comm* comm) {
     MeshHandle mesh;
     PlanHandle plan;
-    dattn_mesh_options axes{};
-    axes.struct_size = sizeof axes;
+    auto axes = sized<dattn_mesh_options>();
     axes.ring = 2;
     DATTN_OK_OR_FAIL(dattn_mesh_create(comm, &axes, &mesh));
-    dattn_attention_options options{};
-    options.struct_size = sizeof options;
+    auto options = sized<dattn_attention_options>();
     options.batch = 1, options.seq_q = 64, options.heads = 4, options.kv_heads = 2, options.dim_qk = 32;
     options.dtype = {DATTN_BFLOAT, 16, 1};
     options.strategy = "ring";
     DATTN_OK_OR_FAIL(dattn_plan_create(mesh, &options, &plan));
-    dattn_plan_info info{};
-    info.struct_size = sizeof info;
+    auto info = sized<dattn_plan_info>();
     DATTN_OK_OR_FAIL(dattn_plan_get_info(plan, &info));
     EXPECT_EQ(info.q_rows, 32);
     EXPECT_EQ(info.heads, 4);
@@ -219,8 +210,7 @@ TEST(CAttention, ReduceShardAddsAllRanks) {
   on_threads(thread_ranks(context, 3), [](dattn_comm* comm) {
     MeshHandle mesh;
     ShardingHandle rows;
-    dattn_mesh_options axes{};
-    axes.struct_size = sizeof axes;
+    auto axes = sized<dattn_mesh_options>();
     axes.ring = 3;
     DATTN_OK_OR_FAIL(dattn_mesh_create(comm, &axes, &mesh));
     DATTN_OK_OR_FAIL(dattn_sharding_create(mesh, 11, "striped", nullptr, &rows));

@@ -95,8 +95,7 @@ TEST_F(CBoundary, RefusesTensorsOfOtherShapesTypesAndDevices) {
   PlanHandle plan;
   DATTN_OK_OR_FAIL(dattn_plan_create(mesh, &options, &plan));
   HostTensor q({1, 8, 2, 4}), k({1, 8, 2, 4}), v({1, 8, 2, 4}), out({1, 8, 2, 4});
-  dattn_forward call{};
-  call.struct_size = sizeof call;
+  auto call = sized<dattn_forward>();
   call.q = &q, call.k = &k, call.v = &v, call.out = &out;
   EXPECT_EQ(dattn_attention_forward(plan, &call), DATTN_OK) << dattn_last_error();  // lse is not wanted
   const auto refused = [&](const std::string& why) {
@@ -151,8 +150,7 @@ TEST_F(CBoundary, HandlesKeepAliveWhatTheyWereMadeFrom) {
     const ContextHandle gone_too(std::exchange(context.held, nullptr));
   }
   HostTensor q({1, 8, 2, 4}), out({1, 8, 2, 4});
-  dattn_forward call{};
-  call.struct_size = sizeof call;
+  auto call = sized<dattn_forward>();
   call.q = call.k = call.v = &q;
   call.out = &out;
   EXPECT_EQ(dattn_attention_forward(plan, &call), DATTN_OK) << dattn_last_error();
@@ -168,8 +166,7 @@ TEST_F(CBoundary, MessagesAreOfTheThreadThatFailed) {
 }
 
 TEST_F(CBoundary, ADeviceThatIsNotThereIsRefused) {
-  dattn_context_options on{};
-  on.struct_size = sizeof on;
+  auto on = sized<dattn_context_options>();
   on.device = {DATTN_CUDA, 99};
   ContextHandle none;
   EXPECT_NE(dattn_context_create(&on, &none), DATTN_OK);
@@ -183,22 +180,18 @@ TEST_F(CBoundary, ADeviceThatIsNotThereIsRefused) {
 dattn_status call_ring(dattn_comm* comm, std::string* message) {
   MeshHandle mesh;
   PlanHandle plan;
-  dattn_mesh_options axes{};
-  axes.struct_size = sizeof axes;
+  auto axes = sized<dattn_mesh_options>();
   axes.ring = dattn_comm_size(comm);
   EXPECT_EQ(dattn_mesh_create(comm, &axes, &mesh), DATTN_OK) << dattn_last_error();
-  dattn_attention_options options{};
-  options.struct_size = sizeof options;
+  auto options = sized<dattn_attention_options>();
   options.batch = 1, options.seq_q = 12, options.heads = 1, options.dim_qk = 4;
   options.dtype = kFp32;
   options.strategy = "ring";
   EXPECT_EQ(dattn_plan_create(mesh, &options, &plan), DATTN_OK) << dattn_last_error();
-  dattn_plan_info info{};
-  info.struct_size = sizeof info;
+  auto info = sized<dattn_plan_info>();
   EXPECT_EQ(dattn_plan_get_info(plan, &info), DATTN_OK);
   const HostTensor q({1, info.q_rows, 1, 4}), out({1, info.q_rows, 1, 4});
-  dattn_forward call{};
-  call.struct_size = sizeof call;
+  auto call = sized<dattn_forward>();
   call.q = call.k = call.v = &q;
   call.out = &out;
   const dattn_status status = dattn_attention_forward(plan, &call);

@@ -19,15 +19,12 @@ HostTensor whole_attention(dattn_context* context, const HostTensor& q, const Ho
   CommHandle comm;
   MeshHandle mesh;
   PlanHandle plan;
-  dattn_mesh_options axes{};
-  axes.struct_size = sizeof axes;
-  dattn_attention_options options{};
-  options.struct_size = sizeof options;
+  auto axes = sized<dattn_mesh_options>();
+  auto options = sized<dattn_attention_options>();
   options.batch = kBatch, options.seq_q = kSeq, options.heads = kHeads, options.kv_heads = kKvHeads, options.dim_qk = kDim;
   options.dtype = kFp32;
   HostTensor out({kBatch, kSeq, kHeads, kDim});
-  dattn_forward call{};
-  call.struct_size = sizeof call;
+  auto call = sized<dattn_forward>();
   call.q = &q, call.k = &k, call.v = &v, call.out = &out;
   EXPECT_EQ(dattn_comm_self(context, &comm), DATTN_OK);
   EXPECT_EQ(dattn_mesh_create(comm, &axes, &mesh), DATTN_OK);
@@ -47,12 +44,10 @@ TEST(CCache, DecodesLikeOneCausalAttention) {
   on_threads(thread_ranks(context, 4), [&](dattn_comm* comm) {
     MeshHandle mesh;
     CacheHandle cache;
-    dattn_mesh_options axes{};
-    axes.struct_size = sizeof axes;
+    auto axes = sized<dattn_mesh_options>();
     axes.ring = 2, axes.ulysses = 2;
     DATTN_OK_OR_FAIL(dattn_mesh_create(comm, &axes, &mesh));
-    dattn_cache_options options{};
-    options.struct_size = sizeof options;
+    auto options = sized<dattn_cache_options>();
     options.batch = kBatch, options.layers = 1, options.heads = kHeads, options.kv_heads = kKvHeads, options.dim = kDim;
     options.max_seq = 100;
     options.dtype = kFp32;

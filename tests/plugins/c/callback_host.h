@@ -22,8 +22,7 @@ class CallbackHost {
   std::vector<dattn_comm*> comms(dattn_context* context, double timeout_s = 20) {
     std::vector<dattn_comm*> made;
     for (Rank& rank : ranks_) {
-      dattn_callbacks callbacks{};
-      callbacks.struct_size = sizeof callbacks;
+      auto callbacks = sized<dattn_callbacks>();
       callbacks.user = &rank;
       callbacks.rank = rank.number;
       callbacks.size = static_cast<int>(ranks_.size());
@@ -32,8 +31,7 @@ class CallbackHost {
       callbacks.error = [](void* user) { return static_cast<Rank*>(user)->error.c_str(); };
       callbacks.abort = [](void* user, const char*) { ++static_cast<Rank*>(user)->host->aborts_; };
       callbacks.release = [](void* user) { ++static_cast<Rank*>(user)->host->released_; };
-      dattn_comm_options options{};
-      options.struct_size = sizeof options;
+      auto options = sized<dattn_comm_options>();
       options.timeout_s = timeout_s;
       dattn_comm* comm = nullptr;
       EXPECT_EQ(dattn_comm_callbacks(context, &callbacks, &options, &comm), DATTN_OK) << dattn_last_error();

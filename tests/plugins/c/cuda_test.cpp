@@ -62,13 +62,10 @@ struct Call {
     CommHandle comm;
     MeshHandle mesh;
     PlanHandle plan;
-    dattn_context_options on{};
-    on.struct_size = sizeof on;
+    auto on = sized<dattn_context_options>();
     on.device = device;
-    dattn_mesh_options axes{};
-    axes.struct_size = sizeof axes;
-    dattn_attention_options options{};
-    options.struct_size = sizeof options;
+    auto axes = sized<dattn_mesh_options>();
+    auto options = sized<dattn_attention_options>();
     options.batch = 1, options.seq_q = 40, options.heads = 2, options.dim_qk = 16;
     options.dtype = kFp32;
     DATTN_OK_OR_FAIL(dattn_context_create(&on, &context));
@@ -82,8 +79,7 @@ struct Call {
 
 void compare(bool own_stream) {
   ContextHandle context;
-  dattn_context_options on{};
-  on.struct_size = sizeof on;
+  auto on = sized<dattn_context_options>();
   on.device = {DATTN_CUDA, 0};
   if (dattn_context_create(&on, &context) != DATTN_OK) GTEST_SKIP() << dattn_last_error();
   const CudaModule* cuda = framework();
@@ -117,20 +113,17 @@ void mirror_over_nccl(dattn_comm* control) {
   CommHandle comm;
   MeshHandle mesh;
   PlanHandle plan;
-  dattn_context_options on{};
-  on.struct_size = sizeof on;
+  auto on = sized<dattn_context_options>();
   on.device = {DATTN_CUDA, rank};
   DATTN_OK_OR_FAIL(dattn_context_create(&on, &context));
   DATTN_OK_OR_FAIL(dattn_comm_nccl(context, control, nullptr, nullptr, &comm));
-  dattn_mesh_options axes{};
-  axes.struct_size = sizeof axes;
+  auto axes = sized<dattn_mesh_options>();
   axes.ring = 2;
   DATTN_OK_OR_FAIL(dattn_mesh_create(comm, &axes, &mesh));
   std::string mask = "{mask: {kind: blocks, size: 1, list: [";
   for (int i = 0; i < kSeq; ++i) mask += "[" + std::to_string(i) + ", " + std::to_string(kSeq - 1 - i) + "], ";
   mask += "]}}";
-  dattn_attention_options options{};
-  options.struct_size = sizeof options;
+  auto options = sized<dattn_attention_options>();
   options.batch = 1, options.seq_q = kSeq, options.heads = 1, options.dim_qk = kDim;
   options.dtype = kFp32;
   options.layout = "contiguous";
@@ -142,8 +135,7 @@ void mirror_over_nccl(dattn_comm* control) {
   HostTensor mine({1, kSeq / 2, 1, kDim});
   for (std::size_t i = 0; i < mine.values.size(); ++i) mine.values[i] = static_cast<float>(rank * 100 + static_cast<int>(i));
   DeviceTensor x(cuda, nullptr, std::move(mine), rank), out(cuda, nullptr, HostTensor({1, kSeq / 2, 1, kDim}), rank);
-  dattn_forward call{};
-  call.struct_size = sizeof call;
+  auto call = sized<dattn_forward>();
   call.q = call.k = call.v = &x.tensor;
   call.out = &out.tensor;
   DATTN_OK_OR_FAIL(dattn_attention_forward(plan, &call));

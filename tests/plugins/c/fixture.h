@@ -68,6 +68,13 @@ inline double difference(const HostTensor& a, const HostTensor& b) {
   return most;
 }
 
+template <class Struct>
+Struct sized() {
+  Struct made{};
+  made.struct_size = sizeof made;
+  return made;
+}
+
 #define DATTN_OK_OR_FAIL(call) ASSERT_EQ(call, DATTN_OK) << dattn_last_error()
 
 // A handle that destroys itself.
@@ -103,8 +110,7 @@ inline void on_threads(std::vector<dattn_comm*> comms, const std::function<void(
 
 inline std::vector<dattn_comm*> thread_ranks(dattn_context* context, int ranks, double timeout_s = 20) {
   std::vector<dattn_comm*> comms(static_cast<std::size_t>(ranks));
-  dattn_comm_options options{};
-  options.struct_size = sizeof options;
+  auto options = sized<dattn_comm_options>();
   options.timeout_s = timeout_s;
   EXPECT_EQ(dattn_comm_threads(context, ranks, &options, comms.data()), DATTN_OK) << dattn_last_error();
   return comms;

@@ -107,7 +107,7 @@ def _check_call(call, q, k, v, bias, sink):
         if bias.ndim != 4 or any(size not in sizes for size, sizes in zip(bias.shape, allowed)):
             raise _c.BadInput(f"bias has shape {list(bias.shape)}; it must be [{q.shape[0]} or 1, {q.shape[2]} or 1, {q.shape[1]},"
                               f" {call.seq_kv}]: batch, heads, this device's queries, all keys")
-        flags = _c.BIAS | (_c.BIAS_PER_BATCH if bias.shape[0] > 1 else 0) | (_c.BIAS_PER_HEAD if bias.shape[1] > 1 else 0)
+        flags = _c.bias_flags(bias.shape)
     if sink is not None and sink.shape != (q.shape[2],):
         raise _c.BadInput(f"sink has shape {list(sink.shape)}; it must be [{q.shape[2]}], one number for each head of this device")
     rows = rows_of(call, q.shape[0], q.shape[2], k.shape[2], q.shape[3], v.shape[3], q.dtype.name, flags, sink is not None)

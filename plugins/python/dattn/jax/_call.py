@@ -6,7 +6,7 @@ import json
 import jax.numpy as jnp
 import numpy as np
 
-from dattn import _c
+from dattn import _c, _mask
 from dattn.jax import _library
 from dattn.jax._axes import AXES, Axes
 
@@ -45,21 +45,8 @@ class Call:
 
 
 def plain_mask(mask):
-    """A mask as the YAML has it: kinds by name may stand for masks of that kind, arrays for lists."""
-    if mask is None:
-        return {"kind": "full"}
-    if isinstance(mask, str):
-        return {"kind": mask}
-    if not isinstance(mask, dict):
-        raise _c.BadInput(f"mask is a {type(mask).__name__}; give a kind's name or a dict")
-    plain = {}
-    for name, value in mask.items():
-        if name == "within":
-            value = plain_mask(value)
-        elif name == "masks":
-            value = [plain_mask(one) for one in value]
-        plain[name] = plain_value(value, f"mask key '{name}'")
-    return plain
+    """A mask as the YAML has it, arrays as lists."""
+    return _mask.plain_mask(mask, plain_value)
 
 
 def plain_value(value, name):

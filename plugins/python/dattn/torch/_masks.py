@@ -7,30 +7,22 @@ import weakref
 
 import torch
 
-from dattn import _c
+from dattn import _c, _mask
 
 MOST_REGIONS = 4096  # of one batch row; a mask with more has no structure that planning could use
 
 
 def plain_mask(mask):
-    """A mask as the YAML has it: kinds by name may stand for masks of that kind, tensors for lists."""
-    if isinstance(mask, str):
-        return {"kind": mask}
-    if mask is None:
-        return {"kind": "full"}
-    if not isinstance(mask, dict):
-        raise _c.BadInput(f"mask is a {type(mask).__name__}; give a kind's name or a dict"
-                          + ("; dattn.torch.mask_of turns a mask tensor into one" if isinstance(mask, torch.Tensor) else ""))
-    plain = {}
-    for name, value in mask.items():
-        if name == "within":
-            value = plain_mask(value)
-        elif name == "masks":
-            value = [plain_mask(one) for one in value]
-        elif isinstance(value, torch.Tensor):
-            value = value.tolist()
-        plain[name] = value
-    return plain
+    """A mask as the YAML has it, tensors as lists."""
+    return _mask.plain_mask(mask, _plain_value, _hint)
+
+
+def _hint(mask):
+    return "; dattn.torch.mask_of turns a mask tensor into one" if isinstance(mask, torch.Tensor) else ""
+
+
+def _plain_value(value, _):
+    return value.tolist() if isinstance(value, torch.Tensor) else value
 
 
 def mask_of(visible):

@@ -13,7 +13,6 @@ from dattn.torch import _mesh
 
 FORMATS = {"bshd": (0, 1, 2, 3), "sbhd": (1, 0, 2, 3), "bhsd": (0, 2, 1, 3), "thd": (None, 0, 1, 2)}  # axes B, S, H, D
 BIAS_AXES = (0, 2, 1, 3)  # [B, H, S, T] of the user as [B, S, H, T]
-PLAIN_AXES = (0, 1, 2, 3)
 DTYPES = {torch.float32: (_c.FLOAT, 32), torch.float64: (_c.FLOAT, 64), torch.bfloat16: (_c.BFLOAT, 16)}
 MOST_CALLS, MOST_PLANS = 512, 64  # kept; a call with new document boundaries each step makes a new one each step
 
@@ -135,15 +134,12 @@ class Plan:
         self.lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
         self.batch_begin = call.mesh_spec.data_index * self.batch
         tensor_ranks = call.mesh_spec.tensor_ranks
-        bias_kind = 0
-        if bias is not None:
-            bias_kind = _c.BIAS | (_c.BIAS_PER_BATCH if bias.shape[0] > 1 else 0) | (_c.BIAS_PER_HEAD if bias.shape[1] > 1 else 0)
         attention = json.dumps(options["attention"]) if isinstance(options["attention"], dict) else options["attention"]
         struct = _c.AttentionOptions(
             batch=self.batch, seq_q=seq_q, seq_kv=seq_kv, heads=self.heads * tensor_ranks, kv_heads=at(k, 2) * tensor_ranks,
             dim_qk=at(q, 3), dim_v=self.dim_v, dtype=dtype_struct(q.dtype), attention=_c.text(attention),
             layout=_c.text(options["layout"]), strategy=_c.text(options["strategy"]),
-            determinism=_c.text(options["determinism"]), bias=bias_kind, sink=0 if sink is None else 1)
+            determinism=_c.text(options["determinism"]), bias=0 if bias is None else _c.bias_flags(bias.shape), sink=0 if sink is None else 1)
         self.mesh = _mesh.mesh_of(call.mesh_spec, q.device)
         self.handle = _c.create(_c.lib().dattn_plan_create, self.mesh.mesh, ctypes.byref(struct))
         try:
@@ -180,55 +176,35 @@ class Plan:
         """(out, lse) of this rank's rows."""
         out = torch.empty(self.out_shape, dtype=q.dtype, device=q.device)
         lse = torch.empty(self.lse_shape, dtype=self.lse_dtype, device=q.device)
-        mesh, struct = self.mesh, self.forward_struct
-        with mesh.lock:
-            kept = [window.show(tensor) for window, tensor in zip(self.forward_windows, (q, k, v, out, lse))]
-            if bias is not None:
-                kept.append(self._point(struct, "bias", bias))
-            if sink is not None:
-                kept.append(self._point(struct, "sink", sink))
-            struct.dropout_stream = stream
-            if mesh.device.type == "cuda":
-                struct.stream = torch.cuda.current_stream(q.device).cuda_stream
-            mesh.run(self._forward, self.handle, self.forward_reference)
+        self._run(self._forward, self.forward_struct, self.forward_reference, self.forward_windows, (q, k, v, out, lse),
+                  (("bias", bias), ("sink", sink)), stream)
         return out, lse
 
     def backward(self, dout, q, k, v, bias, sink, out, lse, stream, want_bias, want_sink):
         """[dq, dk, dv, dbias, dsink]; the last two are None unless wanted."""
         results = [contiguous_like(q), contiguous_like(k), contiguous_like(v), contiguous_like(bias) if want_bias else None,
                    torch.zeros_like(sink) if want_sink else None]
-        mesh, struct = self.mesh, self.backward_struct
-        with mesh.lock:
-            kept = [window.show(tensor) for window, tensor in zip(self.backward_windows, (q, k, v, out, lse, dout, *results[:3]))]
-            if bias is not None:
-                kept.append(self._point(struct, "bias", bias))
-            if sink is not None:
-                kept.append(self._point(struct, "sink", sink))
-            struct.dbias = struct.dsink = None
-            if want_bias:
-                self._point(struct, "dbias", results[3])
-            if want_sink:
-                self._point(struct, "dsink", results[4])
-            struct.dropout_stream = stream
-            if mesh.device.type == "cuda":
-                struct.stream = torch.cuda.current_stream(q.device).cuda_stream
-            mesh.run(self._backward, self.handle, self.backward_reference)
+        self._run(self._backward, self.backward_struct, self.backward_reference, self.backward_windows,
+                  (q, k, v, out, lse, dout, *results[:3]),
+                  (("bias", bias), ("sink", sink), ("dbias", results[3]), ("dsink", results[4])), stream)
         return results
 
-    def _point(self, struct, name, tensor):
-        kept = self.windows[name].show(tensor)
-        setattr(struct, name, self.windows[name].pointer)
-        return kept
-
-    def explain(self):
-        text = ctypes.c_char_p()
-        _c.check(_c.lib().dattn_plan_explain(self.handle, ctypes.byref(text)))
-        return json.loads(text.value)
-
-    def info(self):
-        info = _c.PlanInfo()
-        _c.check(_c.lib().dattn_plan_get_info(self.handle, ctypes.byref(info)))
-        return {name: getattr(info, name) for name, _ in info._fields_[1:]}
+    def _run(self, function, struct, reference, windows, tensors, terms, stream):
+        """Makes the C call with the struct pointed at these tensors. terms: (member, tensor or None)."""
+        mesh = self.mesh
+        with mesh.lock:
+            kept = [window.show(tensor) for window, tensor in zip(windows, tensors)]
+            for name, tensor in terms:
+                if tensor is None:
+                    setattr(struct, name, None)
+                else:
+                    window = self.windows[name]
+                    kept.append(window.show(tensor))
+                    setattr(struct, name, window.pointer)
+            struct.dropout_stream = stream
+            if mesh.device.type == "cuda":
+                struct.stream = torch.cuda.current_stream(tensors[0].device).cuda_stream
+            mesh.run(function, self.handle, reference)
 
     def close(self):
         if self.handle is not None:
