@@ -16,7 +16,7 @@ namespace dattn {
 namespace {
 
 std::filesystem::path machines_folder() {
-  return std::filesystem::path(__FILE__).parent_path().parent_path().parent_path() / "configs" / "machines";
+  return std::filesystem::path(DATTN_SOURCE_DIR) / "configs" / "machines";
 }
 
 TEST(Machine, CommittedFilesLoadUnderTheirOwnNames) {

@@ -10,11 +10,17 @@
 namespace dattn::cpu {
 namespace {
 
-#if defined(__x86_64__)
-constexpr std::array kPaths{&kAvx512Bf16Path, &kAvx512Path, &kAvx2Path, &kPortablePath};  // best first
-#else
-constexpr std::array kPaths{&kPortablePath};
+constexpr std::array kPaths{  // of this build, best first
+#ifdef DATTN_CPU_AVX512BF16
+    &kAvx512Bf16Path,
 #endif
+#ifdef DATTN_CPU_AVX512
+    &kAvx512Path,
+#endif
+#ifdef DATTN_CPU_AVX2
+    &kAvx2Path,
+#endif
+    &kPortablePath};
 
 const Path& best_path() {
   static const Path& best = []() -> const Path& {
@@ -49,7 +55,9 @@ const Path& choose_path() {
             best_path().name);
     return *path;
   }
-  fail(ErrorCode::kBadInput, "DATTN_CPU={} is unknown; use avx512bf16, avx512, avx2 or portable", forced);
+  std::string known;
+  for (const Path* path : kPaths) known += fmt::format("{}{}", known.empty() ? "" : ", ", path->name);
+  fail(ErrorCode::kBadInput, "DATTN_CPU={} is unknown; this build has: {}", forced, known);
 }
 
 }  // namespace dattn::cpu

@@ -6,7 +6,7 @@
 namespace dattn::cpu {
 
 extern const Path kPortablePath;
-extern const Path kAvx2Path;  // x86-64 only, like the next two
+extern const Path kAvx2Path;  // x86-64 only, like the next two, and only where DATTN_CPU_PATHS names it
 extern const Path kAvx512Path;
 extern const Path kAvx512Bf16Path;
 

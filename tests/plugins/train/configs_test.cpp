@@ -10,7 +10,7 @@ namespace dattn {
 namespace {
 
 TEST(Configs, AreReadAndCanBeBuilt) {
-  const auto root = std::filesystem::path(__FILE__).parent_path().parent_path().parent_path().parent_path();
+  const auto root = std::filesystem::path(DATTN_SOURCE_DIR);
   int files = 0;
   for (const auto& entry : std::filesystem::recursive_directory_iterator(root / "configs")) {
     if (entry.path().extension() != ".yaml" || entry.path().parent_path().filename() == "machines") continue;

@@ -12,7 +12,7 @@ namespace dattn {
 namespace {
 
 TEST(Schema, CommittedPageIsCurrent) {
-  const auto root = std::filesystem::path(__FILE__).parent_path().parent_path().parent_path().parent_path();
+  const auto root = std::filesystem::path(DATTN_SOURCE_DIR);
   const std::string path = (root / "configs" / "SCHEMA.md").string();
   const std::string page = run_config_schema();
   if (std::getenv("DATTN_UPDATE") != nullptr) write_file(path, page);
