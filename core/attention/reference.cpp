@@ -48,6 +48,13 @@ std::vector<double> load_row(const TensorView& view, std::int64_t b, std::int64_
   return row;
 }
 
+// All rows of one head.
+std::vector<std::vector<double>> load_rows(const TensorView& view, std::int64_t b, std::int64_t h) {
+  std::vector<std::vector<double>> rows;
+  for (std::int64_t s = 0; s < view.size(1); ++s) rows.push_back(load_row(view, b, s, h));
+  return rows;
+}
+
 void add_row(const TensorView& view, std::int64_t b, std::int64_t s, std::int64_t h, const std::vector<double>& row) {
   const std::int64_t base = offset_of(view, b, s, h);
   for (std::size_t d = 0; d < row.size(); ++d) {
@@ -137,13 +144,14 @@ void finish_row(const AttendArgs& args, std::int64_t b, std::int64_t s, std::int
 
 void attend_head(const AttendArgs& args, const std::vector<std::vector<Seen>>& keys, std::int64_t b, std::int64_t h) {
   const std::int64_t kv = args.heads.kv_of(h);
+  const std::vector<std::vector<double>> k = load_rows(args.k, b, kv), v = load_rows(args.v, b, kv);
   for (std::int64_t s = 0; s < args.q.size(1); ++s) {
     const auto& seen = keys[static_cast<std::size_t>(s)];
     const std::vector<double> q = load_row(args.q, b, s, h);
     std::vector<double> scores;
     double top = kNothing;
     for (const Seen& t : seen) {
-      const double product = args.scale * dot(q, load_row(args.k, b, t.key, kv));
+      const double product = args.scale * dot(q, k[static_cast<std::size_t>(t.key)]);
       scores.push_back(score_of(args.terms, product, b, s, h, args.heads, t).value);
       top = std::isnan(scores.back()) ? scores.back() : std::max(top, scores.back());
     }
@@ -152,19 +160,22 @@ void attend_head(const AttendArgs& args, const std::vector<std::vector<Seen>>& k
     for (std::size_t i = 0; i < seen.size() && top != kNothing; ++i) {
       const double p = std::exp(scores[i] - top);
       sum += p;
-      axpy(p * kept(args.terms.dropout, b, args.heads.q_begin + h, seen[i]), load_row(args.v, b, seen[i].key, kv), value);
+      const double weight = p * kept(args.terms.dropout, b, args.heads.q_begin + h, seen[i]);
+      axpy(weight, v[static_cast<std::size_t>(seen[i].key)], value);
     }
     for (double& x : value) x = sum == 0 ? 0 : x / sum;
     finish_row(args, b, s, h, value, sum == 0 ? kNothing : top + std::log(sum));
   }
 }
 
-// Gradients of the keys and values of one KV head, one row a key; in double until they are added to dk and dv.
-struct KeyGradients {
-  std::vector<std::vector<double>> dk, dv;
+// The keys and values of one KV head and their gradients, one row a key; in double until they are added to dk and dv.
+struct KeyRows {
+  std::vector<std::vector<double>> k, v, dk, dv;
 
-  explicit KeyGradients(const AttendGradArgs& args)
-      : dk(static_cast<std::size_t>(args.k.size(1)), std::vector<double>(static_cast<std::size_t>(args.k.size(3)))),
+  KeyRows(const AttendGradArgs& args, std::int64_t b, std::int64_t kv)
+      : k(load_rows(args.k, b, kv)),
+        v(load_rows(args.v, b, kv)),
+        dk(static_cast<std::size_t>(args.k.size(1)), std::vector<double>(static_cast<std::size_t>(args.k.size(3)))),
         dv(static_cast<std::size_t>(args.k.size(1)), std::vector<double>(static_cast<std::size_t>(args.v.size(3)))) {}
   void add_to(const AttendGradArgs& args, std::int64_t b, std::int64_t kv) const {
     for (std::size_t t = 0; t < dk.size() && args.dk.data != nullptr; ++t) {
@@ -175,41 +186,40 @@ struct KeyGradients {
 };
 
 void grad_row(const AttendGradArgs& args, const std::vector<Seen>& seen, std::int64_t b, std::int64_t s, std::int64_t h,
-              KeyGradients& sums) {
+              KeyRows& keys) {
   const double lse = load(args.lse, offset_of(args.lse, b, h, s));
   if (lse == kNothing) return;
-  const std::int64_t kv = args.heads.kv_of(h);
   const double delta = load(args.delta, offset_of(args.delta, b, h, s));
   const std::vector<double> q = load_row(args.q, b, s, h), dout = load_row(args.dout, b, s, h);
   std::vector<double> dq(q.size());
   for (const Seen& t : seen) {
-    const std::vector<double> k = load_row(args.k, b, t.key, kv);
-    const Score score = score_of(args.terms, args.scale * dot(q, k), b, s, h, args.heads, t);
+    const auto key = static_cast<std::size_t>(t.key);
+    const Score score = score_of(args.terms, args.scale * dot(q, keys.k[key]), b, s, h, args.heads, t);
     const double p = std::exp(score.value - lse), keep = kept(args.terms.dropout, b, args.heads.q_begin + h, t);
-    const double ds = p * (keep * dot(dout, load_row(args.v, b, t.key, kv)) - delta);
+    const double ds = p * (keep * dot(dout, keys.v[key]) - delta);
     if (args.dbias.data != nullptr) {
       const std::int64_t at = bias_at(args.dbias, b, s, h) + t.k_position;
       store(args.dbias, at, load(args.dbias, at) + ds);
     }
     const double factor = args.scale * score.slope * ds;
-    axpy(factor, k, dq);
-    axpy(factor, q, sums.dk[static_cast<std::size_t>(t.key)]);
-    axpy(keep * p, dout, sums.dv[static_cast<std::size_t>(t.key)]);
+    axpy(factor, keys.k[key], dq);
+    axpy(factor, q, keys.dk[key]);
+    axpy(keep * p, dout, keys.dv[key]);
   }
   if (args.dq.data != nullptr) add_row(args.dq, b, s, h, dq);
 }
 
 // All query heads of one KV head, so that dk and dv have one writer.
 void grad_group(const AttendGradArgs& args, const std::vector<std::vector<Seen>>& keys, std::int64_t b, std::int64_t kv) {
-  KeyGradients sums(args);
+  KeyRows rows(args, b, kv);
   for (std::int64_t h = 0; h < args.q.size(2); ++h) {
     if (args.heads.kv_of(h) != kv) continue;
-    for (std::int64_t s = 0; s < args.q.size(1); ++s) grad_row(args, keys[static_cast<std::size_t>(s)], b, s, h, sums);
+    for (std::int64_t s = 0; s < args.q.size(1); ++s) grad_row(args, keys[static_cast<std::size_t>(s)], b, s, h, rows);
     if (!args.invariant) continue;
-    sums.add_to(args, b, kv);
-    sums = KeyGradients(args);
+    rows.add_to(args, b, kv);
+    rows = KeyRows(args, b, kv);
   }
-  if (!args.invariant) sums.add_to(args, b, kv);
+  if (!args.invariant) rows.add_to(args, b, kv);
 }
 
 class ReferenceKernel final : public AttentionKernel {
