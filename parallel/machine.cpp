@@ -19,6 +19,22 @@ std::int64_t touched_pairs(const Region& band, const TileSize& tile) {
   return tiles * tile.rows * tile.keys;
 }
 
+// The same of stairs, row by row of the side with fewer: begins and ends of what rows see ascend, with gaps between them.
+std::int64_t touched_by_stairs(const Tile& stairs, const TileSize& tile) {
+  if (stairs.rows.q.count() > stairs.rows.k.count()) return touched_by_stairs(transposed(stairs), {tile.keys, tile.rows});
+  std::int64_t tiles = 0, next = 0;  // of this row of tiles, those of keys before `next` are counted
+  for (std::int64_t row = stairs.rows.q.begin; row < stairs.rows.q.end; ++row) {
+    if ((row - stairs.rows.q.begin) % tile.rows == 0) next = 0;
+    const Interval keys = keys_of(stairs, row);
+    if (keys.count() == 0) continue;
+    next = std::max(next, (keys.begin - stairs.rows.k.begin) / tile.keys);
+    const std::int64_t end = (keys.end - 1 - stairs.rows.k.begin) / tile.keys + 1;
+    tiles += std::max<std::int64_t>(0, end - next);
+    next = std::max(next, end);
+  }
+  return tiles * tile.rows * tile.keys;
+}
+
 }  // namespace
 
 double Machine::attend_rate(Verb verb, DType storage) const {
@@ -31,7 +47,7 @@ double Machine::attend_rate(Verb verb, DType storage) const {
 std::int64_t Machine::worked_pairs(std::span<const Tile> tiles) const {
   if (!tile) return area(tiles);
   std::int64_t pairs = 0;
-  for (const Tile& part : tiles) pairs += touched_pairs(part.rows, *tile);
+  for (const Tile& part : tiles) pairs += part.stairs() ? touched_by_stairs(part, *tile) : touched_pairs(part.rows, *tile);
   return pairs;
 }
 

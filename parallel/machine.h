@@ -10,7 +10,7 @@
 #include <string>
 #include <vector>
 
-#include "core/attention/region.h"
+#include "core/attention/tile.h"
 #include "core/base/dtype.h"
 #include "core/config/config.h"
 #include "parallel/plan.h"

@@ -8,6 +8,7 @@
 #include <span>
 #include <vector>
 
+#include "core/attention/tile.h"
 #include "parallel/plan.h"
 
 namespace dattn {

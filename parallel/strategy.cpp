@@ -57,35 +57,18 @@ void check_terms(const AttentionShape& shape, const AttentionOptions& options) {
           kDropoutPositions, std::max(shape.seq_q, shape.seq_kv), shape.batch, shape.heads);
 }
 
-// The step of a block's runs, all of which have one; 0 where every run is a single row, which fits any.
-std::int64_t step_of(const Positions& rows) {
-  const auto run = std::find_if(rows.runs().begin(), rows.runs().end(), [](const Run& one) { return one.count > 1; });
-  return run == rows.runs().end() ? 0 : run->step;
-}
-
-// Rows that are worked off one by one: those of the layout's step beside rows of another, as where all keys are gathered in
-// global order; and those whose windows are narrower than the step, where keys are fetched. Rank 0 has as many as any.
-void check_single_rows(const Plan& plan) {
+// Windows narrower than the layout's step leave gaps between the keys that a rank fetches: a range of keys for each of its
+// rows, of which rank 0 has as many as any.
+void check_fetched_ranges(const Plan& plan) {
   const Problem& problem = *plan.problem;
   if (problem.layout != Layout::kStriped || problem.mesh.sequence_parts() == 1) return;
-  const auto refuse = [&](std::int64_t rows, std::string_view beside) {
-    require(rows <= kMostSingleRows,
-            "strategy {}: layout striped leaves {} positions of step {} beside {}, to be worked off one by one, and at most {} "
-            "may be; use layout contiguous or zigzag, or strategy ring{}",
-            plan.strategy, rows, problem.mesh.sequence_parts(), beside, kMostSingleRows,
-            problem.invariant ? " without determinism invariant" : "");
-  };
   for (const Step& step : plan.steps) {
-    if (step.verb == Verb::kAttend) {
-      const Positions q = plan.rows(step.in[0], 0), kv = plan.rows(step.in[1], 0);
-      const std::int64_t of_q = step_of(q), of_kv = step_of(kv);
-      if (of_q != 0 && of_kv != 0 && of_q != of_kv) refuse(std::max(q.count(), kv.count()), "positions in global order");
-    }
-    if (step.verb == Verb::kFetch) {
-      const Positions queries = plan.rows(plan.placing(step.out[0]).wanted, 0);
-      if (queries.count() > 0 && has_narrow_windows(problem.mask, queries.runs()[0].step))
-        refuse(queries.count(), "windows narrower than it");
-    }
+    if (step.verb != Verb::kFetch) continue;
+    const Positions queries = plan.rows(plan.placing(step.out[0]).wanted, 0);
+    require(queries.count() <= kMostSeenRanges || !has_narrow_windows(problem.mask, queries.runs()[0].step),
+            "strategy {}: layout striped gives {} positions of step {} to a rank, and windows narrower than it, whose keys are "
+            "fetched one by one, at most {} may have; use layout contiguous or zigzag, or strategy ring",
+            plan.strategy, queries.count(), problem.mesh.sequence_parts(), kMostSeenRanges);
   }
 }
 
@@ -146,7 +129,7 @@ Plan write_plan(const Strategy& strategy, std::shared_ptr<const Problem> problem
   PlanBuilder builder(std::string(strategy.name), std::move(problem));
   const ValueId result = strategy.write(builder);
   Plan plan = std::move(builder).build(result);
-  check_single_rows(plan);
+  check_fetched_ranges(plan);
   return plan;
 }
 

@@ -28,8 +28,6 @@ RowSet row_set(std::int64_t begin, std::int64_t end) {
 
 bool holds(const RowSet& set, int row) { return (set[static_cast<std::size_t>(row) / 64] >> (row % 64) & 1) != 0; }
 
-Region transposed(const Region& region) { return {region.k, region.q, -region.hi, -region.lo}; }
-
 // Builds the list, one block of rows after the other. A part of a block (one tile's rows in it) is cut along the columns into
 // blocks that all its rows see whole, as two changes of the set of rows that do, and the others, as patches.
 class Builder {
@@ -39,14 +37,14 @@ class Builder {
     list_.offsets.push_back(0);
   }
 
-  void add_block(std::int64_t first_row, std::span<const Region> regions) {
+  void add_block(std::int64_t first_row, std::span<const Tile* const> tiles) {
     first_row_ = first_row;
     count_ = static_cast<int>(std::min<std::int64_t>(list_.block_rows, rows_ - first_row));
     changes_.clear();
     patches_.clear();
     patch_words_.clear();
-    for (const Region& region : regions) {
-      if (const auto part = restrict_to(region, {first_row, first_row + count_}, region.k)) add_part(*part);
+    for (const Tile* tile : tiles) {
+      if (const auto part = restrict_to(*tile, {first_row, first_row + count_}, tile->rows.k)) add_part(*part);
     }
     emit_pieces();
     list_.offsets.push_back(static_cast<std::int32_t>(list_.pieces.size()));
@@ -79,30 +77,40 @@ class Builder {
     std::size_t words;  // where its rows are in patch_words_
   };
 
-  void add_part(const Region& part) {
-    const auto begin_of = [&](std::int64_t row) { return std::max(part.k.begin, row + part.lo); };
-    const auto end_of = [&](std::int64_t row) { return std::min(part.k.end, row + part.hi + 1); };
-    const std::int64_t first = part.k.begin / kBlockColumns, last = (part.k.end + kBlockColumns - 1) / kBlockColumns;
+  void add_part(const Tile& part) {
+    const Interval rows{part.rows.q.begin - first_row_, part.rows.q.end - first_row_};  // of this block
+    std::array<Interval, kMaxRows> seen;
+    for (std::int64_t row = rows.begin; row < rows.end; ++row)
+      seen[static_cast<std::size_t>(row)] = keys_of(part, first_row_ + row);
     // Begins and ends ascend with the rows.
-    const std::int64_t whole = (begin_of(part.q.end - 1) + kBlockColumns - 1) / kBlockColumns;
-    const std::int64_t whole_end = end_of(part.q.begin) / kBlockColumns;
-    const bool any_whole = whole < whole_end;
-    if (any_whole) {
-      const RowSet rows = row_set(part.q.begin - first_row_, part.q.end - first_row_);
-      changes_.push_back({whole, rows});
-      changes_.push_back({whole_end, rows});
+    const std::int64_t whole = div_up(seen[static_cast<std::size_t>(rows.end - 1)].begin, kBlockColumns);
+    const std::int64_t whole_end = seen[static_cast<std::size_t>(rows.begin)].end / kBlockColumns;
+    if (whole < whole_end) {
+      const RowSet set = row_set(rows.begin, rows.end);
+      changes_.push_back({whole, set});
+      changes_.push_back({whole_end, set});
     }
-    for (std::int64_t block = first; block < last; ++block) {
-      if (any_whole && block == whole) block = whole_end;
-      if (block >= last) break;
-      const std::size_t words = patch_words_.size();
-      patches_.push_back({block, words});
-      patch_words_.resize(words + static_cast<std::size_t>(list_.block_rows));
-      const std::int64_t column = block * kBlockColumns;
-      for (std::int64_t row = part.q.begin; row < part.q.end; ++row) {
-        patch_words_[words + static_cast<std::size_t>(row - first_row_)] = bits(
-            std::clamp<std::int64_t>(begin_of(row) - column, 0, 64), std::clamp<std::int64_t>(end_of(row) - column, 0, 64));
+    std::int64_t block = 0;  // those before it are done
+    for (std::int64_t row = rows.begin; row < rows.end; ++row) {
+      const Interval columns = seen[static_cast<std::size_t>(row)];
+      for (block = std::max(block, columns.begin / kBlockColumns); block * kBlockColumns < columns.end; ++block) {
+        if (block >= whole && block < whole_end) {
+          block = whole_end - 1;
+          continue;
+        }
+        add_patch(block, rows, seen);
       }
+    }
+  }
+
+  void add_patch(std::int64_t block, Interval rows, const std::array<Interval, kMaxRows>& seen) {
+    const std::size_t words = patch_words_.size();
+    patches_.push_back({block, words});
+    patch_words_.resize(words + static_cast<std::size_t>(list_.block_rows));
+    const std::int64_t column = block * kBlockColumns;
+    for (auto row = static_cast<std::size_t>(rows.begin); row < static_cast<std::size_t>(rows.end); ++row) {
+      patch_words_[words + row] = bits(std::clamp<std::int64_t>(seen[row].begin - column, 0, 64),
+                                       std::clamp<std::int64_t>(seen[row].end - column, 0, 64));
     }
   }
 
@@ -148,19 +156,20 @@ class Builder {
       list_.pieces.push_back({static_cast<std::int32_t>(begin), static_cast<std::int32_t>(end), mask});
   }
 
-  // The mask's number: one of the last few that is equal, or a new one.
+  // The mask's number: that of an equal one, unless another with its hash came between, or a new one.
   std::int32_t number_of(const std::array<std::uint64_t, kMaxRows>& words) {
-    const auto rows = static_cast<std::size_t>(list_.block_rows), masks = list_.masks.size() / rows;
     const auto mask_end = words.begin() + list_.block_rows;
-    for (std::size_t i = masks; i > 0 && i + kRemembered > masks; --i) {
-      if (std::equal(words.begin(), mask_end, list_.masks.begin() + static_cast<std::ptrdiff_t>((i - 1) * rows)))
-        return static_cast<std::int32_t>(i - 1);
-    }
+    std::uint64_t hash = 0;
+    for (auto word = words.begin(); word != mask_end; ++word) hash = (hash ^ (hash >> 32) ^ *word) * 0x9e3779b97f4a7c15u;
+    std::int32_t& known = known_[hash >> (64 - kHashBits)];
+    const auto at = [&](std::int32_t mask) { return list_.masks.begin() + std::ptrdiff_t{mask} * list_.block_rows; };
+    if (known >= 0 && std::equal(words.begin(), mask_end, at(known))) return known;
+    known = static_cast<std::int32_t>(list_.masks.size() / static_cast<std::size_t>(list_.block_rows));
     list_.masks.insert(list_.masks.end(), words.begin(), mask_end);
-    return static_cast<std::int32_t>(masks);
+    return known;
   }
 
-  static constexpr std::size_t kRemembered = 4;
+  static constexpr int kHashBits = 12;
 
   BlockList list_;
   std::int64_t rows_, first_row_ = 0;
@@ -168,31 +177,37 @@ class Builder {
   std::vector<Change> changes_;
   std::vector<Patch> patches_;
   std::vector<std::uint64_t> patch_words_;
+  std::vector<std::int32_t> known_ = std::vector<std::int32_t>(1 << kHashBits, -1);  // masks by hash
 };
 
 }  // namespace
 
 BlockList make_block_list(std::span<const Tile> tiles, std::int64_t rows, int block_rows, bool by_key) {
+  std::vector<Tile> turned;
+  if (by_key) {
+    turned.reserve(tiles.size());
+    for (const Tile& tile : tiles) turned.push_back(transposed(tile));
+    tiles = turned;
+  }
   const auto blocks = static_cast<std::size_t>((rows + block_rows - 1) / block_rows);
   // Which tiles touch which block: a count, then the tiles themselves.
   std::vector<std::size_t> ends(blocks + 1);
   const auto each_block = [&](const auto& body) {
     for (const Tile& tile : tiles) {
-      const Region region = by_key ? transposed(tile.rows) : tile.rows;
-      if (region.q.begin >= region.q.end) continue;
-      const auto last = static_cast<std::size_t>((region.q.end - 1) / block_rows);
-      for (auto block = static_cast<std::size_t>(region.q.begin / block_rows); block <= last; ++block) body(block, region);
+      if (tile.rows.q.begin >= tile.rows.q.end) continue;
+      const auto last = static_cast<std::size_t>((tile.rows.q.end - 1) / block_rows);
+      for (auto block = static_cast<std::size_t>(tile.rows.q.begin / block_rows); block <= last; ++block) body(block, tile);
     }
   };
-  each_block([&](std::size_t block, const Region&) { ++ends[block + 1]; });
+  each_block([&](std::size_t block, const Tile&) { ++ends[block + 1]; });
   std::partial_sum(ends.begin(), ends.end(), ends.begin());
-  std::vector<Region> regions(ends.back());
+  std::vector<const Tile*> touching(ends.back());
   std::vector<std::size_t> next(ends.begin(), ends.end() - 1);
-  each_block([&](std::size_t block, const Region& region) { regions[next[block]++] = region; });
+  each_block([&](std::size_t block, const Tile& tile) { touching[next[block]++] = &tile; });
   Builder builder(rows, block_rows);
   for (std::size_t block = 0; block < blocks; ++block) {
     builder.add_block(static_cast<std::int64_t>(block) * block_rows,
-                      std::span(regions).subspan(ends[block], ends[block + 1] - ends[block]));
+                      std::span(touching).subspan(ends[block], ends[block + 1] - ends[block]));
   }
   return builder.finish();
 }

@@ -12,7 +12,7 @@
 #include <span>
 #include <vector>
 
-#include "core/attention/region.h"
+#include "core/attention/tile.h"
 
 namespace dattn {
 

@@ -47,11 +47,11 @@ struct PositionEnds {
 PositionEnds position_ends(std::span<const Tile> tiles) {
   PositionEnds ends;
   for (const Tile& tile : tiles) {
-    ensure(tile.q_position >= 0 && tile.k_position >= 0 && tile.step >= 1,
-           "attention: tile {} is at positions {} and {}, step {}", to_text(tile.rows), tile.q_position, tile.k_position,
-           tile.step);
-    ends.q = std::max(ends.q, tile.q_position + (tile.rows.q.count() - 1) * tile.step + 1);
-    ends.k = std::max(ends.k, tile.k_position + (tile.rows.k.count() - 1) * tile.step + 1);
+    ensure(tile.q_position >= 0 && tile.k_position >= 0 && tile.q_step >= 1 && tile.k_step >= 1,
+           "attention: tile {} is at positions {} and {}, steps {} and {}", to_text(tile.rows), tile.q_position,
+           tile.k_position, tile.q_step, tile.k_step);
+    ends.q = std::max(ends.q, tile.q_at(tile.rows.q.end - 1) + 1);
+    ends.k = std::max(ends.k, tile.k_at(tile.rows.k.end - 1) + 1);
   }
   return ends;
 }

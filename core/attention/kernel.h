@@ -9,7 +9,7 @@
 #include <string>
 #include <string_view>
 
-#include "core/attention/region.h"
+#include "core/attention/tile.h"
 #include "core/tensor/tensor.h"
 
 namespace dattn {

@@ -8,8 +8,14 @@
 
 namespace dattn {
 
+Interval Run::rows_inside(Interval positions) const {
+  const std::int64_t first = std::clamp<std::int64_t>(div_up(positions.begin - begin, step), 0, count);
+  return {first, std::clamp<std::int64_t>(div_up(positions.end - begin, step), first, count)};
+}
+
 std::vector<Interval> join(std::vector<Interval> ranges) {
-  std::sort(ranges.begin(), ranges.end(), [](const Interval& a, const Interval& b) { return a.begin < b.begin; });
+  const auto before = [](const Interval& a, const Interval& b) { return a.begin < b.begin; };
+  if (!std::is_sorted(ranges.begin(), ranges.end(), before)) std::sort(ranges.begin(), ranges.end(), before);
   std::vector<Interval> joined;
   for (const Interval& range : ranges) {
     if (range.count() <= 0) continue;
@@ -60,14 +66,17 @@ Positions Positions::rows(std::int64_t begin, std::int64_t count, std::int64_t s
 Positions Positions::inside(std::span<const Interval> ranges) const {
   std::vector<Run> parts;
   for (const Run& run : runs_) {
-    const auto row_of = [&run](std::int64_t position) {  // the first row at or past it
-      return std::clamp<std::int64_t>((position - run.begin + run.step - 1) / run.step, 0, run.count);
-    };
     const auto first = std::upper_bound(ranges.begin(), ranges.end(), run.begin,
                                         [](std::int64_t position, const Interval& range) { return position < range.end; });
+    std::int64_t end = -1;  // of the rows so far; those that go on from there lengthen the part
     for (auto range = first; range != ranges.end() && range->begin <= run.last(); ++range) {
-      const std::int64_t begin = range->begin <= run.begin ? 0 : row_of(range->begin), end = row_of(range->end);
-      if (begin < end) parts.push_back({run.at(begin), end - begin, run.step});
+      const Interval rows = run.rows_inside(*range);
+      if (rows.count() == 0) continue;
+      if (rows.begin == end)
+        parts.back().count += rows.count();
+      else
+        parts.push_back({run.at(rows.begin), rows.count(), run.step});
+      end = rows.end;
     }
   }
   return Positions(parts);

@@ -9,6 +9,14 @@
 
 namespace dattn {
 
+// Half-open.
+struct Interval {
+  std::int64_t begin = 0;
+  std::int64_t end = 0;
+  std::int64_t count() const { return end - begin; }
+  bool operator==(const Interval&) const = default;
+};
+
 // Positions begin, begin + step, .., begin + (count - 1) * step. count >= 1, step >= 1.
 struct Run {
   std::int64_t begin = 0;
@@ -17,16 +25,13 @@ struct Run {
 
   std::int64_t at(std::int64_t row) const { return begin + row * step; }
   std::int64_t last() const { return at(count - 1); }
+  Interval rows_inside(Interval positions) const;  // the rows at these positions
   bool operator==(const Run&) const = default;
 };
 
-// Half-open.
-struct Interval {
-  std::int64_t begin = 0;
-  std::int64_t end = 0;
-  std::int64_t count() const { return end - begin; }
-  bool operator==(const Interval&) const = default;
-};
+// Quotients rounded down and up; b > 0.
+constexpr std::int64_t div_down(std::int64_t a, std::int64_t b) { return a / b - (a % b < 0 ? 1 : 0); }
+constexpr std::int64_t div_up(std::int64_t a, std::int64_t b) { return a / b + (a % b > 0 ? 1 : 0); }
 
 // The ascending disjoint ranges that hold the same positions; neighbours are joined.
 std::vector<Interval> join(std::vector<Interval> ranges);

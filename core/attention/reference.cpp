@@ -84,12 +84,8 @@ std::vector<std::vector<Seen>> visible_keys(std::span<const Tile> tiles, std::in
   std::vector<std::vector<Seen>> keys(static_cast<std::size_t>(seq_q));
   for (const Tile& tile : tiles) {
     for (std::int64_t q = tile.rows.q.begin; q < tile.rows.q.end; ++q) {
-      const std::int64_t begin = std::max(tile.rows.k.begin, q + tile.rows.lo);
-      const std::int64_t end = std::min(tile.rows.k.end, q + tile.rows.hi + 1);
-      const std::int64_t position = tile.q_position + (q - tile.rows.q.begin) * tile.step;
-      for (std::int64_t k = begin; k < end; ++k) {
-        keys[static_cast<std::size_t>(q)].push_back({k, tile.k_position + (k - tile.rows.k.begin) * tile.step, position});
-      }
+      const auto [begin, end] = keys_of(tile, q);
+      for (std::int64_t k = begin; k < end; ++k) keys[static_cast<std::size_t>(q)].push_back({k, tile.k_at(k), tile.q_at(q)});
     }
   }
   for (auto& row : keys) {

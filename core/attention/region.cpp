@@ -1,7 +1,6 @@
 #include "core/attention/region.h"
 
 #include <algorithm>
-#include <tuple>
 
 #include <fmt/format.h>
 
@@ -10,10 +9,6 @@
 namespace dattn {
 namespace {
 
-std::int64_t floor_div(std::int64_t a, std::int64_t b) { return a / b - (a % b != 0 && (a < 0) != (b < 0) ? 1 : 0); }
-std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return -floor_div(-a, b); }
-
-bool bounded(std::int64_t bound) { return bound > -kUnbounded && bound < kUnbounded; }
 std::int64_t shift_bound(std::int64_t bound, std::int64_t by) { return bounded(bound) ? bound + by : bound; }
 
 // Sum over q in [q.begin, q.end) of max(0, min(k_end, q + hi + 1) - k_begin): pairs below an upper bound only.
@@ -30,32 +25,6 @@ std::int64_t area_below(Interval q, Interval k, std::int64_t hi) {
   }
   if (q.end > first_saturated) sum += (q.end - first_saturated) * k.count();
   return sum;
-}
-
-// Twice what a plan may have (strategy.cpp), so that all ranks are refused there alike.
-void require_few_single_rows(std::int64_t rows, std::int64_t step, std::int64_t other) {
-  require(rows <= 2 * kMostSingleRows,
-          "{} positions of step {} meet keys of step or window {} one by one, at most {} may; use layout contiguous or zigzag",
-          rows, step, other, 2 * kMostSingleRows);
-}
-
-// The rows of a run, taken with a step that is its own unless it has one row, whose positions lie in a range.
-Interval rows_inside(const Run& run, std::int64_t step, Interval range) {
-  const std::int64_t begin = std::clamp<std::int64_t>(ceil_div(range.begin - run.begin, step), 0, run.count);
-  return {begin, std::clamp<std::int64_t>(ceil_div(range.end - run.begin, step), begin, run.count)};
-}
-
-// The tile of one region and a pair of runs with equal step.
-std::optional<Tile> tile_of(const Region& region, const Run& q, std::int64_t q_row, const Run& k, std::int64_t k_row) {
-  const std::int64_t step = q.count == 1 ? k.step : q.step;
-  const Interval q_inside = rows_inside(q, step, region.q), k_inside = rows_inside(k, step, region.k);
-  const std::int64_t offset = k.begin - q.begin;  // position difference of rows 0 and 0
-  Region local{{0, q.count}, {0, k.count}, -kUnbounded, kUnbounded};
-  if (bounded(region.lo)) local.lo = ceil_div(region.lo - offset, step);
-  if (bounded(region.hi)) local.hi = floor_div(region.hi - offset, step);
-  const auto trimmed = restrict_to(local, q_inside, k_inside);
-  if (!trimmed) return std::nullopt;
-  return Tile{shift(*trimmed, q_row, k_row), q.begin + trimmed->q.begin * step, k.begin + trimmed->k.begin * step, step};
 }
 
 }  // namespace
@@ -146,47 +115,6 @@ Interval RegionList::meeting(Interval queries) const {
   return {begin, std::max(begin, end)};
 }
 
-std::vector<Tile> make_tiles(const RegionList& mask, const Positions& queries, const Positions& keys) {
-  std::vector<Tile> tiles;
-  const auto visit = [&](const Run& q, std::int64_t q_row) {
-    const Interval met = mask.meeting({q.begin, q.last() + 1});
-    for (std::size_t j = 0; j < keys.runs().size(); ++j) {
-      const Run& k = keys.runs()[j];
-      const bool equal_steps = q.step == k.step || q.count == 1 || k.count == 1;
-      for (std::int64_t r = met.begin; r < met.end; ++r) {
-        const Region& region = mask[static_cast<std::size_t>(r)];
-        if (region.q.begin > q.last() || region.q.end <= q.begin || region.k.begin > k.last() || region.k.end <= k.begin)
-          continue;
-        const auto add = [&](const Run& rows, std::int64_t first) {
-          auto tile = tile_of(region, rows, first, k, keys.row_of_run(j));
-          if (!tile) return;
-          tile->region = static_cast<int>(r);
-          tiles.push_back(*tile);
-        };
-        if (equal_steps) {
-          add(q, q_row);
-          continue;
-        }
-        const Interval inside = rows_inside(q, q.step, region.q);
-        require_few_single_rows(inside.count(), q.step, k.step);
-        for (std::int64_t row = inside.begin; row < inside.end; ++row) add({q.at(row), 1, 1}, q_row + row);
-      }
-    }
-  };
-  for (std::size_t i = 0; i < queries.runs().size(); ++i) visit(queries.runs()[i], queries.row_of_run(i));
-  const auto before = [](const Tile& a, const Tile& b) {
-    return std::tuple(a.rows.q.begin, a.rows.k.begin, a.region) < std::tuple(b.rows.q.begin, b.rows.k.begin, b.region);
-  };
-  if (!std::is_sorted(tiles.begin(), tiles.end(), before)) std::sort(tiles.begin(), tiles.end(), before);
-  return tiles;
-}
-
-std::int64_t area(std::span<const Tile> tiles) {
-  std::int64_t sum = 0;
-  for (const Tile& tile : tiles) sum += area(tile.rows);
-  return sum;
-}
-
 std::int64_t area(std::span<const Region> mask) {
   std::int64_t sum = 0;
   for (const Region& region : mask) sum += area(region);
@@ -197,16 +125,14 @@ namespace {
 
 // Sum over the rows of a run of clamp(row + hi + 1 - k.begin, 0, K): what they see below an upper bound.
 std::int64_t strided_below(const Run& rows, Interval k, std::int64_t hi) {
-  const auto row_of = [&rows](std::int64_t position) {  // the first one at or past it
-    return std::clamp<std::int64_t>(ceil_div(position - rows.begin, rows.step), 0, rows.count);
-  };
-  const std::int64_t first = row_of(k.begin - hi), saturated = std::max(first, row_of(k.end - 1 - hi)), n = saturated - first;
+  const auto [first, saturated] = rows.rows_inside({k.begin - hi, k.end - 1 - hi});  // see at least one key, and all
+  const std::int64_t n = saturated - first;
   return n * (rows.at(first) + hi + 1 - k.begin) + rows.step * (n * (n - 1) / 2) + (rows.count - saturated) * k.count();
 }
 
 // Pairs of a run of positions on one side and a range on the other, with lo <= other - own <= hi.
 std::int64_t strided_area(const Run& run, Interval own, Interval other, std::int64_t lo, std::int64_t hi) {
-  const Interval inside = rows_inside(run, run.step, own);
+  const Interval inside = run.rows_inside(own);
   if (inside.count() <= 0 || other.count() <= 0 || lo > hi) return 0;
   const Run rows{run.at(inside.begin), inside.count(), run.step};
   hi = std::min(hi, other.end - 1 - rows.begin);
@@ -252,7 +178,11 @@ void append_seen(const Region& region, std::int64_t first, std::int64_t last, st
     if (begin < end) seen.push_back({begin, end});
   };
   if (!leaves_gaps(region, step)) return append(first, last);
-  require_few_single_rows((last - first) / step + 1, step, region.hi - region.lo + 1);
+  const std::int64_t rows = (last - first) / step + 1, width = region.hi - region.lo + 1;
+  require(rows <= 2 * kMostSeenRanges,  // twice what a plan may have (strategy.cpp), so that all ranks are refused there alike
+          "{} positions of step {} see windows of {} keys apart, at most {} may; use layout contiguous or zigzag", rows, step,
+          width, 2 * kMostSeenRanges);
+  seen.reserve(seen.size() + static_cast<std::size_t>(rows));
   for (std::int64_t row = first; row <= last; row += step) append(row, row);
 }
 
@@ -264,8 +194,8 @@ void append_seen(const RegionList& mask, const Positions& queries, std::vector<I
       if (region.q.begin > run.last() || region.q.end <= run.begin) continue;
       const auto part = restrict_to(region, {run.begin, run.last() + 1}, region.k);
       if (!part) continue;
-      const std::int64_t first = run.begin + ceil_div(part->q.begin - run.begin, run.step) * run.step;
-      const std::int64_t last = run.begin + floor_div(part->q.end - 1 - run.begin, run.step) * run.step;
+      const std::int64_t first = run.begin + div_up(part->q.begin - run.begin, run.step) * run.step;
+      const std::int64_t last = run.begin + div_down(part->q.end - 1 - run.begin, run.step) * run.step;
       if (first <= last) append_seen(*part, first, last, run.step, seen);
     }
   }

@@ -1,6 +1,5 @@
 // A region: the pairs (q, k) of a rectangle of positions with lo <= k - q <= hi. Every mask compiles to disjoint
-// regions. Regions are closed under restriction to rectangles, shifting and striding, so the part of a mask that a
-// query run and a key run share is again a region, now in local row numbers: a tile.
+// regions. Regions are closed under restriction to rectangles, shifting and striding.
 //
 //        k ->                 full    lo = -inf, hi = inf
 //      q #....                causal  lo = -inf, hi = 0        (drawn)
@@ -20,6 +19,8 @@ namespace dattn {
 
 inline constexpr std::int64_t kUnbounded = INT64_MAX / 4;  // |lo|, |hi| at or beyond it mean no bound
 inline constexpr std::int64_t kMaxPosition = std::int64_t{1} << 40;
+
+inline bool bounded(std::int64_t bound) { return bound > -kUnbounded && bound < kUnbounded; }
 
 struct Region {
   Interval q;  // half-open
@@ -73,30 +74,14 @@ struct BatchRegions {
 };
 using CompiledMask = std::vector<BatchRegions>;  // ascending, covering [0, batch)
 
-// A region in local row numbers of a block of queries and a block of keys, and the positions those rows hold:
-// query row i is at q_position + (i - q.begin) * step, key row j at k_position + (j - k.begin) * step.
-struct Tile {
-  Region rows;
-  std::int64_t q_position = 0;
-  std::int64_t k_position = 0;
-  std::int64_t step = 1;
-  int region = 0;  // which region of the mask it is a part of
-
-  bool full() const { return rows.lo == -kUnbounded && rows.hi == kUnbounded; }
-  bool operator==(const Tile&) const = default;
-};
-
-// Positions that are worked off one by one: unequal steps, windows narrower than a step. More are refused.
-inline constexpr std::int64_t kMostSingleRows = std::int64_t{1} << 16;
-
-// The visible pairs of a block of queries and a block of keys, as disjoint non-empty tiles, ordered by query row, then
-// key row, then region. Runs of one row fit any step; runs of unequal steps are taken row by row.
-std::vector<Tile> make_tiles(const RegionList& mask, const Positions& queries, const Positions& keys);
-std::int64_t area(std::span<const Tile> tiles);
 std::int64_t area(std::span<const Region> mask);
 // Visible pairs of some queries and a range of keys, or of some keys and a range of queries; of runs of any step.
 std::int64_t area(const RegionList& mask, const Positions& queries, Interval keys);
 std::int64_t area(const RegionList& mask, Interval queries, const Positions& keys);
+
+// Queries whose windows are narrower than their step leave gaps between the keys they see: so many ranges of keys are listed,
+// more are refused.
+inline constexpr std::int64_t kMostSeenRanges = std::int64_t{1} << 20;
 
 // The smallest ascending disjoint ranges of positions that hold every key which one of the queries sees.
 std::vector<Interval> seen_keys(const RegionList& mask, const Positions& queries);

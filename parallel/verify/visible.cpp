@@ -190,11 +190,8 @@ class Visible {
   // A tile of pairs that no leaf covers, or several; the first of each kind on a rank.
   void report(int shard, const Tile& tile, const std::vector<const Cover*>& over) {
     if (std::exchange(over.empty() ? said_never_ : said_twice_, true)) return;
-    const auto positions = [&](std::int64_t begin, std::int64_t count) {
-      return text_of(Positions({{begin, count, tile.step}}));
-    };
-    const std::string queries = positions(tile.q_position, tile.rows.q.count());
-    const std::string keys = positions(tile.k_position, tile.rows.k.count());
+    const std::string queries = text_of(Positions({{tile.q_position, tile.rows.q.count(), tile.q_step}}));
+    const std::string keys = text_of(Positions({{tile.k_position, tile.rows.k.count(), tile.k_step}}));
     const std::string name = plan_.value_name(output_);
     const std::string pairs = key_side_ ? fmt::format("positions {} are seen by query positions {}", keys, queries)
                                         : fmt::format("positions {} see key positions {}", queries, keys);

@@ -100,6 +100,19 @@ TEST_P(Invariant, SameBitsOnEveryMeshLayoutAndThreadCount) {
   }
 }
 
+// Strides beside the whole sequence, however long: of each region one tile.
+TEST(InvariantStrides, LongOnesHaveTheSameBits) {
+  constexpr std::int64_t kSeq = 70'001;
+  for (const char* mask : {"window", "window_right"}) {
+    const Case one{"invariant", {}, Layout::kStriped, mask, {1, kSeq, kSeq, 1, 1, 8, 8, DType::kF32}, "none"};
+    const Whole alone = run(one, {mesh_of(1, 1, 1, 1)});
+    for (const auto& [name, tensor] : run(one, {mesh_of(1, 3, 1, 1), Layout::kStriped})) {
+      const Tensor& wanted = alone.at(name);
+      EXPECT_EQ(std::memcmp(tensor->data, wanted->data, static_cast<std::size_t>(wanted->bytes())), 0) << name << ", " << mask;
+    }
+  }
+}
+
 INSTANTIATE_TEST_SUITE_P(Masks, Invariant,
                          testing::Values("full", "causal", "window", "documents", "regions", "global", "padding", "blocks",
                                          "per_row"),

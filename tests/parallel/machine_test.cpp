@@ -15,9 +15,7 @@
 namespace dattn {
 namespace {
 
-std::filesystem::path machines_folder() {
-  return std::filesystem::path(DATTN_SOURCE_DIR) / "configs" / "machines";
-}
+std::filesystem::path machines_folder() { return std::filesystem::path(DATTN_SOURCE_DIR) / "configs" / "machines"; }
 
 TEST(Machine, CommittedFilesLoadUnderTheirOwnNames) {
   int files = 0;
@@ -113,6 +111,31 @@ TEST(Machine, WorkedPairsAreThoseOfTouchedTiles) {
         << to_text(*band) << " in tiles of " << size.rows << " x " << size.keys;
     machine.tile.reset();
     EXPECT_EQ(machine.worked_pairs(tiles), area(*band));
+  }
+}
+
+TEST(Machine, WorkedPairsOfStairsAreThoseOfTouchedTiles) {
+  std::mt19937 random(2);
+  const auto from = [&](int low, int high) { return std::uniform_int_distribution<std::int64_t>(low, high)(random); };
+  int stairs = 0;
+  while (stairs < 500) {
+    const std::int64_t lo = from(-90, 20);
+    const std::vector<Region> region{{{0, 200}, {0, 200}, lo, lo + from(0, 60)}};
+    const Positions queries({{from(0, 9), from(2, 25), from(1, 8)}}), keys({{from(0, 9), from(2, 25), from(1, 8)}});
+    const std::vector<Tile> tiles = make_tiles(region, queries, keys);
+    if (tiles.empty() || !tiles[0].stairs()) continue;
+    ++stairs;
+    const Region& rows = tiles[0].rows;
+    Machine machine = free_machine();
+    const TileSize size{from(1, 9), from(1, 9)};
+    machine.tile = size;
+    std::set<std::pair<std::int64_t, std::int64_t>> touched;
+    for (std::int64_t i = rows.q.begin; i < rows.q.end; ++i) {
+      for (std::int64_t j = rows.k.begin; j < rows.k.end; ++j) {
+        if (tiles[0].contains(i, j)) touched.insert({(i - rows.q.begin) / size.rows, (j - rows.k.begin) / size.keys});
+      }
+    }
+    EXPECT_EQ(machine.worked_pairs(tiles), static_cast<std::int64_t>(touched.size()) * size.rows * size.keys);
   }
 }
 

@@ -1,6 +1,8 @@
 // A rank's part of a plan: shared rows, and strides that stay strides when they are gathered.
 #include "parallel/rank_plan.h"
 
+#include <chrono>
+
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 #include <rapidcheck/gtest.h>
@@ -86,25 +88,69 @@ TEST(RankPlan, GatheredStridesStayStrides) {
   EXPECT_GE(planned, 30);
 }
 
-// Keys in global order beside strided queries, and windows narrower than the stride: so many rows one by one are refused.
-TEST(RankPlan, TooManySingleRowsAreRefused) {
-  const auto refusal = [](const AttentionOptions& options, std::int64_t seq) -> std::string {
+// The operations of all ranks of a plan whose every attend has one tile, stairs.
+double flops_of_stairs(const Plan& plan) {
+  double flops = 0;
+  int attends = 0;
+  for (int rank = 0; rank < plan.problem->mesh.ranks(); ++rank) {
+    const RankPlan mine = make_rank_plan(plan, rank);
+    flops += mine.flops();
+    for (const RankStep& step : mine.steps) {
+      if (step.tiles().empty()) continue;
+      ++attends;
+      EXPECT_EQ(step.tiles()[0].tiles.size(), 1u);
+      EXPECT_TRUE(step.tiles()[0].tiles[0].stairs());
+    }
+  }
+  EXPECT_GE(attends, plan.problem->mesh.ranks());
+  return flops;
+}
+
+// Strided queries beside keys in global order, and the other way round in backward, however long the sequence.
+TEST(RankPlan, InvariantStridesAreStairs) {
+  AttentionOptions options = striped("auto");
+  options.determinism = Determinism::kInvariant;
+  constexpr std::int64_t kSeq = std::int64_t{1} << 24;
+  const AttentionShape shape{1, kSeq, kSeq, 8, 2, 64, 64, DType::kBF16};
+  const auto begin = std::chrono::steady_clock::now();
+  const Plan forward = make_plan(mesh_of(1, 8, 1, 1), shape, options), back = backward(forward);
+  const double pairs = static_cast<double>(kSeq) * (kSeq + 1) / 2;
+  EXPECT_EQ(flops_of_stairs(forward), pairs * 8 * 2 * (64 + 64));
+  EXPECT_GT(flops_of_stairs(back), pairs * 8 * 2 * (64 + 64));
+  EXPECT_TRUE(verify(forward).ok());
+  EXPECT_TRUE(verify(back).ok());
+  EXPECT_LT(std::chrono::steady_clock::now() - begin, std::chrono::seconds(1));
+}
+
+// Windows narrower than the stride leave a range of keys to fetch for each row: more than so many are refused.
+TEST(RankPlan, TooManyFetchedRangesAreRefused) {
+  const auto refusal = [](const Mask& mask, std::int64_t seq) -> std::string {
     try {
-      make_plan(mesh_of(1, 8, 1, 1), {.seq_q = seq, .seq_kv = seq}, options);
+      make_plan(mesh_of(1, 8, 1, 1), {.seq_q = seq, .seq_kv = seq}, striped("fetch", mask));
     } catch (const Error& error) {
       EXPECT_EQ(error.code(), ErrorCode::kBadInput);
       return error.what();
     }
     return "accepted";
   };
-  AttentionOptions invariant = striped("auto");
-  invariant.determinism = Determinism::kInvariant;
-  EXPECT_EQ(refusal(invariant, kMostSingleRows), "accepted");
-  EXPECT_THAT(refusal(invariant, kMostSingleRows + 1), testing::HasSubstr("use layout contiguous or zigzag"));
   const Mask narrow = Mask::window(2, 1), wide = Mask::window(7, 0);
-  EXPECT_EQ(refusal(striped("fetch", narrow), 8 * kMostSingleRows), "accepted");
-  EXPECT_THAT(refusal(striped("fetch", narrow), 8 * kMostSingleRows + 1), testing::HasSubstr("windows narrower"));
-  EXPECT_EQ(refusal(striped("fetch", wide), 80 * kMostSingleRows), "accepted");
+  EXPECT_EQ(refusal(narrow, 8 * kMostSeenRanges), "accepted");
+  EXPECT_THAT(refusal(narrow, 8 * kMostSeenRanges + 1), testing::HasSubstr("use layout contiguous or zigzag"));
+  EXPECT_EQ(refusal(wide, 80 * kMostSeenRanges), "accepted");
+}
+
+// What is fetched of strides is strides, although the ranges of keys are as many as the rows.
+TEST(RankPlan, FetchedStridesStayStrides) {
+  const AttentionShape shape{1, 1 << 18, 1 << 18, 8, 2, 32, 32, DType::kBF16};
+  const Plan plan = make_plan(mesh_of(1, 8, 1, 1), shape, striped("fetch", Mask::window(2, 1)));
+  const RankPlan mine = make_rank_plan(plan, 3);
+  EXPECT_LE(pieces_of(mine), 8u);
+  for (const RankStep& step : mine.steps) {
+    if (!step.tiles().empty()) {
+      EXPECT_LE(step.tiles()[0].tiles.size(), 4u);
+    }
+  }
+  EXPECT_TRUE(verify(plan).ok());
 }
 
 }  // namespace

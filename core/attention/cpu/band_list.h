@@ -6,15 +6,14 @@
 #include <vector>
 
 #include "core/attention/cpu/ops.h"
-#include "core/attention/region.h"
+#include "core/attention/tile.h"
 
 namespace dattn::cpu {
 
 // Rows of a band count from the first row of its block of `block_rows` query rows, keys from `first_key`.
 //
-// Bands stand in the order of the tiles. Invariant lists do not depend on how rows were cut into shards: bands are sorted
-// by the region of the mask they come from, and tiles of one row each, which is what make_tiles gives for unequal steps,
-// are joined to the band that they would have been with equal ones.
+// Bands stand in the order of the tiles; in invariant lists, which do not depend on how rows were cut into shards, in that of
+// the regions of the mask they come from.
 class BandList {
  public:
   BandList(std::span<const Tile> tiles, std::int64_t seq_q, std::int64_t block_rows, std::int64_t first_key, bool invariant);
@@ -26,7 +25,7 @@ class BandList {
 
  private:
   void add(const Tile& tile);
-  void add_joined(std::span<const Tile> rows, std::int64_t q_step);
+  const KeyRange* add_ranges(const Tile& stairs);  // what each of its rows sees
 
   std::int64_t block_rows_, first_key_;
   std::vector<std::vector<Band>> blocks_;

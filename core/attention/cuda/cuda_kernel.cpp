@@ -115,8 +115,8 @@ std::vector<PositionRun> runs_of(std::span<const Tile> tiles, bool keys) {
   runs.reserve(tiles.size());
   for (const Tile& tile : tiles) {
     const Interval rows = keys ? tile.rows.k : tile.rows.q;
-    runs.push_back({keys ? tile.k_position : tile.q_position, tile.step, static_cast<std::int32_t>(rows.begin),
-                    static_cast<std::int32_t>(rows.count())});
+    runs.push_back({keys ? tile.k_position : tile.q_position, keys ? tile.k_step : tile.q_step,
+                    static_cast<std::int32_t>(rows.begin), static_cast<std::int32_t>(rows.count())});
   }
   std::sort(runs.begin(), runs.end(),
             [](const PositionRun& a, const PositionRun& b) { return a.row != b.row ? a.row < b.row : a.count > b.count; });

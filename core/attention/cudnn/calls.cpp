@@ -4,6 +4,8 @@
 
 #include <fmt/format.h>
 
+#include "core/base/error.h"
+
 namespace dattn::cudnn {
 namespace {
 
@@ -68,6 +70,8 @@ Support suits_either(const Args& args) {
   const TensorView& bias = args.terms.bias;
   if (bias.data != nullptr && bias.dtype != args.q.dtype) return no("a bias of another type than q");
   if (args.tiles.size() > kMostTiles) return no(fmt::format("{} tiles, more than {}", args.tiles.size(), kMostTiles));
+  const auto stairs = [](const Tile& tile) { return tile.stairs(); };
+  if (std::any_of(args.tiles.begin(), args.tiles.end(), stairs)) return no("queries and keys of unequal steps under a bound");
   const std::vector<Band> bands = bands_of(args.tiles, bias.data != nullptr);
   if (bands.size() > kMostBands) return no(fmt::format("{} bands, more than {}", bands.size(), kMostBands));
   const auto strided = [](const Band& band) { return band.step != 1; };
@@ -80,7 +84,8 @@ Support suits_either(const Args& args) {
 std::vector<Band> bands_of(std::span<const Tile> tiles, bool positional) {
   std::vector<Part> parts;
   for (const Tile& tile : tiles) {
-    Part part{tile.rows, tile.k_position, tile.rows.k.count() > 1 ? tile.step : 1};
+    ensure(!tile.stairs(), "stairs are no bands of cuDNN");
+    Part part{tile.rows, tile.k_position, tile.rows.k.count() > 1 ? tile.k_step : 1};
     for (std::size_t i = 0; i < parts.size();) {  // what was joined may join others
       if (const auto both = joined(parts[i], part, positional)) {
         part = *both;

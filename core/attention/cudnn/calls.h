@@ -37,8 +37,8 @@ struct HeadGroup {
   bool operator==(const HeadGroup&) const = default;
 };
 
-// The tiles as bands. Tiles whose union is a band are joined; `positional`: only where the positions of keys go on evenly too.
-// A band with a left bound and more queries than keys, which cuDNN refuses, is cut in two.
+// The tiles, none of them stairs, as bands. Tiles whose union is a band are joined; `positional`: only where the positions of
+// keys go on evenly too. A band with a left bound and more queries than keys, which cuDNN refuses, is cut in two.
 std::vector<Band> bands_of(std::span<const Tile> tiles, bool positional);
 
 // All local query heads, ascending; at most three groups.

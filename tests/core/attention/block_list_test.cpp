@@ -4,10 +4,12 @@
 #include <gtest/gtest.h>
 
 #include "tests/core/attention/problem.h"
-#include "tests/core/random.h"
+#include "tests/core/attention/some_regions.h"
 
 namespace dattn {
 namespace {
+
+using namespace testing;  // NOLINT: the helpers of this folder
 
 using Pairs = std::vector<std::vector<bool>>;  // [rows][columns]
 
@@ -16,7 +18,7 @@ Pairs pairs_of(std::span<const Tile> tiles, std::int64_t rows, std::int64_t colu
   for (std::int64_t row = 0; row < rows; ++row) {
     for (std::int64_t column = 0; column < columns; ++column) {
       for (const Tile& tile : tiles) {
-        if (by_key ? tile.rows.contains(column, row) : tile.rows.contains(row, column))
+        if (by_key ? tile.contains(column, row) : tile.contains(row, column))
           pairs[static_cast<std::size_t>(row)][static_cast<std::size_t>(column)] = true;
       }
     }
@@ -50,23 +52,6 @@ Pairs pairs_of(const BlockList& list, std::int64_t rows, std::int64_t columns) {
   return pairs;
 }
 
-Positions some_rows() {
-  const std::int64_t begin = pick(0, 90), step = pick(1, 4), count = pick(1, 200);
-  if (pick(0, 2) == 0) return Positions({{begin, count, step}});
-  return Positions({{begin, count, step}, {begin + count * step + pick(0, 50), pick(1, 150), pick(1, 4)}});
-}
-
-std::vector<Region> some_mask_of_regions() {
-  std::vector<Region> regions;
-  for (std::int64_t i = pick(1, 5); i > 0; --i) {
-    Region region{pick_interval(1000), pick_interval(1000)};
-    if (pick(0, 2) == 0) region.lo = pick(-300, 200);
-    if (pick(0, 2) == 0) region.hi = std::max<std::int64_t>(region.lo, -300) + pick(0, 300);
-    regions.push_back(region);
-  }
-  return compile(Mask::of_regions(regions, Mask::Overlap::kFirst), 1000, 1000);
-}
-
 TEST(BlockList, HoldsTheTilesPairs) {
   EXPECT_TRUE(rc::check([] {
     const Positions queries = some_rows(), keys = some_rows();
@@ -78,42 +63,65 @@ TEST(BlockList, HoldsTheTilesPairs) {
   }));
 }
 
+void expect_equal(const BlockList& a, const BlockList& b) {
+  ASSERT_EQ(a.pieces.size(), b.pieces.size());
+  for (std::size_t i = 0; i < a.pieces.size(); ++i) {
+    EXPECT_EQ(a.pieces[i].begin, b.pieces[i].begin);
+    EXPECT_EQ(a.pieces[i].end, b.pieces[i].end);
+    EXPECT_EQ(a.pieces[i].mask, b.pieces[i].mask);
+  }
+  EXPECT_EQ(a.masks, b.masks);
+}
+
 // Tiles that are cut into rows and halves give the same list.
 TEST(BlockList, DoesNotShowHowTilesWereCut) {
-  const std::vector<Tile> whole = testing::tiles_of(Mask::window(150, 20), 300, 330);
-  std::vector<Tile> parts;
-  for (const Tile& tile : whole) {
+  const RegionList window(compile(Mask::window(150, 20), 900, 900));
+  for (const std::int64_t q_step : {1, 3}) {
+    const Positions queries({{0, 300, q_step}}), keys({{5, 330, 1}});
+    const std::vector<Tile> whole = make_tiles(window, queries, keys);
+    EXPECT_EQ(whole.size(), 1u);
+    EXPECT_EQ(whole[0].stairs(), q_step == 3);
+    std::vector<Tile> parts;
     for (std::int64_t row = 0; row < 300; ++row) {
-      for (const Interval keys : {Interval{0, 100}, Interval{100, 330}}) {
-        if (const auto part = restrict_to(tile.rows, {row, row + 1}, keys)) parts.push_back({*part});
+      for (const Interval half : {Interval{0, 100}, Interval{100, 330}}) {
+        if (const auto part = restrict_to(whole[0], {row, row + 1}, half)) parts.push_back(*part);
       }
     }
-  }
-  for (const bool by_key : {false, true}) {
-    const BlockList a = make_block_list(whole, by_key ? 330 : 300, 64, by_key),
-                    b = make_block_list(parts, by_key ? 330 : 300, 64, by_key);
-    ASSERT_EQ(a.pieces.size(), b.pieces.size());
-    for (std::size_t i = 0; i < a.pieces.size(); ++i) {
-      EXPECT_EQ(a.pieces[i].begin, b.pieces[i].begin);
-      EXPECT_EQ(a.pieces[i].end, b.pieces[i].end);
-      EXPECT_EQ(a.pieces[i].mask, b.pieces[i].mask);
+    for (const bool by_key : {false, true}) {
+      const std::int64_t rows = by_key ? 330 : 300;
+      expect_equal(make_block_list(whole, rows, 64, by_key), make_block_list(parts, rows, 64, by_key));
     }
-    EXPECT_EQ(a.masks, b.masks);
   }
 }
 
 TEST(BlockList, CostsWhatIsVisible) {
   constexpr std::int64_t kSeq = 1 << 17, kBlocks = kSeq / 64;
-  const BlockList causal = make_block_list(testing::tiles_of(Mask::causal(), kSeq, kSeq), kSeq, 64, false);
+  const BlockList causal = make_block_list(tiles_of(Mask::causal(), kSeq, kSeq), kSeq, 64, false);
   EXPECT_EQ(causal.pieces.size(), 2 * kBlocks - 1);
   EXPECT_EQ(causal.masks.size(), 64);
   EXPECT_EQ(causal.order.front(), kBlocks - 1);  // has most work
   std::vector<std::int64_t> bounds;
   for (std::int64_t i = 0; i <= 4096; ++i) bounds.push_back(i * 32);
-  const auto tiles = testing::tiles_of(Mask::documents(bounds, Mask::causal()), kSeq, kSeq);
+  const auto tiles = tiles_of(Mask::documents(bounds, Mask::causal()), kSeq, kSeq);
   const BlockList documents = make_block_list(tiles, kSeq, 64, true);
   EXPECT_EQ(documents.pieces.size(), kBlocks);
   EXPECT_EQ(documents.masks.size(), 64);
+}
+
+// Stairs: a few pieces for each block of rows, whose masks come again and again.
+TEST(BlockList, StairsCostWhatIsVisible) {
+  constexpr std::int64_t kSeq = 1 << 20, kStep = 8, kRows = kSeq / kStep;
+  const Positions strided({{3, kRows, kStep}}), all = Positions::range(0, kSeq);
+  const RegionList causal(compile(Mask::causal(), kSeq, kSeq)), narrow(compile(Mask::window(1, 0), kSeq, kSeq));
+  const BlockList by_query = make_block_list(make_tiles(causal, strided, all), kRows, 64, false);
+  EXPECT_LE(by_query.pieces.size(), (kStep + 1) * kRows / 64);
+  EXPECT_LE(by_query.masks.size(), (kStep + 1) * 64);
+  const BlockList by_key = make_block_list(make_tiles(causal, all, strided), kRows, 64, true);
+  EXPECT_LE(by_key.pieces.size(), (kStep + 1) * kRows / 64 + 1);
+  EXPECT_LE(by_key.masks.size(), (kStep + 1) * 64);
+  EXPECT_EQ(make_block_list(make_tiles(narrow, strided, all), kRows, 64, false).pieces.size(), kStep * kRows / 64);
+  const Positions sparse({{3, 64, 1000}});  // blocks of columns between the rows' windows are not listed
+  EXPECT_EQ(make_block_list(make_tiles(narrow, sparse, all), 64, 64, false).pieces.size(), 64u);
 }
 
 }  // namespace

@@ -20,6 +20,7 @@ std::vector<InvariantCase> cases() {
   all.push_back(make_case("causal", Mask::causal()));
   all.push_back(make_case("window", Mask::window(130, 0)));
   all.push_back(make_case("window of both sides", Mask::window(7, 201)));
+  all.push_back(make_case("window narrower than steps", Mask::window(2, 1)));
   all.push_back(make_case("documents", Mask::documents({0, 1, 90, 301, 302, 613}, Mask::causal())));
   // Regions of which rows see several, the later ones in memory first; sinks, a window, stretches far away.
   all.push_back(make_case("regions", Mask::of_regions({{{100, 600}, {500, 610}, -kUnbounded, 200},

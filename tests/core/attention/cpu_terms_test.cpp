@@ -35,7 +35,9 @@ TEST_P(CpuTerms, ZigzagAndStripedShards) {
 }
 
 TEST_P(CpuTerms, RowsOfOtherStepsThanTheKeys) {
-  check_each(placed(Mask::window(100, 100), Positions({{1, 20, 7}}), Positions::range(0, 150), 150, 16, 16), 150, "row by row");
+  check_each(placed(Mask::window(100, 100), Positions({{1, 20, 7}}), Positions::range(0, 150), 150, 16, 16), 150, "stairs");
+  check_each(placed(Mask::window(2, 1), Positions::range(5, 105), Positions({{1, 25, 7}}), 180, 16, 16), 180, "gaps");
+  check_each(placed(Mask::window(2, 1), Positions({{1, 25, 7}}), Positions::range(5, 105), 180, 16, 16), 180, "gaps of keys");
 }
 
 TEST_P(CpuTerms, HeadsOfAPartOfTheModelAndSeveralBatchRows) {

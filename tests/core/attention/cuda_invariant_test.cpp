@@ -19,6 +19,7 @@ std::vector<InvariantCase> cases() {
   std::vector<InvariantCase> all;
   all.push_back(make_case("causal", Mask::causal()));
   all.push_back(make_case("window of both sides", Mask::window(7, 101)));
+  all.push_back(make_case("window narrower than steps", Mask::window(1, 0)));
   all.push_back(make_case("documents", Mask::documents({0, 1, 90, 141, 142, 213}, Mask::causal())));
   // Regions of which rows see several, the later ones in memory first; sinks, a window, stretches far away.
   all.push_back(make_case("regions", Mask::of_regions({{{100, 200}, {180, 210}, -kUnbounded, 60},

@@ -30,7 +30,9 @@ TEST_F(CudaTerms, ZigzagAndStripedShards) {
   check_each(placed(Mask::causal(), zigzag, late, 250, 16, 24), 250, "zigzag");
   const Positions even({{1, 80, 3}}), odd({{3, 70, 3}});
   check_each(placed(Mask::causal(), even, odd, 300, 16, 24), 300, "striped");
-  check_each(placed(Mask::window(100, 100), Positions({{1, 20, 7}}), Positions::range(0, 150), 150, 16, 16), 150, "row by row");
+  check_each(placed(Mask::window(100, 100), Positions({{1, 20, 7}}), Positions::range(0, 150), 150, 16, 16), 150, "stairs");
+  check_each(placed(Mask::window(2, 1), Positions::range(5, 105), Positions({{1, 25, 7}}), 180, 16, 16), 180, "gaps");
+  check_each(placed(Mask::window(2, 1), Positions({{1, 25, 7}}), Positions::range(5, 105), 180, 16, 16), 180, "gaps of keys");
 }
 
 TEST_F(CudaTerms, HeadsOfAPartOfTheModelAndSeveralBatchRows) {

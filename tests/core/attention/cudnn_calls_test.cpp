@@ -21,7 +21,7 @@ Pairs pairs_of(std::span<const Tile> tiles) {
   for (const Tile& tile : tiles) {
     for (std::int64_t i = tile.rows.q.begin; i < tile.rows.q.end; ++i) {
       for (std::int64_t j = tile.rows.k.begin; j < tile.rows.k.end; ++j) {
-        if (tile.rows.contains(i, j)) pairs[{i, j}] = tile.k_position + (j - tile.rows.k.begin) * tile.step;
+        if (tile.contains(i, j)) pairs[{i, j}] = tile.k_at(j);
       }
     }
   }
@@ -145,6 +145,8 @@ TEST(CudnnCalls, WhatIsNotForCudnn) {
   std::vector<std::int64_t> boundaries;
   for (std::int64_t at = 0; at <= 128; at += 8) boundaries.push_back(at);
   const std::vector<Tile> documents = tiles_of(Mask::documents(boundaries, Mask::causal()), 128, 128);
+  const std::vector<Tile> stairs = placed(Mask::causal(), Positions({{0, 128, 3}}), Positions::range(0, 128));
+  EXPECT_THAT(why([&](AttendArgs& a) { a.tiles = stairs; }), HasSubstr("unequal steps"));
   EXPECT_THAT(why([](AttendArgs& a) { a.invariant = true; }), HasSubstr("invariant"));
   EXPECT_THAT(why([](AttendArgs& a) { a.terms.dropout.p = 0.1; }), HasSubstr("dropout"));
   EXPECT_THAT(why([](AttendArgs& a) { a.terms.softcap = 30; }), HasSubstr("softcap"));

@@ -62,6 +62,28 @@ RC_GTEST_PROP(Positions, EveryFewRows, ()) {
     RC_ASSERT(part[static_cast<std::size_t>(i)] == all[static_cast<std::size_t>(begin + i * step)]);
 }
 
+RC_GTEST_PROP(Positions, InsideRangesAreTheirsInRowOrderAndTheFewestRuns, ()) {
+  const Positions positions = some_positions();
+  std::vector<Interval> ranges;
+  for (std::int64_t end = pick(0, 10); end < 60; end = ranges.back().end + pick(1, 9))
+    ranges.push_back({end, end + pick(1, 9)});
+  std::vector<std::int64_t> expected;
+  std::size_t runs = 0;
+  for (const Run& run : positions.runs()) {
+    bool before = false;
+    for (std::int64_t row = 0; row < run.count; ++row) {
+      const bool inside = std::any_of(ranges.begin(), ranges.end(), [at = run.at(row)](const Interval& range) {
+        return at >= range.begin && at < range.end;
+      });
+      if (inside) expected.push_back(run.at(row));
+      runs += inside && !before ? 1 : 0;
+      before = inside;
+    }
+  }
+  RC_ASSERT(positions.inside(ranges).list() == expected);
+  RC_ASSERT(positions.inside(ranges).runs().size() == runs);
+}
+
 RC_GTEST_PROP(SplitEvenly, PartsAreInOrderAndDifferByAtMostOne, ()) {
   const auto total = pick(0, 1000);
   const auto parts = pick(1, 40);

@@ -203,7 +203,7 @@ TEST_F(CudnnKernel, DeterminismThatNeedsTooMuchMemoryGoesOn) {
   EXPECT_EQ(relative_error(off.dk, on.dk), 0);
   EXPECT_EQ(next().calls, before);
   const std::int64_t rows = 1 << 16;  // the stand-in asks for a byte a pair
-  const Tile tile{{{0, rows}, {0, rows}, -kUnbounded, 0}, 0, 0, 1, 0};
+  const Tile tile{{{0, rows}, {0, rows}, -kUnbounded, 0}, 0, 0};
   const DeviceTensor x(DType::kBF16, {1, rows, 1, 8}), stats(DType::kF32, {1, 1, rows}), sum(DType::kF32, {1, rows, 1, 8});
   kernel().attend_grad({x, x, x, {}, std::span(&tile, 1), 1.0, x, stats, stats, sum, sum, sum});
   EXPECT_EQ(next().calls, before + 1);
