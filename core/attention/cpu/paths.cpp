@@ -10,17 +10,17 @@
 namespace dattn::cpu {
 namespace {
 
-constexpr std::array kPaths{  // of this build, best first
+constexpr std::array kPaths{// of this build, best first
 #ifdef DATTN_CPU_AVX512BF16
-    &kAvx512Bf16Path,
+                            &kAvx512Bf16Path,
 #endif
 #ifdef DATTN_CPU_AVX512
-    &kAvx512Path,
+                            &kAvx512Path,
 #endif
 #ifdef DATTN_CPU_AVX2
-    &kAvx2Path,
+                            &kAvx2Path,
 #endif
-    &kPortablePath};
+                            &kPortablePath};
 
 const Path& best_path() {
   static const Path& best = []() -> const Path& {
