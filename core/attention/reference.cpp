@@ -164,14 +164,12 @@ void attend_head(const AttendArgs& args, const std::vector<std::vector<Seen>>& k
   }
 }
 
-// The keys and values of one KV head and their gradients, one row a key; in double until they are added to dk and dv.
-struct KeyRows {
-  std::vector<std::vector<double>> k, v, dk, dv;
+// Gradients of the keys and values of one KV head, one row a key; in double until they are added to dk and dv.
+struct KeyGradients {
+  std::vector<std::vector<double>> dk, dv;
 
-  KeyRows(const AttendGradArgs& args, std::int64_t b, std::int64_t kv)
-      : k(load_rows(args.k, b, kv)),
-        v(load_rows(args.v, b, kv)),
-        dk(static_cast<std::size_t>(args.k.size(1)), std::vector<double>(static_cast<std::size_t>(args.k.size(3)))),
+  explicit KeyGradients(const AttendGradArgs& args)
+      : dk(static_cast<std::size_t>(args.k.size(1)), std::vector<double>(static_cast<std::size_t>(args.k.size(3)))),
         dv(static_cast<std::size_t>(args.k.size(1)), std::vector<double>(static_cast<std::size_t>(args.v.size(3)))) {}
   void add_to(const AttendGradArgs& args, std::int64_t b, std::int64_t kv) const {
     for (std::size_t t = 0; t < dk.size() && args.dk.data != nullptr; ++t) {
@@ -181,8 +179,13 @@ struct KeyRows {
   }
 };
 
-void grad_row(const AttendGradArgs& args, const std::vector<Seen>& seen, std::int64_t b, std::int64_t s, std::int64_t h,
-              KeyRows& keys) {
+// The keys and values of one KV head, one row a key.
+struct KeyRows {
+  std::vector<std::vector<double>> k, v;
+};
+
+void grad_row(const AttendGradArgs& args, const KeyRows& keys, const std::vector<Seen>& seen, std::int64_t b, std::int64_t s,
+              std::int64_t h, KeyGradients& sums) {
   const double lse = load(args.lse, offset_of(args.lse, b, h, s));
   if (lse == kNothing) return;
   const double delta = load(args.delta, offset_of(args.delta, b, h, s));
@@ -199,23 +202,24 @@ void grad_row(const AttendGradArgs& args, const std::vector<Seen>& seen, std::in
     }
     const double factor = args.scale * score.slope * ds;
     axpy(factor, keys.k[key], dq);
-    axpy(factor, q, keys.dk[key]);
-    axpy(keep * p, dout, keys.dv[key]);
+    axpy(factor, q, sums.dk[key]);
+    axpy(keep * p, dout, sums.dv[key]);
   }
   if (args.dq.data != nullptr) add_row(args.dq, b, s, h, dq);
 }
 
 // All query heads of one KV head, so that dk and dv have one writer.
 void grad_group(const AttendGradArgs& args, const std::vector<std::vector<Seen>>& keys, std::int64_t b, std::int64_t kv) {
-  KeyRows rows(args, b, kv);
+  const KeyRows rows{load_rows(args.k, b, kv), load_rows(args.v, b, kv)};
+  KeyGradients sums(args);
   for (std::int64_t h = 0; h < args.q.size(2); ++h) {
     if (args.heads.kv_of(h) != kv) continue;
-    for (std::int64_t s = 0; s < args.q.size(1); ++s) grad_row(args, keys[static_cast<std::size_t>(s)], b, s, h, rows);
+    for (std::int64_t s = 0; s < args.q.size(1); ++s) grad_row(args, rows, keys[static_cast<std::size_t>(s)], b, s, h, sums);
     if (!args.invariant) continue;
-    rows.add_to(args, b, kv);
-    rows = KeyRows(args, b, kv);
+    sums.add_to(args, b, kv);
+    sums = KeyGradients(args);
   }
-  if (!args.invariant) rows.add_to(args, b, kv);
+  if (!args.invariant) sums.add_to(args, b, kv);
 }
 
 class ReferenceKernel final : public AttentionKernel {

@@ -194,9 +194,8 @@ void append_seen(const RegionList& mask, const Positions& queries, std::vector<I
       if (region.q.begin > run.last() || region.q.end <= run.begin) continue;
       const auto part = restrict_to(region, {run.begin, run.last() + 1}, region.k);
       if (!part) continue;
-      const std::int64_t first = run.begin + div_up(part->q.begin - run.begin, run.step) * run.step;
-      const std::int64_t last = run.begin + div_down(part->q.end - 1 - run.begin, run.step) * run.step;
-      if (first <= last) append_seen(*part, first, last, run.step, seen);
+      const Interval rows = run.rows_inside(part->q);
+      if (rows.count() > 0) append_seen(*part, run.at(rows.begin), run.at(rows.end - 1), run.step, seen);
     }
   }
 }

@@ -13,8 +13,6 @@ namespace {
 constexpr std::int64_t kFloat = 4;                // bytes
 constexpr std::int64_t kStatistics = 2 * kFloat;  // of a norm, for each row
 
-std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
-
 std::int64_t elements_held(const ModelConfig& model, const PartRanges& part) {
   const std::int64_t dim = model.dim, biases = model.bias ? 1 : 0, norm = model.norm == "layernorm" ? 2 * dim : dim;
   const std::int64_t q = part.heads.count() * model.head_dim, kv = part.kv_heads.count() * model.head_dim;
@@ -45,11 +43,11 @@ struct Sizes {
 
 Sizes sizes_of(const ModelConfig& model, const PartRanges& part, const TrainConfig& train, const MeshShape& mesh, DType dtype) {
   const int tensor = mesh.size(Axis::kTensor);
-  const std::int64_t rows = rows_at_a_time(train, mesh.size(Axis::kData)) * ceil_div(train.seq_len, mesh.sequence_parts());
+  const std::int64_t rows = rows_at_a_time(train, mesh.size(Axis::kData)) * div_up(train.seq_len, mesh.sequence_parts());
   const std::int64_t e = size_of(dtype), dim = model.dim, vocab = part.vocab.count();
   Sizes is{};
   is.gathers = train.sequence_parallel && tensor > 1;
-  const std::int64_t residual_rows = is.gathers ? ceil_div(rows, tensor) : rows;
+  const std::int64_t residual_rows = is.gathers ? div_up(rows, tensor) : rows;
   is.residual = kFloat * residual_rows * dim;
   is.stream = kFloat * rows * dim;
   is.operand = e * rows * dim;
@@ -60,7 +58,7 @@ Sizes sizes_of(const ModelConfig& model, const PartRanges& part, const TrainConf
   is.statistics = kStatistics * residual_rows;
   const std::int64_t widest = std::max({part.hidden.count(), vocab, part.heads.count() * model.head_dim});
   is.rounding = dtype == DType::kF32 ? 0 : e * widest * dim;
-  const std::int64_t widest_vocab = ceil_div(model.vocab, tensor);
+  const std::int64_t widest_vocab = div_up(model.vocab, tensor);
   is.logits = std::min(rows, std::max<std::int64_t>(1, kLogitsAtATime / widest_vocab)) * vocab *
               (kFloat + (dtype == DType::kF32 ? 0 : e));
   is.to_float = kFloat / e;
@@ -117,7 +115,7 @@ TrainingMemory memory_of_part(const ModelConfig& model, const PartRanges& part, 
 }  // namespace
 
 std::int64_t rows_at_a_time(const TrainConfig& train, int data_ranks) {
-  return std::max<std::int64_t>(1, ceil_div(ceil_div(train.batch, data_ranks), train.accumulate));
+  return std::max<std::int64_t>(1, div_up(div_up(train.batch, data_ranks), train.accumulate));
 }
 
 TrainingMemory training_memory(const ModelConfig& model, const TrainConfig& train, const MeshShape& mesh, DType dtype,

@@ -77,8 +77,8 @@ std::int64_t lay_out(const Call& call, std::byte* base, TaskMemory& memory) {
     offset += padded_to(floats * 4, 64);
     return at;
   };
-  const std::int64_t q_units = ceil_div(call.args.q.size(3), call.ops.units_per_word);
-  const std::int64_t v_units = ceil_div(call.args.v.size(3), call.ops.units_per_word);
+  const std::int64_t q_units = div_up(call.args.q.size(3), call.ops.units_per_word);
+  const std::int64_t v_units = div_up(call.args.v.size(3), call.ops.units_per_word);
   memory.k_columns = take(q_units * kBackwardKeys);
   memory.v_columns = take(v_units * kBackwardKeys);
   memory.k_rows = take(kBackwardKeys / call.ops.units_per_word * call.q_width);
@@ -204,7 +204,7 @@ Interval chunks_of(const std::vector<Band>& block) {
   if (block.empty()) return {0, 0};
   Interval keys{block.front().k_begin, block.front().k_end};
   for (const Band& band : block) keys = {std::min(keys.begin, band.k_begin), std::max(keys.end, band.k_end)};
-  return {keys.begin / kBackwardKeys, ceil_div(keys.end, kBackwardKeys)};
+  return {keys.begin / kBackwardKeys, div_up(keys.end, kBackwardKeys)};
 }
 
 }  // namespace
@@ -219,7 +219,7 @@ void attend_grad(const Path& path, const AttendGradArgs& args) {
   const auto n_blocks = static_cast<std::size_t>(bands.blocks()), n_turns = n_blocks * static_cast<std::size_t>(batch * heads);
   chunks_of_block.reserve(n_blocks);
   for (std::size_t i = 0; i < n_blocks; ++i) chunks_of_block.push_back(chunks_of(bands.block(static_cast<std::int64_t>(i))));
-  const std::int64_t n_chunks = ceil_div(hull.count(), kBackwardKeys), groups = batch * kv_heads;
+  const std::int64_t n_chunks = div_up(hull.count(), kBackwardKeys), groups = batch * kv_heads;
   const std::int64_t shared = shares_dbias(args) ? n_chunks * args.dbias.size(0) * args.dbias.size(2) : 0;
   const auto first_chunk = [&](std::size_t i) { return chunks_of_block[i % n_blocks].begin; };
   Turns rows(n_turns, first_chunk), dbias(static_cast<std::size_t>(shared) * n_blocks, [](std::size_t) { return 0; });

@@ -53,7 +53,7 @@ void attend_decode(const Path& path, const AttendArgs& args) {
   const std::int64_t batch = args.q.size(0), rows = args.q.size(1), heads = args.q.size(2), kv_heads = args.k.size(2);
   const Interval hull = key_hull(args.tiles);
   const BandList list(args.tiles, rows, rows, hull.begin, false);
-  States states{ceil_div(hull.count(), kSplitKeys), rows, padded_to(args.v.size(3), ops.lanes), {}, {}, {}};
+  States states{div_up(hull.count(), kSplitKeys), rows, padded_to(args.v.size(3), ops.lanes), {}, {}, {}};
   const std::int64_t n_states = batch * heads * states.splits * rows;
   states.out = Tensor::uninitialized(DType::kF32, {n_states * states.width});
   states.top = Tensor::uninitialized(DType::kF32, {n_states});

@@ -5,6 +5,7 @@
 
 #include "core/attention/cpu/ops.h"
 #include "core/attention/kernel.h"
+#include "core/attention/positions.h"
 
 namespace dattn::cpu {
 
@@ -12,8 +13,7 @@ void attend(const Path& path, const AttendArgs& args);
 void attend_decode(const Path& path, const AttendArgs& args);  // for at most kDecodeRows query rows
 void attend_grad(const Path& path, const AttendGradArgs& args);
 
-inline std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
-inline std::int64_t padded_to(std::int64_t value, std::int64_t step) { return ceil_div(value, step) * step; }
+inline std::int64_t padded_to(std::int64_t value, std::int64_t step) { return div_up(value, step) * step; }
 
 inline const Ops& ops_for(const Path& path, DType storage) { return storage == DType::kBF16 ? *path.bf16 : *path.fp32; }
 

@@ -13,7 +13,7 @@ class PackedKeys {
   PackedKeys(const Ops& ops, const AttendArgs& args, Interval keys)
       : ops_(ops), args_(args), keys_(keys), padded_keys_(padded_to(keys.count(), kForwardKeys)) {
     const std::int64_t per_unit = ops.units_per_word, heads = args.k.size(0) * args.k.size(2);
-    column_units_ = ceil_div(args.k.size(3), per_unit) * padded_keys_;
+    column_units_ = div_up(args.k.size(3), per_unit) * padded_keys_;
     row_units_ = padded_keys_ / per_unit * padded_to(args.v.size(3), ops.lanes);
     units_ = Tensor::uninitialized(DType::kF32, {heads * (column_units_ + row_units_)});
     const std::int64_t pieces = padded_keys_ / kForwardKeys;

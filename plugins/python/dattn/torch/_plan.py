@@ -139,7 +139,8 @@ class Plan:
             batch=self.batch, seq_q=seq_q, seq_kv=seq_kv, heads=self.heads * tensor_ranks, kv_heads=at(k, 2) * tensor_ranks,
             dim_qk=at(q, 3), dim_v=self.dim_v, dtype=dtype_struct(q.dtype), attention=_c.text(attention),
             layout=_c.text(options["layout"]), strategy=_c.text(options["strategy"]),
-            determinism=_c.text(options["determinism"]), bias=0 if bias is None else _c.bias_flags(bias.shape), sink=0 if sink is None else 1)
+            determinism=_c.text(options["determinism"]), bias=0 if bias is None else _c.bias_flags(bias.shape),
+            sink=0 if sink is None else 1)
         self.mesh = _mesh.mesh_of(call.mesh_spec, q.device)
         self.handle = _c.create(_c.lib().dattn_plan_create, self.mesh.mesh, ctypes.byref(struct))
         try:
