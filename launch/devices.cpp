@@ -14,6 +14,7 @@
 #include "core/base/log.h"
 #include "core/device/cuda_module.h"
 #include "core/device/stream.h"
+#include "core/nn/matmul.h"
 #include "parallel/comm/nccl.h"
 #include "parallel/comm/staged.h"
 
@@ -134,6 +135,7 @@ std::unique_ptr<Communicator> device_world(std::unique_ptr<Communicator> control
 void run_on_device(const DeviceOptions& options, std::unique_ptr<Communicator> control, int local_rank, int local_size,
                    double timeout_s, const std::function<void(Communicator&)>& body) {
   const DeviceScope scope(choose_device(options, local_rank, local_size));
+  allow_tf32(options.tf32);
   const auto world = device_world(std::move(control), options, timeout_s);
   body(*world);
   current_stream().synchronize();  // what is still under way may yet fail

@@ -38,6 +38,7 @@ struct RunConfig {
   std::optional<Objective> objective;
   std::string machine;
   DType dtype = DType::kF32;
+  bool tf32 = false;
   std::optional<Determinism> determinism;
   TensorFormat tensor_format = TensorFormat::kBSHD;
   DeviceChoice device = DeviceChoice::kAuto;
@@ -67,6 +68,7 @@ void describe(V& v, RunConfig& c) {
     "strategy auto on a mesh given by its axes is then not planned");
   v("machine", c.machine, "machine file for the planner (configs/machines); relative to this file");
   v("dtype", c.dtype, "storage type; sums are kept in fp32");
+  v("tf32", c.tf32, "CUDA devices may round the factors of fp32 matrix products to TF32; attention in fp32 stays as it is");
   v("determinism", c.determinism,
     "off; repeatable: same mesh, same bits; absent = repeatable on the cpu, off on CUDA devices; invariant: the same bits on "
     "every mesh (training: of data and sequence ranks in "

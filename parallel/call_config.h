@@ -29,7 +29,8 @@ struct ConfigNames<Layout> {
 
 template <>
 struct ConfigNames<DType> {
-  static constexpr std::array<std::pair<std::string_view, DType>, 2> kAll{{{"fp32", DType::kF32}, {"bf16", DType::kBF16}}};
+  static constexpr std::array<std::pair<std::string_view, DType>, 3> kAll{
+      {{"fp32", DType::kF32}, {"bf16", DType::kBF16}, {"fp16", DType::kF16}}};
 };
 
 template <>

@@ -38,7 +38,7 @@ std::int64_t touched_by_stairs(const Tile& stairs, const TileSize& tile) {
 }  // namespace
 
 double Machine::attend_rate(Verb verb, DType storage) const {
-  require(storage == DType::kF32 || storage == DType::kBF16, "machine {} has rates of fp32 and bf16, not of {}", name,
+  require(storage == DType::kF32 || is_half(storage), "machine {} has rates of fp32, and of bf16 and fp16, not of {}", name,
           name_of(storage));
   const double peak = storage == DType::kF32 ? flops.fp32 : flops.bf16;
   return peak * (verb == Verb::kAttendGrad ? attend_grad_of_peak : attend_of_peak);

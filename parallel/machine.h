@@ -71,7 +71,7 @@ Link fit_link(const std::vector<LinkSample>& samples);
 template <class V>
 void describe(V& v, Rates& c) {
   v("fp32", c.fp32, "fp32 storage");
-  v("bf16", c.bf16, "bf16 storage, sums in fp32; dense, not the rate of sparse matrices");
+  v("bf16", c.bf16, "bf16 and fp16 storage, sums in fp32; dense, not the rate of sparse matrices");
 }
 
 template <class V>

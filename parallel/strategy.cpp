@@ -28,7 +28,7 @@ void check_size(const AttentionShape& shape) {
 }
 
 void check_shape(const AttentionShape& shape) {
-  require(shape.dtype != DType::kI32, "attention dtype is {}; use fp32, bf16 or fp64", name_of(shape.dtype));
+  require(shape.dtype != DType::kI32, "attention dtype is {}; use fp32, bf16, fp16 or fp64", name_of(shape.dtype));
   require(shape.batch >= 0 && shape.seq_q >= 0 && shape.seq_kv >= 0,
           "attention shape: batch {}, seq_q {} and seq_kv {} must not be negative", shape.batch, shape.seq_q, shape.seq_kv);
   require(shape.heads >= 1 && shape.kv_heads >= 1 && shape.heads <= kMostHeads && shape.kv_heads <= shape.heads,

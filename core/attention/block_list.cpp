@@ -4,6 +4,8 @@
 #include <array>
 #include <numeric>
 
+#include "core/base/error.h"
+
 namespace dattn {
 namespace {
 
@@ -210,6 +212,34 @@ BlockList make_block_list(std::span<const Tile> tiles, std::int64_t rows, int bl
                       std::span(touching).subspan(ends[block], ends[block + 1] - ends[block]));
   }
   return builder.finish();
+}
+
+BlockList cut_into_shares(const BlockList& list, std::int32_t columns) {
+  ensure(list.blocks() == 1 && columns > 0, "{} blocks of rows cut into shares of {} columns", list.blocks(), columns);
+  BlockList cut{list.block_rows, {0}, {}, list.masks, {}};
+  std::int32_t left = columns;  // of this share
+  for (BlockPiece piece : list.pieces) {
+    while (piece.begin < piece.end) {
+      if (left == 0) {
+        cut.offsets.push_back(static_cast<std::int32_t>(cut.pieces.size()));
+        left = columns;
+      }
+      const std::int32_t count = std::min(left, piece.end - piece.begin);
+      cut.pieces.push_back({piece.begin, piece.begin + count, piece.mask});
+      piece.begin += count;
+      left -= count;
+    }
+  }
+  cut.offsets.push_back(static_cast<std::int32_t>(cut.pieces.size()));
+  cut.order.resize(cut.offsets.size() - 1);
+  std::iota(cut.order.begin(), cut.order.end(), 0);
+  return cut;
+}
+
+std::int64_t column_blocks(const BlockList& list) {
+  std::int64_t count = 0;
+  for (const BlockPiece& piece : list.pieces) count += piece.end - piece.begin;
+  return count;
 }
 
 }  // namespace dattn

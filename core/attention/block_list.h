@@ -36,4 +36,9 @@ struct BlockList {
 // Rows and columns are the queries and keys of the tiles, or, where `by_key`, the other way round. block_rows: 64 or 128.
 BlockList make_block_list(std::span<const Tile> tiles, std::int64_t rows, int block_rows, bool by_key);
 
+// A list of one block of rows as one of several blocks, each with up to `columns` blocks of the columns it sees, ascending:
+// shares of a few rows' keys for as many workers.
+BlockList cut_into_shares(const BlockList& list, std::int32_t columns);
+std::int64_t column_blocks(const BlockList& list);  // in which some pair is visible, over all blocks of rows
+
 }  // namespace dattn

@@ -47,7 +47,7 @@ struct ScoreTerms {
   bool any() const { return changes_scores() || dropout.p > 0; }
 };
 
-// softmax(scale * q k^T over visible pairs) v. Storage type (q, k, v, dout): fp32, bf16 or fp64, equal for all four.
+// softmax(scale * q k^T over visible pairs) v. Storage type (q, k, v, dout): fp32, bf16, fp16 or fp64, equal for all four.
 // Accumulators (out, lse, delta, dq, dk, dv): accumulate_type(storage). Views may have any strides but for the last
 // axis, which must be contiguous.
 struct AttendArgs {

@@ -20,6 +20,7 @@ double load(const TensorView& view, std::int64_t offset) {
   switch (view.dtype) {
     case DType::kF64: return view.ptr<double>()[offset];
     case DType::kBF16: return static_cast<double>(view.ptr<BFloat16>()[offset]);
+    case DType::kF16: return static_cast<double>(view.ptr<Float16>()[offset]);
     default: return static_cast<double>(view.ptr<float>()[offset]);
   }
 }

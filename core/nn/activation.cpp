@@ -49,15 +49,6 @@ DATTN_VECTORIZED void swiglu_gradient_block(const T* __restrict gate, const T* _
   }
 }
 
-// Calls f(T{}) for the element type of an activation.
-template <class F>
-void with_type(const TensorView& x, const F& f) {
-  if (x.dtype == DType::kBF16)
-    f(BFloat16{});
-  else
-    f(float{});
-}
-
 }  // namespace
 
 Tensor gelu_forward(const TensorView& u) {
@@ -66,7 +57,7 @@ Tensor gelu_forward(const TensorView& u) {
     cuda_nn().gelu(u, a, cuda_stream());
     return a;
   }
-  with_type(u, [&](auto zero) {
+  with_number(u.dtype, [&](auto zero) {
     using T = decltype(zero);
     parallel_blocks(u.elements(), kBlock,
                     [&](std::int64_t i, std::int64_t end) { gelu_block(u.ptr<T>() + i, a.ptr<T>() + i, end - i); });
@@ -80,7 +71,7 @@ GeluGradients gelu_backward(const TensorView& u, const TensorView& da) {
     cuda_nn().gelu_backward(u, da, result.a, result.du, cuda_stream());
     return result;
   }
-  with_type(u, [&](auto zero) {
+  with_number(u.dtype, [&](auto zero) {
     using T = decltype(zero);
     parallel_blocks(u.elements(), kBlock, [&](std::int64_t i, std::int64_t end) {
       gelu_gradient_block(u.ptr<T>() + i, da.ptr<float>() + i, result.a.ptr<T>() + i, result.du.ptr<T>() + i, end - i);
@@ -95,7 +86,7 @@ Tensor swiglu_forward(const TensorView& gate, const TensorView& up) {
     cuda_nn().swiglu(gate, up, a, cuda_stream());
     return a;
   }
-  with_type(up, [&](auto zero) {
+  with_number(up.dtype, [&](auto zero) {
     using T = decltype(zero);
     parallel_blocks(up.elements(), kBlock, [&](std::int64_t i, std::int64_t end) {
       swiglu_block(gate.ptr<T>() + i, up.ptr<T>() + i, a.ptr<T>() + i, end - i);
@@ -111,7 +102,7 @@ SwigluGradients swiglu_backward(const TensorView& gate, const TensorView& up, co
     cuda_nn().swiglu_backward(gate, up, da, result.a, result.dgate, result.dup, cuda_stream());
     return result;
   }
-  with_type(up, [&](auto zero) {
+  with_number(up.dtype, [&](auto zero) {
     using T = decltype(zero);
     parallel_blocks(up.elements(), kBlock, [&](std::int64_t i, std::int64_t end) {
       swiglu_gradient_block(gate.ptr<T>() + i, up.ptr<T>() + i, da.ptr<float>() + i, result.a.ptr<T>() + i,

@@ -8,7 +8,7 @@
 
 namespace dattn {
 
-// All [N, F], in one type (fp32 or bf16), but da: fp32.
+// All [N, F], in one type (fp32, bf16 or fp16), but da: fp32.
 Tensor gelu_forward(const TensorView& u);
 struct GeluGradients {
   Tensor a, du;

@@ -1,6 +1,6 @@
 // The layers' operations on a CUDA device: the part of the CUDA module (core/device/cuda_module.h) that mirrors core/nn. Each
 // does what the function of the same name does on the host, in a fixed order of sums; the caller allocates all tensors.
-// Views are contiguous unless said otherwise; T is fp32 or bf16, everything else fp32.
+// Views are contiguous unless said otherwise; T is fp32, bf16 or fp16, everything else fp32.
 #pragma once
 
 #include <cstdint>
@@ -37,7 +37,8 @@ struct CudaRowGroups {
 
 struct CudaNn {
   // c [m, n] = a [m, k] b [k, n] (+ c) (+ bias [n]); a and b of one T with one stride of 1, c of any T with contiguous rows.
-  void (*matmul)(const TensorView& a, const TensorView& b, const TensorView& c, const float* bias, bool accumulate,
+  // tf32: fp32 factors may be rounded to TF32.
+  void (*matmul)(const TensorView& a, const TensorView& b, const TensorView& c, const float* bias, bool accumulate, bool tf32,
                  void* stream);
   void (*column_sums)(const TensorView& x, const TensorView& sums, void* stream);  // x [N, M] of T, sums [M] += ..
 

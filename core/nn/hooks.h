@@ -77,6 +77,7 @@ struct TokenBatch {
   std::int64_t batch_begin = 0;             // global number of the first batch row
   std::uint64_t step = 0;                   // keys dropout
   double loss_scale = 1.0;                  // 1 / number of targets in the whole job's step: the loss is a mean over those
+  double gradient_scale = 1.0;              // what gradients are multiplied by, beside loss_scale
 };
 
 }  // namespace dattn

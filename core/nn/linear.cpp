@@ -16,7 +16,8 @@ constexpr std::int64_t kBlock = 16384;  // elements converted at a time
 constexpr std::int64_t kLeafColumns = 256;    // outputs
 constexpr std::int64_t kWeightBlock = 65536;  // elements of a weight's gradient
 
-DATTN_VECTORIZED void round_block(const float* from, BFloat16* to, std::int64_t count) {
+template <class T>
+DATTN_VECTORIZED void round_block(const float* from, T* to, std::int64_t count) {
   for (std::int64_t i = 0; i < count; ++i) store(to[i], from[i]);
 }
 
@@ -75,9 +76,12 @@ void for_weight_blocks(const Shape& weight, const Body& body) {
 TensorView as_compute(const TensorView& x, DType type, Tensor& storage) {
   if (x.dtype == type) return x;
   storage = Tensor::uninitialized(type, x.shape);
-  if (x.dtype == DType::kF32 && type == DType::kBF16 && x.contiguous() && !x.device.is_cuda()) {
-    parallel_blocks(x.elements(), kBlock, [&](std::int64_t begin, std::int64_t end) {
-      round_block(x.ptr<float>() + begin, storage.ptr<BFloat16>() + begin, end - begin);
+  if (x.dtype == DType::kF32 && is_half(type) && x.contiguous() && !x.device.is_cuda()) {
+    with_number(type, [&](auto zero) {
+      auto* to = storage.ptr<decltype(zero)>();
+      parallel_blocks(x.elements(), kBlock, [&](std::int64_t begin, std::int64_t end) {
+        round_block(x.ptr<float>() + begin, to + begin, end - begin);
+      });
     });
   } else {
     copy(x, storage);
@@ -93,10 +97,7 @@ Tensor to_compute(Tensor x, DType type) {
 
 void add_column_sums(const TensorView& x, const TensorView& sums, const RowTree& tree) {
   if (on_cuda({&x, &sums})) return cuda_nn().column_sums(x, sums, cuda_stream());
-  if (x.dtype == DType::kBF16)
-    column_sums<BFloat16>(x, sums, tree);
-  else
-    column_sums<float>(x, sums, tree);
+  with_number(x.dtype, [&](auto zero) { column_sums<decltype(zero)>(x, sums, tree); });
 }
 
 void leaf_product(const TensorView& dy, const TensorView& x, const TensorView& to, bool accumulate) {

@@ -15,7 +15,7 @@ struct Linear {
 
 // With a tree, products are taken leaf by leaf and sums over rows in its order.
 
-// y [N, out] in type `result`; x [N, in] fp32 or bf16, the type that the product is computed in.
+// y [N, out] in type `result`; x [N, in] fp32, bf16 or fp16, the type that the product is computed in.
 Tensor linear_forward(const Linear& layer, const TensorView& x, DType result, const RowTree& tree = {});
 // Adds to the gradients: dW += dy^T x, db += sum over rows of dy. dy [N, out] in the type of x.
 void linear_backward_weights(const Linear& layer, const TensorView& x, const TensorView& dy, const RowTree& tree = {});

@@ -1,6 +1,7 @@
 #include "core/nn/matmul.h"
 
 #include <algorithm>
+#include <atomic>
 #include <map>
 #include <tuple>
 
@@ -9,6 +10,7 @@
 #include "core/base/error.h"
 #include "core/base/threads.h"
 #include "core/nn/on_cuda.h"
+#include "core/nn/vector_math.h"
 #include "core/tensor/shape_format.h"
 
 namespace dattn {
@@ -21,7 +23,7 @@ constexpr std::int64_t kFewRows = 16;
 constexpr std::size_t kMostPrimitives = 512;  // of one thread; new shapes beyond that start the cache afresh
 
 memory::data_type type_of(DType type) {
-  ensure(type == DType::kF32 || type == DType::kBF16, "matrix products take fp32 and bf16, got {}", name_of(type));
+  ensure(type == DType::kF32 || type == DType::kBF16, "oneDNN's matrix products take fp32 and bf16, got {}", name_of(type));
   return type == DType::kF32 ? memory::data_type::f32 : memory::data_type::bf16;
 }
 
@@ -101,8 +103,8 @@ Prepared prepare(const TensorView& a, const TensorView& b, const TensorView& c, 
 
 void by_primitive(const TensorView& a, const TensorView& b, const TensorView& c, const MatmulOptions& options) {
   Library& own = library();
-  const int kind = static_cast<int>(a.dtype) | static_cast<int>(c.dtype) << 2 | (options.bias != nullptr) << 4 |
-                   options.accumulate << 5 | (a.stride(1) == 1) << 6 | (b.stride(1) == 1) << 7;
+  const int kind = static_cast<int>(a.dtype) | static_cast<int>(c.dtype) << 3 | (options.bias != nullptr) << 6 |
+                   options.accumulate << 7 | (a.stride(1) == 1) << 8 | (b.stride(1) == 1) << 9;
   const Library::Key key{a.size(0),   a.size(1), b.size(1),    leading(a, a.stride(1) != 1), leading(b, b.stride(1) != 1),
                          c.stride(0), kind,      num_threads()};
   auto found = own.prepared.find(key);
@@ -121,19 +123,40 @@ void by_primitive(const TensorView& a, const TensorView& b, const TensorView& c,
   own.stream.wait();
 }
 
-// oneDNN multiplies bf16 on processors with AVX-512 only.
-bool multiplies_bf16() {
-  static const bool able = [] {
+// oneDNN multiplies bf16 on processors with AVX-512 only, and version 2 no fp16.
+bool multiplies(DType type) {
+  static const bool bf16 = [] {
     const auto has = static_cast<unsigned>(dnnl::get_effective_cpu_isa()),
                needs = static_cast<unsigned>(dnnl::cpu_isa::avx512_core);
     return (has & needs) == needs;
   }();
-  return able;
+  return type == DType::kF32 || (type == DType::kBF16 && bf16);
 }
 
-// The same product through fp32 copies: products of bf16 are exact there, and the result is rounded once.
+// A copy in fp32 whose rows, or columns, lie as those of x.
+class Widened {
+ public:
+  explicit Widened(const TensorView& x) {
+    const bool turned = transposed(x);
+    const TensorView rows = turned ? x.transpose(0, 1) : x;
+    if (x.dtype != DType::kF32) {
+      copy_ = Tensor::uninitialized(DType::kF32, rows.shape);
+      parallel_for(rows.size(0), [&](std::int64_t row) { copy(rows.slice(0, row, 1), copy_->slice(0, row, 1)); });
+    }
+    const TensorView wide = copy_.defined() ? copy_.view() : rows;
+    view_ = turned ? wide.transpose(0, 1) : wide;
+  }
+  const TensorView& view() const { return view_; }
+
+ private:
+  Tensor copy_;
+  TensorView view_;
+};
+
+// The same product through fp32 copies: products of two halves are exact there, and the result is rounded once.
 void by_widening(const TensorView& a, const TensorView& b, const TensorView& c, const MatmulOptions& options) {
-  const Tensor wide_a = to_dtype(a, DType::kF32), wide_b = to_dtype(b, DType::kF32);
+  const Widened left(a), right(b);
+  const TensorView &wide_a = left.view(), &wide_b = right.view();
   if (c.dtype == DType::kF32) return matmul(wide_a, wide_b, c, options);
   Tensor wide_c = Tensor::uninitialized(DType::kF32, c.shape);
   matmul(wide_a, wide_b, wide_c, options);
@@ -161,22 +184,23 @@ void fill_rows(const TensorView& c, const float* bias) {
   for (std::int64_t i = 0; i < c.size(0); ++i) {
     for (std::int64_t j = 0; j < c.size(1); ++j) {
       const float value = bias != nullptr ? bias[j] : 0.0f;
-      if (c.dtype == DType::kF32)
-        c.at<float>(i, j) = value;
-      else
-        c.at<BFloat16>(i, j) = BFloat16(value);
+      with_number(c.dtype, [&](auto zero) { store(c.at<decltype(zero)>(i, j), value); });
     }
   }
 }
 
+std::atomic<bool> g_tf32 = false;
+
 }  // namespace
+
+void allow_tf32(bool allowed) { g_tf32 = allowed; }
 
 void matmul(const TensorView& a, const TensorView& b, const TensorView& c, const MatmulOptions& options) {
   ensure(a.size(1) == b.size(0) && a.size(0) == c.size(0) && b.size(1) == c.size(1) && a.dtype == b.dtype,
          "matrix product {} {} x {} {} into {}", name_of(a.dtype), a.shape, name_of(b.dtype), b.shape, c.shape);
   ensure(!options.accumulate || (c.dtype == DType::kF32 && options.bias == nullptr), "accumulate is for fp32 without bias");
   if (c.elements() == 0) return;
-  if (on_cuda({&a, &b, &c})) return cuda_nn().matmul(a, b, c, options.bias, options.accumulate, cuda_stream());
+  if (on_cuda({&a, &b, &c})) return cuda_nn().matmul(a, b, c, options.bias, options.accumulate, g_tf32, cuda_stream());
   if (a.size(1) == 0) {
     if (!options.accumulate) fill_rows(c, options.bias);
     return;
@@ -188,7 +212,7 @@ void matmul(const TensorView& a, const TensorView& b, const TensorView& c, const
     by_sgemm(a, b, c, options.accumulate || options.bias != nullptr ? 1.0f : 0.0f);
     return;
   }
-  if (!all_f32 && !multiplies_bf16()) return by_widening(a, b, c, options);
+  if (!multiplies(a.dtype) || !multiplies(c.dtype)) return by_widening(a, b, c, options);
   by_primitive(plain(a), plain(b), plain(c), options);
 }
 

@@ -7,19 +7,28 @@
 namespace dattn::cuda {
 namespace {
 
+// A factor, where asked for rounded to the nearest TF32 as tensor cores would have it: 10 bits, ties away from 0.
+__device__ __forceinline__ float factor(float x, bool tf32) {
+  return tf32 && fabsf(x) < 3e38f ? __uint_as_float((__float_as_uint(x) + 0x1000u) & 0xffffe000u) : x;
+}
+template <class T>
+__device__ __forceinline__ float factor(T x, bool /*tf32*/) {
+  return load(x);
+}
+
 template <class In, class Out>
 struct Product {
   const In *a, *b;
   std::int64_t a_row, a_column, b_row, b_column, inner, columns, c_row;
   const float* bias;
-  bool accumulate;
+  bool accumulate, tf32;
   Out* c;
 
   __device__ void operator()(std::int64_t i) const {
     const std::int64_t row = i / columns, column = i % columns;
     const In *left = a + row * a_row, *right = b + column * b_column;
     float sum = 0.0f;
-    for (std::int64_t k = 0; k < inner; ++k) sum = fmaf(load(left[k * a_column]), load(right[k * b_row]), sum);
+    for (std::int64_t k = 0; k < inner; ++k) sum = fmaf(factor(left[k * a_column], tf32), factor(right[k * b_row], tf32), sum);
     Out& place = c[row * c_row + column];
     if (bias != nullptr) sum += bias[column];
     store(place, accumulate ? load(place) + sum : sum);
@@ -28,13 +37,13 @@ struct Product {
 
 }  // namespace
 
-void plain_matmul(const TensorView& a, const TensorView& b, const TensorView& c, const float* bias, bool accumulate,
+void plain_matmul(const TensorView& a, const TensorView& b, const TensorView& c, const float* bias, bool accumulate, bool tf32,
                   NativeStream stream) {
   with_number(a.dtype, [&]<class In>(In) {
     with_number(c.dtype, [&]<class Out>(Out) {
       for_each(c.elements(), stream,
                Product<In, Out>{a.ptr<In>(), b.ptr<In>(), a.stride(0), a.stride(1), b.stride(0), b.stride(1), a.size(1),
-                                c.size(1), c.stride(0), bias, accumulate, c.ptr<Out>()});
+                                c.size(1), c.stride(0), bias, accumulate, tf32, c.ptr<Out>()});
     });
   });
 }

@@ -12,9 +12,13 @@ struct MatmulOptions {
   bool one_thread = false;      // on the calling thread alone: the same bits whatever number of threads the rank has
 };
 
-// c [m, n] = a [m, k] b [k, n]. a and b: both fp32 or both bf16, one stride of each is 1 (so transposes cost nothing);
-// c: fp32 or bf16, contiguous rows. Sums in fp32. Any extent may be 0. Callable from several threads at once; uses the
-// OpenMP threads of the caller; the same shapes on as many threads give the same bits.
+// c [m, n] = a [m, k] b [k, n]. a and b: both fp32, both bf16 or both fp16, one stride of each is 1 (so transposes cost
+// nothing); c: any of these, contiguous rows. Sums in fp32. Any extent may be 0. Callable from several threads at once; uses
+// the OpenMP threads of the caller; the same shapes on as many threads give the same bits.
 void matmul(const TensorView& a, const TensorView& b, const TensorView& c, const MatmulOptions& options = {});
+
+// Whether products of fp32 on CUDA devices may round their factors to TF32 (a mantissa of 10 bits), which tensor cores take.
+// Of the whole process; not at first.
+void allow_tf32(bool allowed);
 
 }  // namespace dattn

@@ -57,10 +57,7 @@ Tensor rope_table(std::span<const std::int64_t> positions, std::int64_t head_dim
 
 void rope_apply(const TensorView& x, const TensorView& table, bool inverse) {
   if (on_cuda({&x, &table})) return cuda_nn().rope(x, table, inverse, cuda_stream());
-  if (x.dtype == DType::kBF16)
-    turn<BFloat16>(x, table, inverse ? -1.0f : 1.0f);
-  else
-    turn<float>(x, table, inverse ? -1.0f : 1.0f);
+  with_number(x.dtype, [&](auto zero) { turn<decltype(zero)>(x, table, inverse ? -1.0f : 1.0f); });
 }
 
 }  // namespace dattn

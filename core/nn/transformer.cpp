@@ -163,7 +163,7 @@ struct Transformer::Impl {
   Impl(const ModelConfig& c, const TransformerOptions& o, Attention& a, Boundary& b, VocabularyReduction& v)
       : config(resolve(c)), options(o), attention(a), boundary(b), vocabulary(v), ranges(ranges_of(config, o.part)) {
     ensure(o.part.index >= 0 && o.part.index < o.part.count, "model part {} of {}", o.part.index, o.part.count);
-    require(o.compute == DType::kF32 || o.compute == DType::kBF16, "a transformer computes in fp32 or bf16, not {}",
+    require(o.compute == DType::kF32 || is_half(o.compute), "a transformer computes in fp32, bf16 or fp16, not {}",
             name_of(o.compute));
     Builder builder(config, options, ranges, cuts_rows(boundary, o.part));
     token_table = builder.cut("embedding.token.weight", {config.vocab, config.dim}, 0, 1, ranges.vocab, Builder::kDeviation);
@@ -310,7 +310,9 @@ double Transformer::Impl::head_piece(const TokenBatch& batch, Interval rows, con
   const TensorView x = h.slice(0, rows.begin, rows.count());
   Tensor logits = linear_forward(output, x, DType::kF32, tree);  // [n, V]
   const auto targets = batch.targets.subspan(static_cast<std::size_t>(rows.begin), static_cast<std::size_t>(rows.count()));
-  const double loss = cross_entropy(logits, ranges.vocab.begin, targets, batch.loss_scale, vocabulary, gradient);
+  const double scale = gradient ? batch.gradient_scale : 1.0;
+  const double loss =
+      cross_entropy(logits, ranges.vocab.begin, targets, batch.loss_scale * scale, vocabulary, gradient) / scale;
   if (!gradient) return loss;
   const Tensor dlogits = to_compute(std::move(logits), options.compute);
   weights(x, dlogits);

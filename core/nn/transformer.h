@@ -37,8 +37,8 @@ inline constexpr std::int64_t kLogitsAtATime = std::int64_t{1} << 23;  // held b
 
 struct TransformerOptions {
   ModelPart part;
-  DType compute = DType::kF32;  // kBF16: operands of matrix products and q, k, v are rounded to bf16; sums, the residual
-                                // stream, parameters and gradients stay fp32
+  DType compute = DType::kF32;  // kBF16, kF16: operands of matrix products and q, k, v are rounded to it; sums, the
+                                // residual stream, parameters and gradients stay fp32
   Recompute recompute = Recompute::kNone;
   std::uint64_t seed = 1;  // initial values and dropout
   int leaves = 0;          // here, of the kLeaves of a sequence, whose sums follow the tree of row_tree.h; one part and
@@ -71,8 +71,8 @@ class Transformer {
   void zero_gradients();
 
   // The sum of the losses of this rank's targets, times batch.loss_scale; equal on every part (so sum it over the
-  // replicas only). Adds the gradients of that sum to the parameters' gradients. Throws Error(kBadInput) for a token or
-  // target outside the vocabulary and a position that is not learned.
+  // replicas only). Adds the gradients of that sum, times batch.gradient_scale, to the parameters' gradients. Throws
+  // Error(kBadInput) for a token or target outside the vocabulary and a position that is not learned.
   double forward_backward(const TokenBatch& batch);
   // The same sum without dropout and without gradients.
   double loss(const TokenBatch& batch);

@@ -37,6 +37,19 @@ DATTN_INLINE void store(BFloat16& place, float x) {
   place.bits = static_cast<std::uint16_t>((word & 0x7fffffffu) > 0x7f800000u ? nan : rounded);
 }
 
+DATTN_INLINE float load(const Float16& x) { return static_cast<float>(x); }
+DATTN_INLINE void store(Float16& place, float x) { place = Float16(x); }
+
+// Calls f with a value-initialised object of the C++ type of an activation: fp32, bf16 or fp16.
+template <class F>
+void with_number(DType type, const F& f) {
+  switch (type) {
+    case DType::kBF16: return f(BFloat16{});
+    case DType::kF16: return f(Float16{});
+    default: return f(float{});
+  }
+}
+
 // Relative error below 2e-7 where the result is a normal number; 0 below -87.3. NaN stays NaN.
 DATTN_INLINE float fast_exp(float x) {
   const float bounded = x > 88.3f ? 88.3f : x < -87.3f ? -87.3f : x;

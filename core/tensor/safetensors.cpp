@@ -32,7 +32,7 @@ struct ElementType {
 };
 constexpr ElementType kTypes[] = {{"F32", 4, DType::kF32}, {"BF16", 2, DType::kBF16},
                                   {"F64", 8, DType::kF64}, {"I32", 4, DType::kI32},
-                                  {"F16", 2, {}},          {"I64", 8, {}},
+                                  {"F16", 2, DType::kF16}, {"I64", 8, {}},
                                   {"U64", 8, {}},          {"U32", 4, {}},
                                   {"I16", 2, {}},          {"U16", 2, {}},
                                   {"I8", 1, {}},           {"U8", 1, {}},
@@ -236,7 +236,8 @@ TensorView SafetensorsFile::view(std::string_view name) const {
          names.size() > 400 ? names.substr(0, 400) + " .." : names);
   }
   const ElementType* type = find_type(entry->dtype);
-  require(type->dtype.has_value(), "{}: tensor '{}' has dtype {}; F32, BF16, F64 and I32 are read", path_, name, entry->dtype);
+  require(type->dtype.has_value(), "{}: tensor '{}' has dtype {}; F32, BF16, F16, F64 and I32 are read", path_, name,
+          entry->dtype);
   require(entry->shape.size() <= kMaxAxes, "{}: tensor '{}' has {} axes; at most {} are read", path_, name, entry->shape.size(),
           kMaxAxes);
   void* data = static_cast<std::byte*>(mapping_->data) + header_.data_begin + entry->begin;

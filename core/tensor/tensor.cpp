@@ -68,8 +68,8 @@ void for_each_row(const TensorView& a, const TensorView& b, const Body& body) {
 
 template <class To, class From>
 To narrow(From value) {
-  if constexpr (std::is_same_v<To, BFloat16>)
-    return BFloat16(static_cast<float>(value));
+  if constexpr (kIsHalf<To>)
+    return To(static_cast<float>(value));
   else
     return static_cast<To>(value);
 }

@@ -170,8 +170,8 @@ struct Convert {
         const Wide held = static_cast<Wide>(target.values[i]);
         if (!(value > held) && value == value) value = held;  // a NaN on either side stays
       }
-      if constexpr (std::is_same_v<To, BFloat16>)
-        target.values[i] = BFloat16(static_cast<float>(value));
+      if constexpr (kIsHalf<To>)
+        target.values[i] = To(static_cast<float>(value));
       else
         target.values[i] = static_cast<To>(value);
     }

@@ -34,7 +34,7 @@ TensorView read_tensor(const SafetensorsFile& file, std::string_view name, Tenso
   require(view.axes() == (format == TensorFormat::kTHD ? 3 : 4),
           "{}: tensor '{}' has shape {}; expected the axes {} of tensor_format", file.path(), name, view.shape.text(),
           kAxes.at(format));
-  require(view.dtype != DType::kI32, "{}: tensor '{}' has dtype int32; use fp32 or bf16", file.path(), name);
+  require(view.dtype != DType::kI32, "{}: tensor '{}' has dtype int32; use fp32, bf16 or fp16", file.path(), name);
   return from_format(view, format);
 }
 

@@ -148,7 +148,7 @@ Command add_bench(CLI::App& app) {
   attention->add_option("--heads", bench->shape.heads, "query heads")->capture_default_str();
   attention->add_option("--kv-heads", bench->shape.kv_heads, "KV heads (default: heads)");
   attention->add_option("--dim", bench->shape.dim, "head dim")->capture_default_str();
-  attention->add_option("--dtype", bench->dtype, "fp32 or bf16")->capture_default_str();
+  attention->add_option("--dtype", bench->dtype, "fp32, bf16 or fp16")->capture_default_str();
   attention->add_option("--mask", bench->mask, "full, causal, or more by --set attention.mask...")->capture_default_str();
   attention->add_option("--mesh", bench->mesh, "axis=size, for example ring=2")->delimiter(',');
   attention->add_flag("--backward", bench->backward, "time the backward pass too");
@@ -158,7 +158,7 @@ Command add_bench(CLI::App& app) {
   CLI::App* product = command->add_subcommand("product", "one product of square matrices");
   const auto product_bench = std::make_shared<ProductBench>();
   product->add_option("--size", product_bench->size, "rows and columns")->capture_default_str()->check(CLI::PositiveNumber);
-  product->add_option("--dtype", product_bench->dtype, "fp32 or bf16")->capture_default_str();
+  product->add_option("--dtype", product_bench->dtype, "fp32, bf16 or fp16")->capture_default_str();
   product->add_option("--repeat", product_bench->repeat, "timed calls")->capture_default_str()->check(CLI::PositiveNumber);
   product_bench->common.declare(*product, true);
 

@@ -45,7 +45,7 @@ int run_with_config(const CommonOptions& common, const std::function<RunConfig()
                            config.comm.timeout_s,
                            common.threads > 0 ? common.threads : config.threads,
                            {config.device, config.ranks_per_device, config.comm.transfers,
-                            config.determinism.value_or(Determinism::kOff) != Determinism::kOff}};
+                            config.determinism.value_or(Determinism::kOff) != Determinism::kOff, config.tf32}};
   return run_job(options, [&](Communicator& world) {
     if (failure) std::rethrow_exception(failure);
     body(config, world);

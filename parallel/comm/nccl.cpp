@@ -25,6 +25,7 @@ nccl::DataType nccl_type(DType type) {
   switch (type) {
     case DType::kF32: return nccl::kFloat32;
     case DType::kBF16: return nccl::kBfloat16;
+    case DType::kF16: return nccl::kFloat16;
     case DType::kF64: return nccl::kFloat64;
     case DType::kI32: return nccl::kInt32;
   }

@@ -33,7 +33,7 @@ enum Result : int {
 };
 
 enum RedOp : int { kSum = 0 };
-enum DataType : int { kInt8 = 0, kInt32 = 2, kFloat32 = 7, kFloat64 = 8, kBfloat16 = 9 };
+enum DataType : int { kInt8 = 0, kInt32 = 2, kFloat16 = 6, kFloat32 = 7, kFloat64 = 8, kBfloat16 = 9 };
 
 inline constexpr int kUndefined = INT_MIN;
 inline constexpr int kCtaPolicyZero = 2;

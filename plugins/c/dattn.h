@@ -194,7 +194,7 @@ typedef struct dattn_attention_options {
   int64_t kv_heads; /* 0 = heads; divides heads */
   int64_t dim_qk;
   int64_t dim_v;           /* 0 = dim_qk */
-  dattn_dtype dtype;       /* of q, k, v, bias, out and dout: float 32, float 64, bfloat 16 */
+  dattn_dtype dtype;       /* of q, k, v, bias, out and dout: float 16, 32, 64, bfloat 16 */
   const char* attention;   /* YAML or JSON text with the keys of a config's `attention` section (configs/SCHEMA.md):
                               {"mask": {"kind": "window", "left": 128}, "softcap": 30, "dropout": {"p": 0.1, "seed": 1}};
                               NULL = causal */

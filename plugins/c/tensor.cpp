@@ -30,7 +30,8 @@ DType to_dtype(dattn_dtype type, std::string_view name) {
   if (is(DATTN_FLOAT, 32)) return DType::kF32;
   if (is(DATTN_FLOAT, 64)) return DType::kF64;
   if (is(DATTN_BFLOAT, 16)) return DType::kBF16;
-  fail(ErrorCode::kBadInput, "{} has DLPack type code {} of {} bits in {} lanes; use float 32, float 64 or bfloat 16", name,
+  if (is(DATTN_FLOAT, 16)) return DType::kF16;
+  fail(ErrorCode::kBadInput, "{} has DLPack type code {} of {} bits in {} lanes; use float 16, 32 or 64, or bfloat 16", name,
        type.code, type.bits, type.lanes);
 }
 

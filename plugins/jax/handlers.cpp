@@ -110,6 +110,7 @@ dattn_dtype dtype_of(ffi::DataType type) {
     case ffi::DataType::F32: return {DATTN_FLOAT, 32, 1};
     case ffi::DataType::F64: return {DATTN_FLOAT, 64, 1};
     case ffi::DataType::BF16: return {DATTN_BFLOAT, 16, 1};
+    case ffi::DataType::F16: return {DATTN_FLOAT, 16, 1};
     default: return {DATTN_INT, static_cast<std::uint8_t>(8 * ffi::ByteWidth(type)), 1};
   }
 }

@@ -4,6 +4,7 @@
 
 #include <chrono>
 #include <cstdint>
+#include <optional>
 #include <string>
 
 namespace dattn {
@@ -14,7 +15,8 @@ struct StepFigures {
   double grad_norm = 0;
   double learning_rate = 0;
   double tokens_per_s = 0;
-  std::int64_t bytes_sent = 0;  // by all ranks together, in this step
+  std::int64_t bytes_sent = 0;            // by all ranks together, in this step
+  std::optional<double> loss_scale = {};  // fp16
 };
 
 std::string text_of_bytes(double bytes);      // "1.5 MB"

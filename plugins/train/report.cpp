@@ -61,14 +61,16 @@ void Report::emit(const std::string& json_line) {
 }
 
 void Report::step(const StepFigures& figures) {
-  const ordered_json event = {{"event", "step"},
-                              {"step", figures.step},
-                              {"loss", figures.loss},
-                              {"grad_norm", figures.grad_norm},
-                              {"learning_rate", figures.learning_rate},
-                              {"tokens_per_s", figures.tokens_per_s},
-                              {"bytes_sent", figures.bytes_sent}};
+  ordered_json event = {{"event", "step"},
+                        {"step", figures.step},
+                        {"loss", figures.loss},
+                        {"grad_norm", figures.grad_norm},
+                        {"learning_rate", figures.learning_rate},
+                        {"tokens_per_s", figures.tokens_per_s},
+                        {"bytes_sent", figures.bytes_sent}};
+  if (figures.loss_scale) event["loss_scale"] = *figures.loss_scale;
   emit(event.dump());
+  if (figures.loss_scale) tensorboard_.scalar("train/loss_scale", figures.step, *figures.loss_scale);
   tensorboard_.scalar("train/loss", figures.step, figures.loss);
   tensorboard_.scalar("train/grad_norm", figures.step, figures.grad_norm);
   tensorboard_.scalar("train/learning_rate", figures.step, figures.learning_rate);
@@ -79,6 +81,12 @@ void Report::step(const StepFigures& figures) {
   step_seconds_ += std::chrono::duration<double>(now - std::exchange(last_step_, now)).count();
   const double each = step_seconds_ / static_cast<double>(std::max<std::int64_t>(1, figures.step - first_step_));
   progress_.step(figures, each * static_cast<double>(steps_ - figures.step));
+}
+
+void Report::skipped(std::int64_t step, double scale, double next_scale) {
+  emit(ordered_json{{"event", "skipped"}, {"step", step}, {"loss_scale", scale}, {"next_loss_scale", next_scale}}.dump());
+  line(fmt::format("step {}: gradients overflowed at loss scale {:.0f}; the step is skipped, the scale is now {:.0f}", step,
+                   scale, next_scale));
 }
 
 void Report::held_out(std::int64_t step, double bits_per_char) {

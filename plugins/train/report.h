@@ -44,6 +44,7 @@ class Report {
          bool progress);
 
   void step(const StepFigures& figures);
+  void skipped(std::int64_t step, double scale, double next_scale);  // fp16's gradients overflowed
   void held_out(std::int64_t step, double bits_per_char);
   void line(const std::string& text) { progress_.line(text); }
   void write_sample(const std::string& text);

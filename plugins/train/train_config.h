@@ -7,6 +7,7 @@
 
 #include "core/config/config.h"
 #include "core/nn/transformer.h"
+#include "plugins/train/loss_scale.h"
 
 namespace dattn {
 
@@ -44,6 +45,7 @@ struct TrainConfig {
   double beta2 = 0.95;
   double epsilon = 1e-8;
   double clip_norm = 1.0;
+  LossScaleConfig loss_scale;
   Recompute recompute = Recompute::kNone;
   bool sequence_parallel = false;
   std::int64_t eval_every = 100;
@@ -77,6 +79,7 @@ void describe(V& v, TrainConfig& c) {
   v("beta2", c.beta2, "decay of AdamW's second moment");
   v("epsilon", c.epsilon, "added to the root of AdamW's second moment");
   v("clip_norm", c.clip_norm, "greatest global gradient norm; 0 = no clipping");
+  v("loss_scale", c.loss_scale, "for dtype fp16");
   v("recompute", c.recompute, "none keeps activations; block keeps each block's input and recomputes the rest");
   v("sequence_parallel", c.sequence_parallel, "cut the rows between the blocks over the tensor axis");
   v("eval_every", c.eval_every, "steps between held-out evaluations; 0 = at the end only");

@@ -22,6 +22,7 @@
 #include "plugins/infer/generate.h"
 #include "plugins/train/batch_share.h"
 #include "plugins/train/invariant.h"
+#include "plugins/train/loss_scale.h"
 #include "plugins/train/loss_sum.h"
 #include "plugins/train/model_state.h"
 #include "plugins/train/ngram.h"
@@ -130,8 +131,8 @@ class Trainer {
 
  private:
   struct StepSums {
-    double loss = 0;  // nats per symbol
-    double grad_norm = 0;
+    double loss = 0;         // nats per symbol
+    double grad_norm = 0;    // taken back to size
     std::int64_t bytes = 0;  // sent by all ranks
   };
 
@@ -146,7 +147,8 @@ class Trainer {
   }
   StepSums forward_backward(std::int64_t step);
   std::array<double, 2> sum_over_world(LossSum& loss, const std::array<double, 2>& others);
-  void check_finite(std::int64_t step, const StepSums& sums, double rate) const;
+  // Whether the optimizer may step; false where fp16's gradients overflowed, and the loss scale fell for that.
+  bool may_step(std::int64_t step, const StepSums& sums, double rate);
   void step(std::int64_t step);
   double evaluate();
   void save(std::int64_t steps_done);
@@ -165,6 +167,7 @@ class Trainer {
   ModelConfig model_config_;
   std::optional<MeshModel> model_;
   std::optional<AdamW> optimizer_;
+  LossScale loss_scale_;
   std::unique_ptr<GradientSync> gradients_;
   BatchShare share_;
   std::optional<Report> report_;  // first rank
@@ -178,6 +181,7 @@ Trainer::Trainer(Communicator& world, const TrainJob& job, const TrainHooks& hoo
       hooks_(hooks),
       world_(counted_job(world, counter_)),
       mesh_(*world_, job.mesh),
+      loss_scale_(job.train.loss_scale, job.dtype),
       share_(mesh_, own_positions(mesh_, job), job.train.seq_len) {
   load_data();
   build_model();
@@ -241,6 +245,8 @@ void Trainer::open_run_folder() {
 void Trainer::restore() {
   load_weights(*world_, *resumed_, model_->transformer.parameters());
   load_moments(*world_, *resumed_, *optimizer_);
+  loss_scale_.restore(resumed_->manifest().values);
+  optimizer_->set_steps_done(resumed_->manifest().step - loss_scale_.skipped());
   steps_before_ = resumed_->manifest().step;
   result_.checkpoint = resumed_->path();
 }
@@ -268,17 +274,26 @@ Trainer::StepSums Trainer::forward_backward(std::int64_t step) {
     });
     batch.step = static_cast<std::uint64_t>(step);
     batch.loss_scale = 1.0 / static_cast<double>(job_.train.batch * job_.train.seq_len);
+    batch.gradient_scale = loss_scale_.scale();
     loss.add(rows, model_->transformer.forward_backward(batch));
     gradients_->piece_done();
   });
+  if (hooks_.on_gradients) hooks_.on_gradients(step, model_->transformer.parameters());
   gradients_->sum();
   const auto sent = static_cast<double>(counter_->total().sent - sent_before);
   const std::array<double, 2> others = sum_over_world(loss, {gradients_->squared_norm_share(), sent});
-  return {loss.total(), std::sqrt(others[0]), static_cast<std::int64_t>(others[1])};
+  return {loss.total(), std::sqrt(others[0]) / loss_scale_.scale(), static_cast<std::int64_t>(others[1])};
 }
 
-void Trainer::check_finite(std::int64_t step, const StepSums& sums, double rate) const {
-  if (std::isfinite(sums.loss) && std::isfinite(sums.grad_norm)) return;
+bool Trainer::may_step(std::int64_t step, const StepSums& sums, double rate) {
+  if (std::isfinite(sums.loss) && std::isfinite(sums.grad_norm)) return true;
+  if (std::isfinite(sums.loss) && loss_scale_.on()) {
+    const double before = loss_scale_.scale();
+    if (loss_scale_.step_skipped()) {
+      if (report_) report_->skipped(step + 1, before, loss_scale_.scale());
+      return false;
+    }
+  }
   before_throwing_together(*world_);
   fail(ErrorCode::kDiverged,
        "training diverged at step {}: loss {}, gradient norm {}, learning rate {:.3g}; lower train.learning_rate, lengthen "
@@ -292,8 +307,11 @@ void Trainer::step(std::int64_t step) {
   const auto begin = Clock::now();
   const double rate = learning_rate(schedule_of(job_.train), step);
   const StepSums sums = forward_backward(step);
-  check_finite(step, sums, rate);
-  optimizer_->step(rate, clip_factor(sums.grad_norm, job_.train.clip_norm));
+  const double scale = loss_scale_.scale();
+  if (may_step(step, sums, rate)) {
+    optimizer_->step(rate, clip_factor(sums.grad_norm, job_.train.clip_norm) / scale);
+    loss_scale_.step_taken();
+  }
 
   const double seconds = seconds_since(begin);
   step_seconds_ += seconds;
@@ -303,7 +321,8 @@ void Trainer::step(std::int64_t step) {
   result_.bytes_sent += sums.bytes;
   if (!report_) return;
   const auto tokens = static_cast<double>(job_.train.batch * job_.train.seq_len);
-  report_->step({step + 1, sums.loss, sums.grad_norm, rate, tokens / seconds, sums.bytes});
+  report_->step({step + 1, sums.loss, sums.grad_norm, rate, tokens / seconds, sums.bytes,
+                 loss_scale_.on() ? std::optional(scale) : std::nullopt});
 }
 
 // Bits per symbol over windows of the held-out text, spread evenly over it; cut over the mesh as a training step is.
@@ -333,6 +352,7 @@ void Trainer::save(std::int64_t steps_done) {
                      {"next_step", std::to_string(steps_done)},  // the data's cursor: batches follow from (seed, step)
                      {"dtype", std::string(name_of(job_.dtype))},
                      {"attention", to_json(to_node(job_.attention))}};
+  loss_scale_.save(manifest.values);
   result_.checkpoint =
       save_checkpoint(mesh_, folder_.path + "/checkpoints", manifest, model_->transformer.parameters(), *optimizer_);
   together(*world_, "removing old checkpoints", [&] {

@@ -7,10 +7,12 @@
 #pragma once
 
 #include <functional>
+#include <span>
 #include <string>
 
 #include "core/config/attention_config.h"
 #include "core/nn/model_config.h"
+#include "core/nn/parameter.h"
 #include "parallel/attention.h"
 #include "parallel/layout.h"
 #include "parallel/mesh.h"
@@ -38,10 +40,13 @@ struct TrainJob {
 struct TrainHooks {
   Report::EventSink on_event;  // first rank only: one JSON object per call
   bool progress = true;        // the progress line and the closing lines, on stderr
+  // Called on every rank with its gradients of a step (from 0) before they are summed.
+  std::function<void(std::int64_t step, std::span<Parameter* const> parameters)> on_gradients = {};
 };
 
 // Collective over the world. Errors, the same on every rank: kBadInput (config, data, checkpoint of another model), kSystem
-// (disk full), kDiverged (loss or gradient norm not finite: nothing of that step is kept), kPeer.
+// (disk full), kDiverged (loss or gradient norm not finite: nothing of that step is kept; in fp16, gradients that are not
+// finite only skip the step until the loss scale is 1), kPeer.
 TrainResult train(Communicator& world, const TrainJob& job, const TrainHooks& hooks);
 
 }  // namespace dattn

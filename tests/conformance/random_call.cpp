@@ -78,7 +78,7 @@ RandomCall RandomCalls::next() {
   shape.heads = shape.kv_heads * pick(1, 4);
   shape.dim_qk = pick(1, limits_.dim);
   shape.dim_v = chance(50) ? shape.dim_qk : pick(1, limits_.dim);
-  shape.dtype = choose(std::vector{DType::kF32, DType::kF32, DType::kBF16, DType::kF64});
+  shape.dtype = choose(std::vector{DType::kF32, DType::kBF16, DType::kF16, DType::kF64});
   if (chance(15)) shape.bias = BiasShape{chance(50), chance(50)};
   shape.sink = chance(15);
   call.options = some_options(shape);

@@ -28,13 +28,14 @@ double relative_error(const TensorView& got, const TensorView& want, std::int64_
   return std::sqrt(difference / std::max(norm, 0.0625 * static_cast<double>(std::max<std::int64_t>(1, a->elements() * terms))));
 }
 
-// Empty where the error is at most 2e-6 (fp32), 1e-12 (fp64) or, in bf16, 8e-3 (two units of its last place)
-// or 1.5 times that of the kernel on one rank.
-std::string compare(const char* name, const TensorView& got, const TensorView& want, const TensorView& one_rank,
+// Empty where the error is at most 2e-6 (fp32), 1e-12 (fp64) or, in bf16 and fp16, two units of the type's last place (8e-3 and
+// 1e-3) or 1.5 times that of the kernel on one rank.
+std::string compare(const char* name, const TensorView& got, const TensorView& want, const TensorView& one_rank, DType storage,
                     std::int64_t terms = 1) {
   const double error = relative_error(got, want, terms);
   double allowed = got.dtype == DType::kF64 ? 1e-12 : 2e-6;
-  if (one_rank.data != nullptr) allowed = std::max(8e-3, 1.5 * relative_error(one_rank, want, terms));
+  const double units = storage == DType::kBF16 ? 8e-3 : 1e-3;
+  if (one_rank.data != nullptr) allowed = std::max(units, 1.5 * relative_error(one_rank, want, terms));
   return error <= allowed ? "" : fmt::format("{}: relative error {:.3e}, allowed {:.3e}\n", name, error, allowed);
 }
 
@@ -132,8 +133,8 @@ std::string run_case(const Case& one, Communicator& world) {
                          std::int64_t terms = 1) {
     const TensorView &exact = e.exact.*field, &one_rank = e.one_rank.*field;
     const bool rounded = one_rank.data != nullptr;
-    problems +=
-        compare(name, got, shard_of(exact, rows, part), rounded ? shard_of(one_rank, rows, part).view() : TensorView(), terms);
+    problems += compare(name, got, shard_of(exact, rows, part), rounded ? shard_of(one_rank, rows, part).view() : TensorView(),
+                        one.shape.dtype, terms);
   };
   const Interval local_q{0, heads.q.count()};
   check("out", result.out, &Results::out, q_rows, local_q);
@@ -144,11 +145,11 @@ std::string run_case(const Case& one, Communicator& world) {
   check("dv", gradients.dv, &Results::dv, kv_rows, heads.kv);
   if (one.shape.bias) check("dbias", gradients.dbias, &Results::dbias, q_rows, {0, e.exact.dbias->size(2)}, one.shape.dim_v);
   const Tensor lse = shard_of(as_rows(e.exact.lse), q_rows, local_q);
-  problems += compare("lse", as_rows(result.lse), lse, {});
+  problems += compare("lse", as_rows(result.lse), lse, {}, one.shape.dtype);
   if (one.shape.sink) {
     mesh.sequence().all_reduce_sum(gradients.dsink, {"conformance"});
-    problems +=
-        compare("dsink", gradients.dsink, e.exact.dsink, e.one_rank.dsink, one.shape.batch * one.shape.seq_q * one.shape.dim_v);
+    problems += compare("dsink", gradients.dsink, e.exact.dsink, e.one_rank.dsink, one.shape.dtype,
+                        one.shape.batch * one.shape.seq_q * one.shape.dim_v);
   }
   return problems.empty() ? "" : fmt::format("rank {}: {}\n{}", world.rank(), one.text(), problems);
 }

@@ -33,7 +33,8 @@ const std::vector<Heads> kHeads{{4, 4}, {9, 3}, {1, 1}, {6, 1}, {8, 2}, {3, 3}};
 // Fewer positions than ranks, one, primes, cross-attention of unequal lengths both ways.
 const std::vector<Lengths> kLengths{{1, 61, 61},   {2, 96, 96}, {1, 1, 1},   {3, 5, 5},
                                     {1, 127, 127}, {1, 31, 75}, {2, 75, 31}, {1, 128, 128}};
-const std::vector<Dims> kDims{{DType::kF32, 16, 16}, {DType::kF32, 24, 8}, {DType::kBF16, 32, 32}, {DType::kF64, 8, 12}};
+const std::vector<Dims> kDims{
+    {DType::kF32, 16, 16}, {DType::kF32, 24, 8}, {DType::kBF16, 32, 32}, {DType::kF16, 24, 40}, {DType::kF64, 8, 12}};
 
 // Every way to share out the ranks over the axes, tensor on at most 2.
 std::vector<MeshShape> meshes(int ranks) {

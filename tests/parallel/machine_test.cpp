@@ -67,6 +67,7 @@ TEST(Machine, RatesFollowTheTypeAndTheVerb) {
   machine.attend_grad_of_peak = 0.25;
   EXPECT_EQ(machine.attend_rate(Verb::kAttend, DType::kF32), 50);
   EXPECT_EQ(machine.attend_rate(Verb::kAttendGrad, DType::kBF16), 50);
+  EXPECT_EQ(machine.attend_rate(Verb::kAttendGrad, DType::kF16), 50);
   EXPECT_THROW(machine.attend_rate(Verb::kAttend, DType::kF64), Error);
 }
 

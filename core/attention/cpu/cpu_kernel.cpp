@@ -1,5 +1,5 @@
 // The cpu kernel: tiled online-softmax attention, forward and backward, over packed operands, with SIMD chosen at run
-// time. fp32 and bf16 storage, fp32 accumulation. Files: ops.h (border), path_*.cpp (instruction sets), *_text.h (the
+// time. fp32, bf16 and fp16 storage, fp32 accumulation. Files: ops.h (border), path_*.cpp (instruction sets), *_text.h (the
 // kernels), forward.cpp, backward.cpp, decode.cpp (drivers).
 #include "core/attention/check_args.h"
 #include "core/attention/cpu/drive.h"
@@ -16,8 +16,8 @@ class CpuKernel final : public AttentionKernel {
   std::string_view name() const override { return "cpu"; }
 
   Support supports(const AttendTraits& traits) const override {
-    if (traits.storage != DType::kF32 && traits.storage != DType::kBF16) {
-      return {false, fmt::format("storage is {}; it takes fp32 and bf16", name_of(traits.storage))};
+    if (traits.storage != DType::kF32 && !is_half(traits.storage)) {
+      return {false, fmt::format("storage is {}; it takes fp32, bf16 and fp16", name_of(traits.storage))};
     }
     if (traits.dim_qk < 1 || traits.dim_qk > kMaxDim || traits.dim_v < 1 || traits.dim_v > kMaxDim) {
       return {false, fmt::format("dims are {} and {}; it takes 1 to {}", traits.dim_qk, traits.dim_v, kMaxDim)};

@@ -41,7 +41,9 @@ Terms terms_of(const ScoreTerms& terms, double scale, const HeadMap& heads, std:
   if (terms.bias.data != nullptr) {
     t.bias = bias_row(terms.bias, b, row, h);
     t.bias_stride = terms.bias.stride(1);
-    t.half_bias = terms.bias.dtype == DType::kBF16;
+    t.bias_type = terms.bias.dtype == DType::kBF16  ? BiasType::kBF16
+                  : terms.bias.dtype == DType::kF16 ? BiasType::kF16
+                                                    : BiasType::kF32;
   }
   const AttentionDropout& dropout = terms.dropout;
   t.keep = static_cast<float>(1 / (1 - dropout.p));

@@ -15,7 +15,13 @@ void attend_grad(const Path& path, const AttendGradArgs& args);
 
 inline std::int64_t padded_to(std::int64_t value, std::int64_t step) { return div_up(value, step) * step; }
 
-inline const Ops& ops_for(const Path& path, DType storage) { return storage == DType::kBF16 ? *path.bf16 : *path.fp32; }
+inline const Ops& ops_for(const Path& path, DType storage) {
+  switch (storage) {
+    case DType::kBF16: return *path.bf16;
+    case DType::kF16: return *path.fp16;
+    default: return *path.fp32;
+  }
+}
 
 // Rows [begin, begin + count) of head h of batch row b of a view [B, S, H, D].
 Rows rows_of(const TensorView& view, std::int64_t b, std::int64_t begin, std::int64_t count, std::int64_t h);

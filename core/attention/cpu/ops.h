@@ -37,6 +37,8 @@ struct Band {
   std::int64_t first_key;
 };
 
+enum class BiasType : std::uint8_t { kF32, kBF16, kF16 };
+
 // ScoreTerms for the rows of one job; see terms_text.h and dropout_text.h.
 struct Terms {
   bool scores;   // scores change: the job then works with true scores, and its scale_log2 is log2(e)
@@ -45,8 +47,8 @@ struct Terms {
   float slope;       // of ALiBi
   const void* bias;  // the job's first row; column = key position; null: none
   std::int64_t bias_stride;
-  bool half_bias;  // bf16, else fp32
-  float* dbias;    // like bias; null: not wanted
+  BiasType bias_type;
+  float* dbias;  // like bias; null: not wanted
   std::int64_t dbias_stride;
   float keep;                         // 1 / (1 - dropout p)
   std::uint32_t drop_below;           // a pair is dropped where the upper 24 bits of its word are less; 0: no dropout
@@ -133,12 +135,13 @@ struct Ops {
                    std::int64_t rows, std::int64_t dim);
 };
 
-// One instruction set: the operations for fp32 and for bf16 storage.
+// One instruction set: the operations for each storage type.
 struct Path {
   const char* name;
   bool (*runs_here)();
   const Ops* fp32;
   const Ops* bf16;
+  const Ops* fp16;  // widened to fp32 when packed
 };
 
 }  // namespace dattn::cpu

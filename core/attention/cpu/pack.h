@@ -15,8 +15,8 @@ DATTN_INLINE Floats load_units(const Storage* row, std::int64_t u, std::int64_t 
   const std::int64_t left = dim - first;
   constexpr std::int64_t kElements = kLanes * UnitOf<Unit>::kElements;
   if constexpr (sizeof(Storage) == 2 && UnitOf<Unit>::kElements == 1) {
-    if (left >= kElements) return load_half(row + first);
-    return widen(load_part_half(row + first, left));
+    if (left >= kElements) return load_half<Storage>(row + first);
+    return widen<Storage>(load_part_half(row + first, left));
   } else {
     return left >= kElements ? load(row + first) : load_part(row + first, left * static_cast<std::int64_t>(sizeof(Storage)));
   }

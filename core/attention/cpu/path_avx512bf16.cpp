@@ -8,9 +8,10 @@ namespace dattn::cpu {
 namespace {
 constexpr Ops kFp32 = avx512bf16::ops_of<float, float>();
 constexpr Ops kBf16 = avx512bf16::ops_of<avx512bf16::Half, avx512bf16::Pair>();
+constexpr Ops kFp16 = avx512bf16::ops_of<avx512bf16::Binary16, float>();
 }  // namespace
 
-extern const Path kAvx512Bf16Path = {"avx512bf16", cpu_has_avx512bf16, &kFp32, &kBf16};
+extern const Path kAvx512Bf16Path = {"avx512bf16", cpu_has_avx512bf16, &kFp32, &kBf16, &kFp16};
 
 }  // namespace dattn::cpu
 #endif

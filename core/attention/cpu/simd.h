@@ -35,7 +35,12 @@ using HalvesAnywhere __attribute__((vector_size(kLanes * 2), aligned(2), may_ali
 using HalfAlias __attribute__((may_alias)) = std::uint16_t;
 
 // Storage and unit types. A Pair is two bf16, the lower half first along the summed axis.
-struct Half {
+struct Half {  // bf16
+  static constexpr bool kBrain = true;
+  std::uint16_t bits;
+};
+struct Binary16 {  // fp16
+  static constexpr bool kBrain = false;
   std::uint16_t bits;
 };
 struct Pair {
@@ -46,9 +51,24 @@ DATTN_INLINE Floats splat(float value) { return value - Floats{}; }
 DATTN_INLINE Ints splat_int(std::int32_t value) { return value - Ints{}; }
 DATTN_INLINE Floats load(const void* from) { return *static_cast<const FloatsAnywhere*>(from); }
 DATTN_INLINE void store(void* to, Floats value) { *static_cast<FloatsAnywhere*>(to) = value; }
-DATTN_INLINE Floats widen(Halves half) { return (Floats)(__builtin_convertvector(half, Words) << 16); }
-DATTN_INLINE float widen_one(std::uint16_t half) { return __builtin_bit_cast(float, static_cast<std::uint32_t>(half) << 16); }
-DATTN_INLINE Floats load_half(const void* from) { return widen(*static_cast<const HalvesAnywhere*>(from)); }
+
+template <class Storage>
+DATTN_INLINE Floats widen(Halves half) {
+  if constexpr (Storage::kBrain) return (Floats)(__builtin_convertvector(half, Words) << 16);
+#if defined(__AVX512F__)
+  return _mm512_cvtph_ps((__m256i)half);
+#else
+  const Words bits = __builtin_convertvector(half, Words), size = bits & (0x7fffu - Words{});
+  const Words normal = (size << 13) + ((112u << 23) - Words{}), special = (size << 13) | (0x7f800000u - Words{});
+  const Words subnormal = (Words)(__builtin_convertvector((Ints)size, Floats) * splat(0x1p-24f));
+  const Words finite = (Ints)size < splat_int(0x400) ? subnormal : normal;
+  return (Floats)(((bits >> 15) << 31) | ((Ints)size < splat_int(0x7c00) ? finite : special));
+#endif
+}
+template <class Storage>
+DATTN_INLINE Floats load_half(const void* from) {
+  return widen<Storage>(*static_cast<const HalvesAnywhere*>(from));
+}
 
 // The first `bytes` bytes (fewer than a vector), the rest 0.
 DATTN_INLINE Floats load_part(const void* from, std::int64_t bytes) {

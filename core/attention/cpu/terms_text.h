@@ -26,14 +26,23 @@ DATTN_INLINE Floats tanh(Floats x) {
 // kLanes values of the bias from key position `position` on; lanes outside [begin, end) are not read.
 DATTN_INLINE Floats load_bias(const Terms& t, std::int64_t row, std::int64_t position, std::int64_t step, std::int64_t begin,
                               std::int64_t end) {
-  const auto* halves = static_cast<const HalfAlias*>(t.bias) + row * t.bias_stride + position;
-  const auto* floats = static_cast<const float*>(t.bias) + row * t.bias_stride + position;
-  if (step == 1 && begin <= 0 && end >= kLanes) return t.half_bias ? load_half(halves) : load(floats);
-  Floats part{};
-  for (std::int64_t i = larger(begin, 0); i < smaller(end, kLanes); ++i) {
-    part[i] = t.half_bias ? widen_one(halves[i * step]) : floats[i * step];
+  const std::int64_t at = row * t.bias_stride + position;
+  const bool whole = step == 1 && begin <= 0 && end >= kLanes;
+  if (t.bias_type == BiasType::kF32) {
+    const auto* floats = static_cast<const float*>(t.bias) + at;
+    if (whole) return load(floats);
+    Floats part{};
+    for (std::int64_t i = larger(begin, 0); i < smaller(end, kLanes); ++i) part[i] = floats[i * step];
+    return part;
   }
-  return part;
+  const auto* halves = static_cast<const HalfAlias*>(t.bias) + at;
+  Halves part{};
+  if (whole) {
+    part = *reinterpret_cast<const HalvesAnywhere*>(halves);
+  } else {
+    for (std::int64_t i = larger(begin, 0); i < smaller(end, kLanes); ++i) part[i] = halves[i * step];
+  }
+  return t.bias_type == BiasType::kBF16 ? widen<Half>(part) : widen<Binary16>(part);
 }
 
 // `count` products q k^T of one row, from `key` on, become scores in place; `slope`, where not null, gets the derivative

@@ -1,10 +1,11 @@
 // The cuda kernel: exact attention for anything the program can describe, forward and backward, every sum in a fixed order.
-// The host turns tiles into lists of blocks (core/attention/block_list.h) and starts one of the paths: bf16 on tensor cores
-// (mma_*), or anything on CUDA cores (plain_*). All paths are invariant (core/attention/kernel.h): blocks of keys and queries
-// begin at multiples of 64 rows, the list holds no trace of how tiles were cut, and what a pair adds to a sum does not
+// The host turns tiles into lists of blocks (core/attention/block_list.h) and starts one of the paths: bf16 and fp16 on tensor
+// cores (mma_*), or anything on CUDA cores (plain_*). All paths are invariant (core/attention/kernel.h): blocks of keys and
+// queries begin at multiples of 64 rows, the list holds no trace of how tiles were cut, and what a pair adds to a sum does not
 // depend on whether its neighbours are visible.
 #include <algorithm>
 #include <array>
+#include <utility>
 
 #include "core/attention/check_args.h"
 #include "core/attention/cuda/kernels.h"
@@ -37,6 +38,11 @@ constexpr std::array kPaths = {
     Path{"plain", false, kMaxPlainDim, kMaxPlainDim, kPlainRows, plain_attend, plain_attend_grad},
 };
 constexpr int kGradRows = 64;
+// A call of few query rows gives blocks this many columns each, so that long keys keep a whole device busy. By the shape
+// alone: the same call has the same bits on every device.
+constexpr std::int64_t kShareColumns = 8;  // blocks of 64 keys, at least
+constexpr std::int64_t kMostShares = 64;
+constexpr std::int64_t kManyBlocks = 1024;  // of a launch: several for each multiprocessor of any device
 constexpr std::int64_t kMaxSeq = (std::int64_t{1} << 31) - 256, kMaxGrid = 65535;
 
 // Rows begin at multiples of 16 bytes, as copies to shared memory want them.
@@ -49,19 +55,20 @@ bool aligned(const TensorView& view) {
 
 template <class... Views>
 const Path& path_for(const TensorView& q, const TensorView& v, const Views&... others) {
-  const bool tensor_cores = q.dtype == DType::kBF16 && aligned(q) && aligned(v) && (aligned(others) && ...);
+  const bool tensor_cores = is_half(q.dtype) && aligned(q) && aligned(v) && (aligned(others) && ...);
   const auto fits = [&](const Path& path) {
     return (tensor_cores || !path.tensor_cores) && q.size(3) <= path.dim_qk && v.size(3) <= path.dim_v;
   };
   const Path& path = *std::find_if(kPaths.begin(), kPaths.end(), fits);
   note_once(fmt::format("cuda attention, {}, dims {} and {}: {}{}", name_of(q.dtype), q.size(3), v.size(3), path.name,
-                        q.dtype == DType::kBF16 && !tensor_cores ? "; tensor cores need rows aligned to 16 bytes" : ""));
+                        is_half(q.dtype) && !tensor_cores ? "; tensor cores need rows aligned to 16 bytes" : ""));
   return path;
 }
 
 Storage storage_of(DType type) {
   switch (type) {
     case DType::kBF16: return Storage::kBF16;
+    case DType::kF16: return Storage::kF16;
     case DType::kF64: return Storage::kF64;
     default: return Storage::kF32;
   }
@@ -182,13 +189,60 @@ class SentTerms {
   std::size_t slopes_ = 0;
 };
 
+// The states that shares of the keys give, beside what the kernel is told of them.
+class Shares {
+ public:
+  // Cuts the list where it is of one block of rows with many columns. Invariant sums are of whole rows.
+  Shares(const AttendArgs& args, BlockList& list) {
+    const std::int64_t columns = column_blocks(list),
+                       shares = std::min(kMostShares, kManyBlocks / (args.q.size(0) * args.q.size(2)));
+    if (args.invariant || list.blocks() != 1 || shares < 2 || columns <= kShareColumns) return;
+    list = cut_into_shares(list, static_cast<std::int32_t>(std::max(kShareColumns, (columns + shares - 1) / shares)));
+    params_.count = list.blocks();
+  }
+  void add_room(Upload& upload, const AttendArgs& args) {
+    if (params_.count == 0) return;
+    const Shape& rows = args.out.shape;  // [B, S, H, V]
+    params_.share_out = rows.elements();
+    params_.share_lse = rows[0] * rows[1] * rows[2];
+    params_.shares = {nullptr, rows[1] * rows[2] * rows[3], rows[2] * rows[3], rows[3], static_cast<std::int32_t>(rows[3])};
+    params_.shares_lse = {nullptr, rows[2] * rows[1], rows[1], 1};
+    const auto bytes = static_cast<std::size_t>(params_.count * size_of(args.out.dtype));
+    out_ = upload.add_room(static_cast<std::size_t>(params_.share_out) * bytes);
+    lse_ = upload.add_room(static_cast<std::size_t>(params_.share_lse) * bytes);
+  }
+  // Tells the kernel to write states of shares in place of `params`' own.
+  void take_results(const Upload& upload, AttendParams& params) {
+    if (params_.count == 0) return;
+    const AttendProblem& p = params.problem;
+    params_.shares.data = upload.at<void>(out_);
+    params_.shares_lse.data = upload.at<void>(lse_);
+    params_.out = std::exchange(params.out, params_.shares);
+    params_.lse = std::exchange(params.lse, params_.shares_lse);
+    params_.merge = std::exchange(params.merge, false);
+    params_.fp64 = p.storage == Storage::kF64;
+    params_.batch = p.batch;
+    params_.seq_q = p.seq_q;
+    params_.heads = p.heads;
+    params.share_out = params_.share_out;
+    params.share_lse = params_.share_lse;
+  }
+  void merge(cudaStream_t stream) const {
+    if (params_.count > 0) merge_shares(params_, stream);
+  }
+
+ private:
+  SharesParams params_{};  // count 0: none
+  std::size_t out_ = 0, lse_ = 0;
+};
+
 class CudaKernel final : public AttentionKernel {
  public:
   std::string_view name() const override { return "cuda"; }
 
   Support supports(const AttendTraits& traits) const override {
-    if (traits.storage != DType::kF32 && traits.storage != DType::kBF16 && traits.storage != DType::kF64)
-      return {false, fmt::format("storage is {}; it takes fp32, bf16 and fp64", name_of(traits.storage))};
+    if (traits.storage == DType::kI32)
+      return {false, fmt::format("storage is {}; it takes fp32, bf16, fp16 and fp64", name_of(traits.storage))};
     if (traits.dim_qk < 1 || traits.dim_qk > kMaxPlainDim || traits.dim_v < 1 || traits.dim_v > kMaxPlainDim)
       return {false, fmt::format("dims are {} and {}; it takes 1 to {}", traits.dim_qk, traits.dim_v, kMaxPlainDim)};
     return {};
@@ -199,10 +253,13 @@ class CudaKernel final : public AttentionKernel {
     check(args);
     if (args.q.size(0) * args.q.size(1) * args.q.size(2) == 0 || (args.merge && args.tiles.empty())) return;
     const Path& path = path_for(args.q, args.v, args.k);
+    BlockList list = make_block_list(args.tiles, args.q.size(1), path.forward_rows, false);
+    Shares shares(args, list);
     Upload upload;
-    const SentBlocks blocks(upload, make_block_list(args.tiles, args.q.size(1), path.forward_rows, false));
+    const SentBlocks blocks(upload, std::move(list));
     SentTerms terms(upload, args);
     terms.add_room(upload);
+    shares.add_room(upload, args);
     upload.send(stream);
     AttendParams params{};
     params.problem = problem_of(args);
@@ -211,7 +268,9 @@ class CudaKernel final : public AttentionKernel {
     params.out = matrix_of(args.out);
     params.lse = statistic_of(args.lse);
     params.merge = args.merge;
+    shares.take_results(upload, params);
     path.attend(params, stream);
+    shares.merge(stream);
   }
 
   void attend_grad(const AttendGradArgs& args) const override {

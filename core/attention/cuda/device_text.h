@@ -2,6 +2,7 @@
 #pragma once
 
 #include "core/attention/cuda/params.h"
+#include "core/base/dtype.h"
 #include "core/device/cuda/language.h"
 #include "core/device/cuda/ptx.h"
 
@@ -11,10 +12,11 @@ inline constexpr float kLog2e = 1.44269504088896341f;
 
 __device__ __forceinline__ float minus_infinity() { return __uint_as_float(0xff800000u); }
 
-// Elements of storage types as numbers of the sum's type; bf16 are 16-bit words.
+// Elements of storage types as numbers of the sum's type.
 __device__ __forceinline__ float widen(float x) { return x; }
 __device__ __forceinline__ double widen(double x) { return x; }
-__device__ __forceinline__ float widen(std::uint16_t x) { return __uint_as_float(static_cast<std::uint32_t>(x) << 16); }
+__device__ __forceinline__ float widen(BFloat16 x) { return __uint_as_float(static_cast<std::uint32_t>(x.bits) << 16); }
+__device__ __forceinline__ float widen(Float16 x) { return widen_f16(x.bits); }
 
 template <class T>
 struct SumOf {
@@ -92,7 +94,8 @@ struct HeadTerms {
 
 __device__ __forceinline__ double load_bias(const Bias& bias, std::int64_t at) {
   switch (bias.storage) {
-    case Storage::kBF16: return widen(static_cast<const std::uint16_t*>(bias.data)[at]);
+    case Storage::kBF16: return widen(static_cast<const BFloat16*>(bias.data)[at]);
+    case Storage::kF16: return widen(static_cast<const Float16*>(bias.data)[at]);
     case Storage::kF64: return static_cast<const double*>(bias.data)[at];
     default: return static_cast<const float*>(bias.data)[at];
   }
@@ -160,6 +163,11 @@ struct Dropper {
     return word >> 8 >= terms.drop_below;
   }
 };
+
+// Where the rows of a block of the list begin.
+__device__ __forceinline__ int first_row_of(const AttendParams& params, int block, int block_rows) {
+  return params.share_out != 0 ? 0 : block * block_rows;
+}
 
 // One row's result, not normalised, beside the state that stands there: out = keep * out + take * sums.
 template <class Sum>

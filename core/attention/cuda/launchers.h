@@ -10,14 +10,16 @@ namespace dattn::cuda {
 // positions[row + i] = position + i * step for each run.
 void expand_positions(const PositionRun* runs, int n_runs, std::int64_t* positions, cudaStream_t stream);
 
+void merge_shares(const SharesParams& params, cudaStream_t stream);
+
 // Any storage, dims up to kMaxPlainDim; block lists of kPlainRows rows.
 inline constexpr int kMaxPlainDim = 256;
 inline constexpr int kPlainRows = 64;
 void plain_attend(const AttendParams& params, cudaStream_t stream);
 void plain_attend_grad(const GradParams& params, cudaStream_t stream);
 
-// bf16 on tensor cores, for dims up to those of the name; rows of all operands aligned to 16 bytes, dims multiples of 8.
-// Block lists of 128 query rows, of 64 for dims up to 256.
+// bf16 and fp16 on tensor cores, for dims up to those of the name; rows of all operands aligned to 16 bytes, dims multiples
+// of 8. Block lists of 128 query rows, of 64 for dims up to 256.
 void mma_attend_64(const AttendParams& params, cudaStream_t stream);
 void mma_attend_128(const AttendParams& params, cudaStream_t stream);
 void mma_attend_192(const AttendParams& params, cudaStream_t stream);  // 192 and 128

@@ -1,6 +1,6 @@
-// Backward pass in bf16 on tensor cores of compute capability 8.0 and above, after FlashAttention-2 (Dao, 2023), as one text
-// for two kinds of kernel, so that every sum has one owner and a fixed order. A block of 4 warps owns 64 rows, queries or
-// keys, and goes through the columns (keys, or queries) that they see, 32 at a time, the next ones on their way:
+// Backward pass in bf16 and fp16 on tensor cores of compute capability 8.0 and above, after FlashAttention-2 (Dao, 2023), as
+// one text for two kinds of kernel, so that every sum has one owner and a fixed order. A block of 4 warps owns 64 rows, queries
+// or keys, and goes through the columns (keys, or queries) that they see, 32 at a time, the next ones on their way:
 //
 //            rows       columns     S = rows columns^T, dP likewise      sums
 //   queries  Q, dO      K, V        P = 2^(S - lse), dS = P (dP - delta)  dQ += dS K
@@ -130,7 +130,7 @@ __device__ __forceinline__ void add_sums(const Matrix& to, int b, int h, int row
 }
 
 // Grid: blocks of rows; heads and batch rows of q, or of dbias where those are fewer; of k.
-template <int kDimQk, int kDimV, Sums kSums, Terms kTerms>
+template <HalfType kHalf, int kDimQk, int kDimV, Sums kSums, Terms kTerms>
 __global__ void DATTN_LAUNCH_BOUNDS(kMmaThreads, 1) mma_backward(GradParams params) {
   constexpr bool kByKey = kSums != Sums::kQueries, kWithValues = kSums == Sums::kKeysAndValues || kSums == Sums::kValues;
   constexpr bool kWithDs = kSums != Sums::kValues;
@@ -174,11 +174,11 @@ __global__ void DATTN_LAUNCH_BOUNDS(kMmaThreads, 1) mma_backward(GradParams para
       unsigned char* const tile = buffers + buffer * kBuffer;
       unsigned char* const dp_tile = tile + kTileBytes<kDimQk, kGradStep>;
       GradFragments s, dp = {};
-      multiply_tiles<kDimQk>(s, row_tile, warp_row, tile);
-      if constexpr (kWithDs) multiply_tiles<kDimV>(dp, row_dp_tile, warp_row, dp_tile);
+      multiply_tiles<kHalf, kDimQk>(s, row_tile, warp_row, tile);
+      if constexpr (kWithDs) multiply_tiles<kHalf, kDimV>(dp, row_dp_tile, warp_row, dp_tile);
       finish_pairs<kSums, kTerms>(params, share, step, first_row, warp_row, s, dp);
-      if constexpr (kWithValues) accumulate_tiles<kDimV>(by_p, s, dp_tile);
-      if constexpr (kWithDs) accumulate_tiles<kDimQk>(by_ds, dp, tile);
+      if constexpr (kWithValues) accumulate_tiles<kHalf, kDimV>(by_p, s, dp_tile);
+      if constexpr (kWithDs) accumulate_tiles<kHalf, kDimQk>(by_ds, dp, tile);
       step = next;
     }
     const Share done = share_of<kByKey>(p, share);
@@ -191,35 +191,43 @@ __global__ void DATTN_LAUNCH_BOUNDS(kMmaThreads, 1) mma_backward(GradParams para
   }
 }
 
-template <int kDimQk, int kDimV, Sums kSums>
+template <HalfType kHalf, int kDimQk, int kDimV, Sums kSums>
 void launch_mma_backward(const GradParams& params, int heads, int batch, cudaStream_t stream) {
   const BlockTable& blocks = kSums == Sums::kQueries ? params.queries : params.keys;
   const dim3 grid(static_cast<unsigned>(blocks.count), static_cast<unsigned>(heads), static_cast<unsigned>(batch));
-  const auto start = [&](auto kernel) {
-    launch(kernel, grid, dim3(kMmaThreads), backward_shared_bytes<kDimQk, kDimV>(), stream, params);
-  };
+  constexpr std::size_t kBytes = backward_shared_bytes<kDimQk, kDimV>();
+  static_assert(kBytes <= kMostSharedBytes);
+  const auto start = [&](auto kernel) { launch(kernel, grid, dim3(kMmaThreads), kBytes, stream, params); };
   switch (terms_in(params.problem.terms)) {
-    case Terms::kNone: return start(&mma_backward<kDimQk, kDimV, kSums, Terms::kNone>);
-    case Terms::kScores: return start(&mma_backward<kDimQk, kDimV, kSums, Terms::kScores>);
-    case Terms::kAll: return start(&mma_backward<kDimQk, kDimV, kSums, Terms::kAll>);
+    case Terms::kNone: return start(&mma_backward<kHalf, kDimQk, kDimV, kSums, Terms::kNone>);
+    case Terms::kScores: return start(&mma_backward<kHalf, kDimQk, kDimV, kSums, Terms::kScores>);
+    case Terms::kAll: return start(&mma_backward<kHalf, kDimQk, kDimV, kSums, Terms::kAll>);
+  }
+}
+
+template <HalfType kHalf, int kDimQk, int kDimV>
+void launch_mma_backward(const GradParams& params, cudaStream_t stream) {
+  const AttendProblem& p = params.problem;
+  const Bias& dbias = params.dbias;
+  if (params.dq.data != nullptr || dbias.data != nullptr) {
+    launch_mma_backward<kHalf, kDimQk, kDimV, Sums::kQueries>(params, dbias.data != nullptr && dbias.head == 0 ? 1 : p.heads,
+                                                              dbias.data != nullptr && dbias.batch == 0 ? 1 : p.batch, stream);
+  }
+  if (params.dk.data == nullptr) return;
+  if constexpr (kDimQk + kDimV <= 256) {
+    launch_mma_backward<kHalf, kDimQk, kDimV, Sums::kKeysAndValues>(params, p.kv_heads, p.batch, stream);
+  } else {  // both sums have no room in registers
+    launch_mma_backward<kHalf, kDimQk, kDimV, Sums::kKeys>(params, p.kv_heads, p.batch, stream);
+    launch_mma_backward<kHalf, kDimQk, kDimV, Sums::kValues>(params, p.kv_heads, p.batch, stream);
   }
 }
 
 template <int kDimQk, int kDimV>
 void launch_mma_backward(const GradParams& params, cudaStream_t stream) {
-  const AttendProblem& p = params.problem;
-  const Bias& dbias = params.dbias;
-  if (params.dq.data != nullptr || dbias.data != nullptr) {
-    launch_mma_backward<kDimQk, kDimV, Sums::kQueries>(params, dbias.data != nullptr && dbias.head == 0 ? 1 : p.heads,
-                                                       dbias.data != nullptr && dbias.batch == 0 ? 1 : p.batch, stream);
-  }
-  if (params.dk.data == nullptr) return;
-  if constexpr (kDimQk + kDimV <= 256) {
-    launch_mma_backward<kDimQk, kDimV, Sums::kKeysAndValues>(params, p.kv_heads, p.batch, stream);
-  } else {  // both sums have no room in registers
-    launch_mma_backward<kDimQk, kDimV, Sums::kKeys>(params, p.kv_heads, p.batch, stream);
-    launch_mma_backward<kDimQk, kDimV, Sums::kValues>(params, p.kv_heads, p.batch, stream);
-  }
+  if (params.problem.storage == Storage::kF16)
+    launch_mma_backward<HalfType::kF16, kDimQk, kDimV>(params, stream);
+  else
+    launch_mma_backward<HalfType::kBF16, kDimQk, kDimV>(params, stream);
 }
 
 }  // namespace dattn::cuda

@@ -1,6 +1,6 @@
-// Forward pass in bf16 on tensor cores of compute capability 8.0 and above: FlashAttention-2 (Dao, 2023). A block of 4 warps
-// owns 64 kTiles query rows of one head and goes through its keys kStep at a time, S, P and O in registers, while the next keys
-// and values are on their way to the other one of two buffers.
+// Forward pass in bf16 and fp16 on tensor cores of compute capability 8.0 and above: FlashAttention-2 (Dao, 2023). A block of 4
+// warps owns 64 kTiles query rows of one head and goes through its keys kStep at a time, S, P and O in registers, while the
+// next keys and values are on their way to the other one of two buffers.
 #pragma once
 
 #include "core/attention/cuda/launchers.h"
@@ -111,8 +111,8 @@ __device__ __forceinline__ void drop(const AttendProblem& p, int row, int first_
 
 // Writes the rows' states, or merges them into what stands there.
 template <int kDimV, int kTiles>
-__device__ __forceinline__ void finish_rows(const AttendParams& params, int b, int h, int row, const Softmax<kTiles>& softmax,
-                                            const float (&out)[kTiles][kDimV / 8][4]) {
+__device__ __forceinline__ void finish_rows(const AttendParams& params, int b, int h, int block, int row,
+                                            const Softmax<kTiles>& softmax, const float (&out)[kTiles][kDimV / 8][4]) {
   const int lane = static_cast<int>(threadIdx.x) % 32;
 #pragma unroll
   for (int m = 0; m < kTiles; ++m) {
@@ -121,13 +121,13 @@ __device__ __forceinline__ void finish_rows(const AttendParams& params, int b, i
       const int query = row + m * kWarpTile + i * 8 + lane / 4;
       const float sum = row_sum(softmax.sum[m][i]);
       const bool inside = query < params.problem.seq_q;
-      float* lse = element_of<float>(params.lse, b, h, inside ? query : 0);
+      float* lse = element_of<float>(params.lse, b, h, inside ? query : 0) + block * params.share_lse;
       const Merge<float> merge =
           merge_of(softmax.top[m][i], sum, static_cast<float>(params.problem.terms.keep), params.merge, inside ? *lse : 0.0f);
       __syncwarp();  // all lanes have read it
       if (!inside) continue;
       if (lane % 4 == 0) *lse = merge.lse;
-      float* to = row_of<float>(params.out, b, query, h);
+      float* to = row_of<float>(params.out, b, query, h) + block * params.share_out;
 #pragma unroll
       for (int n = 0; n < kDimV / 8; ++n) {
 #pragma unroll
@@ -154,7 +154,7 @@ __device__ __forceinline__ void rescale_rows(const float (&rescale)[kTiles][2], 
   }
 }
 
-template <int kDimQk, int kDimV, int kTiles, int kStep, Terms kTerms>
+template <HalfType kHalf, int kDimQk, int kDimV, int kTiles, int kStep, Terms kTerms>
 __global__ void DATTN_LAUNCH_BOUNDS(kMmaThreads, 1) mma_forward(AttendParams params) {
   constexpr int kRows = kMmaWarps * kWarpTile * kTiles, kBuffer = kTileBytes<kDimQk + kDimV, kStep>;
   DATTN_SHARED_MEMORY(shared);
@@ -162,7 +162,8 @@ __global__ void DATTN_LAUNCH_BOUNDS(kMmaThreads, 1) mma_forward(AttendParams par
   unsigned char* const buffers = q_tile + kTileBytes<kDimQk, kRows>;  // two of K and V
   const AttendProblem& p = params.problem;
   const int row_block = params.blocks.order[blockIdx.x], h = static_cast<int>(blockIdx.y), b = static_cast<int>(blockIdx.z);
-  const int first_row = row_block * kRows, warp_row = static_cast<int>(threadIdx.x) / 32 * kWarpTile * kTiles;
+  const int first_row = first_row_of(params, row_block, kRows),
+            warp_row = static_cast<int>(threadIdx.x) / 32 * kWarpTile * kTiles;
   const int kv = kv_head_of(p, h);
   const HeadRows q(p.q, b, h, p.seq_q), k(p.k, b, kv, p.seq_kv), v(p.v, b, kv, p.seq_kv);
   // -inf times 0 would be NaN.
@@ -193,31 +194,40 @@ __global__ void DATTN_LAUNCH_BOUNDS(kMmaThreads, 1) mma_forward(AttendParams par
     if (!next.done()) copy_step(next.first(), buffer ^ 1);
     unsigned char* const k_tile = buffers + buffer * kBuffer;
     float s[kTiles][kStep / 8][4], rescale[kTiles][2];
-    multiply_tiles<kDimQk>(s, q_tile, warp_row, k_tile);
+    multiply_tiles<kHalf, kDimQk>(s, q_tile, warp_row, k_tile);
     finish_scores<kTerms>(params, step, warp_row, first_row, s);
     exponentiate(softmax, factor, s, rescale);
     if constexpr (kTerms == Terms::kAll) drop(p, first_row + warp_row, step.first(), s);
     rescale_rows(rescale, out);
-    accumulate_tiles<kDimV>(out, s, k_tile + kTileBytes<kDimQk, kStep>);
+    accumulate_tiles<kHalf, kDimV>(out, s, k_tile + kTileBytes<kDimQk, kStep>);
     step = next;
   }
-  finish_rows<kDimV>(params, static_cast<int>(blockIdx.z), static_cast<int>(blockIdx.y), first_row + warp_row, softmax, out);
+  finish_rows<kDimV>(params, static_cast<int>(blockIdx.z), static_cast<int>(blockIdx.y),
+                     params.blocks.order[opaque(static_cast<int>(blockIdx.x))], first_row + warp_row, softmax, out);
+}
+
+template <HalfType kHalf, int kDimQk, int kDimV, int kTiles, int kStep>
+void launch_mma_forward(const AttendParams& params, cudaStream_t stream) {
+  const AttendProblem& p = params.problem;
+  const dim3 grid(static_cast<unsigned>(params.blocks.count), static_cast<unsigned>(p.heads), static_cast<unsigned>(p.batch));
+  constexpr std::size_t kBytes = forward_shared_bytes<kDimQk, kDimV, kTiles, kStep>();
+  static_assert(kBytes <= kMostSharedBytes);
+  const auto start = [&](auto kernel) { launch(kernel, grid, dim3(kMmaThreads), kBytes, stream, params); };
+  Terms terms = terms_in(p.terms);
+  if (p.scale < 0 && terms == Terms::kNone) terms = Terms::kScores;  // maxima of products are not maxima of scores
+  switch (terms) {
+    case Terms::kNone: return start(&mma_forward<kHalf, kDimQk, kDimV, kTiles, kStep, Terms::kNone>);
+    case Terms::kScores: return start(&mma_forward<kHalf, kDimQk, kDimV, kTiles, kStep, Terms::kScores>);
+    case Terms::kAll: return start(&mma_forward<kHalf, kDimQk, kDimV, kTiles, kStep, Terms::kAll>);
+  }
 }
 
 template <int kDimQk, int kDimV, int kTiles, int kStep>
 void launch_mma_forward(const AttendParams& params, cudaStream_t stream) {
-  const AttendProblem& p = params.problem;
-  const dim3 grid(static_cast<unsigned>(params.blocks.count), static_cast<unsigned>(p.heads), static_cast<unsigned>(p.batch));
-  const auto start = [&](auto kernel) {
-    launch(kernel, grid, dim3(kMmaThreads), forward_shared_bytes<kDimQk, kDimV, kTiles, kStep>(), stream, params);
-  };
-  Terms terms = terms_in(p.terms);
-  if (p.scale < 0 && terms == Terms::kNone) terms = Terms::kScores;  // maxima of products are not maxima of scores
-  switch (terms) {
-    case Terms::kNone: return start(&mma_forward<kDimQk, kDimV, kTiles, kStep, Terms::kNone>);
-    case Terms::kScores: return start(&mma_forward<kDimQk, kDimV, kTiles, kStep, Terms::kScores>);
-    case Terms::kAll: return start(&mma_forward<kDimQk, kDimV, kTiles, kStep, Terms::kAll>);
-  }
+  if (params.problem.storage == Storage::kF16)
+    launch_mma_forward<HalfType::kF16, kDimQk, kDimV, kTiles, kStep>(params, stream);
+  else
+    launch_mma_forward<HalfType::kBF16, kDimQk, kDimV, kTiles, kStep>(params, stream);
 }
 
 }  // namespace dattn::cuda

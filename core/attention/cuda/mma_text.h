@@ -1,6 +1,6 @@
-// Tensor-core building blocks for bf16: tiles in shared memory, their fragments, products of a warp.
+// Tensor-core building blocks for bf16 and fp16: tiles in shared memory, their fragments, products of a warp.
 //
-// Tiles are [rows][kDim] bf16, kDim a multiple of 64. The 16-byte chunk c of row r lies at place c ^ (r % 8) of its group of
+// Tiles are [rows][kDim] halves, kDim a multiple of 64. The 16-byte chunk c of row r lies at place c ^ (r % 8) of its group of
 // 8, so that the 8 rows of one ldmatrix matrix lie in different banks. Fragments: core/device/cuda/ptx.h.
 #pragma once
 
@@ -10,7 +10,8 @@ namespace dattn::cuda {
 
 inline constexpr int kMmaThreads = 128;
 inline constexpr int kMmaWarps = kMmaThreads / 32;
-inline constexpr int kWarpTile = 16;  // rows of one mma
+inline constexpr int kWarpTile = 16;                         // rows of one mma
+inline constexpr std::size_t kMostSharedBytes = 163 * 1024;  // of a block on compute capability 8.0; later ones have more
 
 template <int kDim, int kRows>
 inline constexpr int kTileBytes = kRows* kDim * 2;
@@ -55,7 +56,7 @@ __device__ __forceinline__ bool bit_of(std::uint32_t bits, int fragment, int j) 
   return (bits >> (fragment % 4 * 8 + j) & 1) != 0;
 }
 
-// Rows of one head of a matrix [B, S, H, D] of bf16, rows and D aligned to 16 bytes.
+// Rows of one head of a matrix [B, S, H, D] of halves, rows and D aligned to 16 bytes.
 struct HeadRows {
   const std::uint16_t* data;
   std::int64_t stride;
@@ -101,15 +102,16 @@ __device__ __forceinline__ void load_b(std::uint32_t (&b)[4], unsigned char* til
   ldmatrix_x4_trans(b, place_at<kDim>(tile, place_of<kDim>(lane % 16, lane / 16), row, n));
 }
 
+template <HalfType kHalf>
 __device__ __forceinline__ void mma_both(float (&c0)[4], float (&c1)[4], const std::uint32_t (&a)[4],
                                          const std::uint32_t (&b)[4]) {
   const std::uint32_t first[2] = {b[0], b[1]}, second[2] = {b[2], b[3]};
-  mma_bf16(c0, a, first);
-  mma_bf16(c1, a, second);
+  mma_half<kHalf>(c0, a, first);
+  mma_half<kHalf>(c1, a, second);
 }
 
 // c [kTiles * 16 rows][8 kColumns columns] = rows of tile `a` times the transposed first 8 kColumns rows of tile `b`.
-template <int kDim, int kTiles, int kColumns>
+template <HalfType kHalf, int kDim, int kTiles, int kColumns>
 __device__ __forceinline__ void multiply_tiles(float (&c)[kTiles][kColumns][4], unsigned char* a, int row, unsigned char* b) {
   const int lane = opaque(static_cast<int>(threadIdx.x) % 32);
 #pragma unroll
@@ -127,13 +129,13 @@ __device__ __forceinline__ void multiply_tiles(float (&c)[kTiles][kColumns][4], 
       std::uint32_t right[4];
       load_b_transposed<kDim>(right, b, lane, n * 8, k);
 #pragma unroll
-      for (int m = 0; m < kTiles; ++m) mma_both(c[m][n], c[m][n + 1], left[m], right);
+      for (int m = 0; m < kTiles; ++m) mma_both<kHalf>(c[m][n], c[m][n + 1], left[m], right);
     }
   }
 }
 
-// c [kTiles * 16 rows][kDim] += weights, rounded to bf16, times the first 8 kColumns rows of tile `b`.
-template <int kDim, int kTiles, int kColumns>
+// c [kTiles * 16 rows][kDim] += weights, rounded to halves, times the first 8 kColumns rows of tile `b`.
+template <HalfType kHalf, int kDim, int kTiles, int kColumns>
 __device__ __forceinline__ void accumulate_tiles(float (&c)[kTiles][kDim / 8][4], const float (&weights)[kTiles][kColumns][4],
                                                  unsigned char* b) {
   const int lane = opaque(static_cast<int>(threadIdx.x) % 32);
@@ -144,17 +146,17 @@ __device__ __forceinline__ void accumulate_tiles(float (&c)[kTiles][kDim / 8][4]
     for (int m = 0; m < kTiles; ++m) {
       const float(&w0)[4] = weights[m][2 * k];
       const float(&w1)[4] = weights[m][2 * k + 1];
-      left[m][0] = pack_bf16(w0[0], w0[1]);
-      left[m][1] = pack_bf16(w0[2], w0[3]);
-      left[m][2] = pack_bf16(w1[0], w1[1]);
-      left[m][3] = pack_bf16(w1[2], w1[3]);
+      left[m][0] = pack_halves<kHalf>(w0[0], w0[1]);
+      left[m][1] = pack_halves<kHalf>(w0[2], w0[3]);
+      left[m][2] = pack_halves<kHalf>(w1[0], w1[1]);
+      left[m][3] = pack_halves<kHalf>(w1[2], w1[3]);
     }
 #pragma unroll
     for (int n = 0; n < kDim / 16; ++n) {
       std::uint32_t right[4];
       load_b<kDim>(right, b, lane, k * 16, n);
 #pragma unroll
-      for (int m = 0; m < kTiles; ++m) mma_both(c[m][2 * n], c[m][2 * n + 1], left[m], right);
+      for (int m = 0; m < kTiles; ++m) mma_both<kHalf>(c[m][2 * n], c[m][2 * n + 1], left[m], right);
     }
   }
 }

@@ -9,7 +9,7 @@
 
 namespace dattn::cuda {
 
-enum class Storage : std::uint8_t { kF32, kBF16, kF64 };
+enum class Storage : std::uint8_t { kF32, kBF16, kF16, kF64 };
 
 // [B, S, H, D], last axis contiguous.
 struct Matrix {
@@ -68,6 +68,18 @@ struct AttendParams {
   Matrix out;
   Statistic lse;
   bool merge;
+  // Elements of out and lse from the state of one block of the list to the next, where all of them are of the same rows, from
+  // 0 on, and see a share of the keys each. 0: blocks of rows, one after the other.
+  std::int64_t share_out, share_lse;
+};
+
+// States of the same rows by shares of the keys, to be merged in ascending order.
+struct SharesParams {
+  Matrix shares, out;
+  Statistic shares_lse, lse;
+  std::int64_t share_out, share_lse;
+  std::int32_t count, batch, seq_q, heads;
+  bool fp64, merge;  // merge: into what stands in out and lse, too
 };
 
 struct GradParams {

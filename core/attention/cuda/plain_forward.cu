@@ -13,7 +13,7 @@ __global__ void DATTN_LAUNCH_BOUNDS(kPlainThreads, 1) plain_forward(AttendParams
   const AttendProblem& p = params.problem;
   const int row_block = params.blocks.order[blockIdx.x], h = static_cast<int>(blockIdx.y), b = static_cast<int>(blockIdx.z);
   const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
-  const int kv = kv_head_of(p, h), first_row = row_block * kPlainRows, warp_row = warp * kWarpRows;
+  const int kv = kv_head_of(p, h), first_row = first_row_of(params, row_block, kPlainRows), warp_row = warp * kWarpRows;
   const Operand<T> q = operand_of<T>(p.q, b, h, p.seq_q), k = operand_of<T>(p.k, b, kv, p.seq_kv),
                    v = operand_of<T>(p.v, b, kv, p.seq_kv);
   const HeadTerms<Sum> head(p, b, h);
@@ -61,11 +61,11 @@ __global__ void DATTN_LAUNCH_BOUNDS(kPlainThreads, 1) plain_forward(AttendParams
   for (int i = 0; i < kWarpRows; ++i) {
     const int row = first_row + warp_row + i;
     if (row >= p.seq_q) break;
-    Sum* lse = element_of<Sum>(params.lse, b, h, row);
+    Sum* lse = element_of<Sum>(params.lse, b, h, row) + row_block * params.share_lse;
     const Merge<Sum> merge = merge_of(top[i], sum[i], static_cast<Sum>(p.terms.keep), params.merge, *lse);
     __syncwarp();  // all lanes have read it
     if (lane == 0) *lse = merge.lse;
-    Sum* to = row_of<Sum>(params.out, b, row, h);
+    Sum* to = row_of<Sum>(params.out, b, row, h) + row_block * params.share_out;
 #pragma unroll
     for (int c = 0; c < kChunks; ++c) {
       const int d = lane + 32 * c;

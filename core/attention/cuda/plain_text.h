@@ -133,7 +133,8 @@ void with_chunks(int dim, const F& f) {
 template <class F>
 void with_storage(Storage storage, const F& f) {
   switch (storage) {
-    case Storage::kBF16: return f(std::uint16_t{});
+    case Storage::kBF16: return f(BFloat16{});
+    case Storage::kF16: return f(Float16{});
     case Storage::kF64: return f(double{});
     default: return f(float{});
   }

@@ -5,9 +5,10 @@
 namespace dattn::cudnn {
 namespace {
 
+template <class T>
 struct Project {
-  const BFloat16* dout;
-  BFloat16* out;
+  const T* dout;
+  T* out;
   const float* delta;
   std::int64_t seq, heads, dim;
   std::int64_t b, s, h;                    // strides of dout and out
@@ -36,10 +37,12 @@ struct Project {
 
 void project(const TensorView& dout, const TensorView& delta, const TensorView& out, NativeStream stream) {
   const std::int64_t rows = dout.size(0) * dout.size(1) * dout.size(2);
-  cuda::for_each_row(
-      rows, stream,
-      Project{dout.ptr<BFloat16>(), out.ptr<BFloat16>(), delta.ptr<float>(), dout.size(1), dout.size(2), dout.size(3),
-              dout.stride(0), dout.stride(1), dout.stride(2), delta.stride(0), delta.stride(1), delta.stride(2)});
+  cuda::with_number(dout.dtype, [&]<class T>(T) {
+    cuda::for_each_row(
+        rows, stream,
+        Project<T>{dout.ptr<T>(), out.ptr<T>(), delta.ptr<float>(), dout.size(1), dout.size(2), dout.size(3), dout.stride(0),
+                   dout.stride(1), dout.stride(2), delta.stride(0), delta.stride(1), delta.stride(2)});
+  });
 }
 
 }  // namespace dattn::cudnn

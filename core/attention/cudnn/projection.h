@@ -4,15 +4,15 @@
 //
 //   out' = delta * dout / |dout|^2,   sum of dout * out' = delta,   |out'| <= |out|
 //
-// All terms of that sum have delta's sign, so that rounding out' to bf16 changes delta by no more than 2^-9 of itself, where
-// rounding out changes it by up to 2^-9 |dout| |out|.
+// All terms of that sum have delta's sign, so that rounding out' to bf16 (fp16) changes delta by no more than 2^-9 (2^-12) of
+// itself, where rounding out changes it by up to as much of |dout| |out|.
 #pragma once
 
 #include "core/device/cuda_module.h"
 
 namespace dattn::cudnn {
 
-// out [B, S, H, V] and dout, bf16, equal strides; delta [B, H, S], fp32.
+// out [B, S, H, V] and dout, bf16 or fp16, equal strides; delta [B, H, S], fp32.
 void project(const TensorView& dout, const TensorView& delta, const TensorView& out, NativeStream stream);
 
 }  // namespace dattn::cudnn

@@ -3,21 +3,26 @@
 
 #include "core/base/dtype.h"
 #include "core/device/cuda/language.h"
+#include "core/device/cuda/ptx.h"
 
 namespace dattn::cuda {
 
 __device__ __forceinline__ float load(float x) { return x; }
 __device__ __forceinline__ float load(BFloat16 x) { return static_cast<float>(x); }
+__device__ __forceinline__ float load(Float16 x) { return widen_f16(x.bits); }
 __device__ __forceinline__ void store(float& place, float x) { place = x; }
 __device__ __forceinline__ void store(BFloat16& place, float x) { place = BFloat16(x); }
 
-// Calls f with a value-initialised object of the C++ type that `type` stands for: fp32 or bf16.
+__device__ __forceinline__ void store(Float16& place, float x) { place.bits = round_f16(x); }
+
+// Calls f with a value-initialised object of the C++ type that `type` stands for: fp32, bf16 or fp16.
 template <class F>
 void with_number(DType type, const F& f) {
-  if (type == DType::kBF16)
-    f(BFloat16{});
-  else
-    f(float{});
+  switch (type) {
+    case DType::kBF16: return f(BFloat16{});
+    case DType::kF16: return f(Float16{});
+    default: return f(float{});
+  }
 }
 
 }  // namespace dattn::cuda

@@ -1,6 +1,6 @@
 // The machine instructions that kernels use beside CUDA C++, for compute capability 8.0 and above. Fragments of matrices lie
 // over the 32 threads of a warp as in the PTX manual's "Matrix Fragments for mma.m16n8k16" (g = lane / 4, t = lane % 4):
-//   a [16 x 16]: a[0] = (g, 2t..), a[1] = (g + 8, 2t..), a[2] = (g, 2t + 8..), a[3] = (g + 8, 2t + 8..), two bf16 a register
+//   a [16 x 16]: a[0] = (g, 2t..), a[1] = (g + 8, 2t..), a[2] = (g, 2t + 8..), a[3] = (g + 8, 2t + 8..), two halves a register
 //   b [16 x 8]:  b[0] = (2t.., g), b[1] = (2t + 8.., g)
 //   c [16 x 8]:  c[0] = (g, 2t), c[1] = (g, 2t + 1), c[2] = (g + 8, 2t), c[3] = (g + 8, 2t + 1)
 #pragma once
@@ -15,11 +15,21 @@ __device__ __forceinline__ std::uint32_t shared_address(const void* pointer) {
   return static_cast<std::uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
-// c += a b, bf16 with fp32 sums.
-__device__ __forceinline__ void mma_bf16(float (&c)[4], const std::uint32_t (&a)[4], const std::uint32_t (&b)[2]) {
-  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};\n"
-               : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+// Numbers of 16 bits that tensor cores multiply.
+enum class HalfType : std::uint8_t { kBF16, kF16 };
+
+// c += a b, halves with fp32 sums.
+template <HalfType kHalf>
+__device__ __forceinline__ void mma_half(float (&c)[4], const std::uint32_t (&a)[4], const std::uint32_t (&b)[2]) {
+  if constexpr (kHalf == HalfType::kBF16) {
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};\n"
+                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+  } else {
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};\n"
+                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+  }
 }
 
 // Four 8 x 8 matrices of 16-bit numbers: lane i gives the address of row i % 8 of matrix i / 8 (16 bytes, aligned); register m
@@ -45,11 +55,27 @@ __device__ __forceinline__ void cp_async_wait() {  // until at most kPending gro
   asm volatile("cp.async.wait_group %0;\n" ::"n"(kPending));
 }
 
-// Two fp32 rounded to nearest even bf16; `low` in the lower half.
-__device__ __forceinline__ std::uint32_t pack_bf16(float low, float high) {
+// Two fp32 rounded to nearest even halves; `low` in the lower one.
+template <HalfType kHalf>
+__device__ __forceinline__ std::uint32_t pack_halves(float low, float high) {
   std::uint32_t packed;
-  asm("cvt.rn.bf16x2.f32 %0, %1, %2;\n" : "=r"(packed) : "f"(high), "f"(low));
+  if constexpr (kHalf == HalfType::kBF16)
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;\n" : "=r"(packed) : "f"(high), "f"(low));
+  else
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;\n" : "=r"(packed) : "f"(high), "f"(low));
   return packed;
+}
+
+// fp16, by its bits.
+__device__ __forceinline__ float widen_f16(std::uint16_t bits) {
+  float wide;
+  asm("cvt.f32.f16 %0, %1;\n" : "=f"(wide) : "h"(bits));
+  return wide;
+}
+__device__ __forceinline__ std::uint16_t round_f16(float x) {
+  std::uint16_t bits;
+  asm("cvt.rn.f16.f32 %0, %1;\n" : "=h"(bits) : "f"(x));
+  return bits;
 }
 
 // x, about which the compiler knows nothing more: what is computed from it is not moved out of loops, where it would take

@@ -61,7 +61,13 @@ void check_status(cublasStatus_t status, const char* call) {
     fail(ErrorCode::kSystem, "{} failed with cuBLAS status {}", call, static_cast<int>(status));
 }
 
-cudaDataType_t type_of(DType type) { return type == DType::kBF16 ? CUDA_R_16BF : CUDA_R_32F; }
+cudaDataType_t type_of(DType type) {
+  switch (type) {
+    case DType::kBF16: return CUDA_R_16BF;
+    case DType::kF16: return CUDA_R_16F;
+    default: return CUDA_R_32F;
+  }
+}
 
 // One matrix as a column-major operand: rows x columns with a leading dimension, to be transposed or not.
 struct Operand {
@@ -97,9 +103,9 @@ class LtLibrary {
  public:
   explicit LtLibrary(const Functions& call) : call_(call) { check_status(call.cublasLtCreate(&handle_), "cublasLtCreate"); }
 
-  bool run(const TensorView& a, const TensorView& b, const TensorView& c, const float* bias, bool accumulate,
+  bool run(const TensorView& a, const TensorView& b, const TensorView& c, const float* bias, bool accumulate, bool tf32,
            NativeStream stream) {
-    Prepared ready = find(a, b, c, bias != nullptr);
+    Prepared ready = find(a, b, c, bias != nullptr, tf32);
     if (!ready.found) return false;
     if (bias != nullptr) set(ready.product, CUBLASLT_MATMUL_DESC_BIAS_POINTER, bias);
     const float one = 1.0f, kept = accumulate ? 1.0f : 0.0f;
@@ -121,20 +127,21 @@ class LtLibrary {
   }
 
   // By thread, because the pointer to the bias is written into what is prepared.
-  Prepared find(const TensorView& a, const TensorView& b, const TensorView& c, bool biased) {
+  Prepared find(const TensorView& a, const TensorView& b, const TensorView& c, bool biased, bool tf32) {
     thread_local std::map<Key, Prepared> prepared;
     const Operand left = transposed_operand(b), right = transposed_operand(a);
-    const int kinds = static_cast<int>(a.dtype) | static_cast<int>(c.dtype) << 2 | biased << 4 | (left.op == CUBLAS_OP_T) << 5 |
-                      (right.op == CUBLAS_OP_T) << 6;
+    const int kinds = static_cast<int>(a.dtype) | static_cast<int>(c.dtype) << 3 | biased << 6 | (left.op == CUBLAS_OP_T) << 7 |
+                      (right.op == CUBLAS_OP_T) << 8 | tf32 << 9;
     const Key key{a.device.index, a.size(0), a.size(1), b.size(1), left.leading, right.leading, c.stride(0), kinds};
     const auto known = prepared.find(key);
     if (known != prepared.end()) return known->second;
-    return prepared.emplace(key, prepare(left, right, a.dtype, c, biased)).first->second;
+    return prepared.emplace(key, prepare(left, right, a.dtype, c, biased, tf32)).first->second;
   }
 
-  Prepared prepare(const Operand& left, const Operand& right, DType type, const TensorView& c, bool biased) {
+  Prepared prepare(const Operand& left, const Operand& right, DType type, const TensorView& c, bool biased, bool tf32) {
     Prepared made;
-    check_status(call_.cublasLtMatmulDescCreate(&made.product, CUBLAS_COMPUTE_32F, CUDA_R_32F), "cublasLtMatmulDescCreate");
+    const cublasComputeType_t compute = tf32 && type == DType::kF32 ? CUBLAS_COMPUTE_32F_FAST_TF32 : CUBLAS_COMPUTE_32F;
+    check_status(call_.cublasLtMatmulDescCreate(&made.product, compute, CUDA_R_32F), "cublasLtMatmulDescCreate");
     set(made.product, CUBLASLT_MATMUL_DESC_TRANSA, left.op);
     set(made.product, CUBLASLT_MATMUL_DESC_TRANSB, right.op);
     if (biased) {
@@ -172,10 +179,10 @@ LtLibrary& library() {
 
 }  // namespace
 
-void matmul(const TensorView& a, const TensorView& b, const TensorView& c, const float* bias, bool accumulate,
+void matmul(const TensorView& a, const TensorView& b, const TensorView& c, const float* bias, bool accumulate, bool tf32,
             NativeStream stream) {
-  if (a.size(1) > 0 && loaded_once().ok && library().run(a, b, c, bias, accumulate, stream)) return;
-  plain_matmul(a, b, c, bias, accumulate, stream);
+  if (a.size(1) > 0 && loaded_once().ok && library().run(a, b, c, bias, accumulate, tf32, stream)) return;
+  plain_matmul(a, b, c, bias, accumulate, tf32, stream);
 }
 
 std::string matmul_library() { return loaded_once().ok ? loaded_once().text : "plain kernel: " + loaded_once().text; }

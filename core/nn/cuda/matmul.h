@@ -9,7 +9,7 @@
 namespace dattn::cuda {
 
 // See CudaNn::matmul (core/nn/cuda_nn.h).
-void matmul(const TensorView& a, const TensorView& b, const TensorView& c, const float* bias, bool accumulate,
+void matmul(const TensorView& a, const TensorView& b, const TensorView& c, const float* bias, bool accumulate, bool tf32,
             NativeStream stream);
 std::string matmul_library();  // path and version, for doctor; or that there is none, and why
 

@@ -4,9 +4,9 @@
 
 namespace dattn::cuda {
 
-void matmul(const TensorView& a, const TensorView& b, const TensorView& c, const float* bias, bool accumulate,
+void matmul(const TensorView& a, const TensorView& b, const TensorView& c, const float* bias, bool accumulate, bool tf32,
             NativeStream stream) {
-  plain_matmul(a, b, c, bias, accumulate, stream);
+  plain_matmul(a, b, c, bias, accumulate, tf32, stream);
 }
 
 std::string matmul_library() { return "plain kernel: built without cuBLASLt's headers"; }

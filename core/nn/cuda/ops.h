@@ -8,7 +8,7 @@ namespace dattn::cuda {
 
 extern const CudaNn kNnTable;
 
-void plain_matmul(const TensorView& a, const TensorView& b, const TensorView& c, const float* bias, bool accumulate,
+void plain_matmul(const TensorView& a, const TensorView& b, const TensorView& c, const float* bias, bool accumulate, bool tf32,
                   NativeStream stream);
 void column_sums(const TensorView& x, const TensorView& sums, NativeStream stream);
 void gelu(const TensorView& u, const TensorView& a, NativeStream stream);

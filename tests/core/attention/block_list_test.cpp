@@ -124,5 +124,31 @@ TEST(BlockList, StairsCostWhatIsVisible) {
   EXPECT_EQ(make_block_list(make_tiles(narrow, sparse, all), 64, 64, false).pieces.size(), 64u);
 }
 
+// Shares of a few rows' columns: the same blocks in the same order, none longer than asked.
+TEST(BlockList, SharesHoldTheBlocksOfTheirList) {
+  for (const Mask& mask :
+       {Mask::full(), Mask::causal_bottom_right(), Mask::window(900, 0), Mask::blocks(50, {{0, 1}, {0, 7}, {0, 29}})}) {
+    const BlockList list = make_block_list(testing::tiles_of(mask, 5, 1500), 5, 64, false);
+    for (const std::int32_t columns : {1, 3, 8, 100}) {
+      const BlockList cut = cut_into_shares(list, columns);
+      EXPECT_EQ(cut.blocks(), (column_blocks(list) + columns - 1) / columns);
+      EXPECT_EQ(cut.masks, list.masks);
+      std::vector<std::pair<std::int32_t, std::int32_t>> wanted, got;  // block and mask
+      const auto each = [](const BlockPiece& piece, auto& blocks) {
+        for (std::int32_t block = piece.begin; block < piece.end; ++block) blocks.emplace_back(block, piece.mask);
+      };
+      for (const BlockPiece& piece : list.pieces) each(piece, wanted);
+      for (int share = 0; share < cut.blocks(); ++share) {
+        const auto at = static_cast<std::size_t>(share);
+        const std::size_t before = got.size();
+        for (auto i = cut.offsets[at]; i < cut.offsets[at + 1]; ++i) each(cut.pieces[static_cast<std::size_t>(i)], got);
+        EXPECT_GT(got.size(), before);
+        EXPECT_LE(got.size(), before + static_cast<std::size_t>(columns));
+      }
+      EXPECT_EQ(got, wanted) << columns;
+    }
+  }
+}
+
 }  // namespace
 }  // namespace dattn

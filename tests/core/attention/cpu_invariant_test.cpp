@@ -49,7 +49,7 @@ std::vector<Positions> shards() {
 
 TEST_P(CpuInvariant, RowsHaveTheSameBitsInEveryShard) {
   for (const InvariantCase& c : cases()) {
-    for (const DType storage : {DType::kF32, DType::kBF16}) rows_here().expect_same(c, storage, shards());
+    for (const DType storage : {DType::kF32, DType::kBF16, DType::kF16}) rows_here().expect_same(c, storage, shards());
   }
 }
 
@@ -69,7 +69,7 @@ TEST_P(CpuInvariant, ThreadsDoNotChangeABit) {
 }
 
 TEST_P(CpuInvariant, HeadsOfAGroupAddUpOneByOne) {
-  for (const DType storage : {DType::kF32, DType::kBF16}) {
+  for (const DType storage : {DType::kF32, DType::kBF16, DType::kF16}) {
     rows_here().expect_heads_add_up(make_case("heads", Mask::causal()), storage);
   }
 }

@@ -115,7 +115,7 @@ Tensor spread(const Tensor& from, TensorView& view) {
 }
 
 TEST_P(CpuKernel, StridedViews) {
-  for (const DType storage : {DType::kF32, DType::kBF16}) {
+  for (const DType storage : {DType::kF32, DType::kBF16, DType::kF16}) {
     Problem p = make_problem(100, 77, 3, 3, 20, 36, Mask::window(40, 2));
     p.batch = 2;
     const Inputs inputs = random_inputs(p, storage);
@@ -178,7 +178,7 @@ TEST_P(CpuKernel, MergesPiecesOfTheKeys) {
 }
 
 TEST_P(CpuKernel, ThreadsDoNotChangeABit) {
-  for (const DType storage : {DType::kF32, DType::kBF16}) {
+  for (const DType storage : {DType::kF32, DType::kBF16, DType::kF16}) {
     for (const std::int64_t seq : {2, 700}) {
       Problem p = make_problem(seq, 2100, 2, 1, 32, 32, Mask::full());
       const Inputs inputs = random_inputs(p, storage);

@@ -105,7 +105,7 @@ TEST_P(CpuTerms, DropoutDropsTheReferencesPairsAndKeepsLse) {
 }
 
 TEST_P(CpuTerms, ThreadsDoNotChangeABit) {
-  for (const DType storage : {DType::kF32, DType::kBF16}) {
+  for (const DType storage : {DType::kF32, DType::kBF16, DType::kF16}) {
     for (const Shape& bias : {Shape{1, 400, 1, 450}, Shape{2, 400, 1, 450}, Shape{1, 400, 6, 450}, Shape{2, 400, 6, 450}}) {
       Problem p = make_problem(400, 450, 6, 3, 16, 16, Mask::full());
       p.batch = 2;

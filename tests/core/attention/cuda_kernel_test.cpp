@@ -13,8 +13,9 @@ TEST_F(CudaKernel, Dims) {
                                                         {128, 8}, {192, 128}, {256, 256}, {17, 100}, {200, 16}};
   for (const auto& [dim_qk, dim_v] : dims) {
     check_cuda(make_problem(70, 131, 1, 1, dim_qk, dim_v, Mask::full()), fmt::format("full {}x{}", dim_qk, dim_v));
-    check_cuda(make_problem(131, 131, 1, 1, dim_qk, dim_v, Mask::causal()), DType::kBF16,
-               fmt::format("causal {}x{}", dim_qk, dim_v));
+    for (const DType storage : {DType::kBF16, DType::kF16})
+      check_cuda(make_problem(131, 131, 1, 1, dim_qk, dim_v, Mask::causal()), storage,
+                 fmt::format("causal {}x{}", dim_qk, dim_v));
   }
 }
 
@@ -73,10 +74,10 @@ TEST_F(CudaKernel, HugeScoresAndOddScales) {
   // The last keys have by far the largest scores.
   for (std::int64_t i = inputs.k->elements() - 64; i < inputs.k->elements(); ++i) inputs.k.ptr<double>()[i] *= 16;
   const Results wanted = run_kernel(reference_kernel(), p, inputs, DType::kF64);
-  for (const DType storage : {DType::kF32, DType::kBF16}) {
+  for (const DType storage : {DType::kF32, DType::kBF16, DType::kF16}) {
     const Results got = run_cuda(p, inputs, storage);
     EXPECT_LE(relative_error(got.lse, wanted.lse), kFp32Tolerance);
-    EXPECT_LE(relative_error(got.out, wanted.out), storage == DType::kF32 ? 1e-4 : 1.5 * kBf16Rounding);
+    EXPECT_LE(relative_error(got.out, wanted.out), storage == DType::kF32 ? 1e-4 : cuda_tolerance(storage));
   }
   p.magnitude = 1.0f;
   for (const double scale : {-0.3, 1e-30, 1e-60, 0.7}) {  // 1e-60 is 0 in fp32
@@ -88,7 +89,7 @@ TEST_F(CudaKernel, HugeScoresAndOddScales) {
 TEST_F(CudaKernel, RowsThatSeeNothing) {
   Problem p = make_problem(200, 200, 1, 1, 16, 16, Mask::full());
   p.tiles = {{{{10, 20}, {30, 150}}}, {{{100, 190}, {100, 200}, -kUnbounded, 0}}};
-  for (const DType storage : {DType::kF32, DType::kBF16}) {
+  for (const DType storage : {DType::kF32, DType::kBF16, DType::kF16}) {
     const Results r = run_cuda(p, random_inputs(p, storage), storage);
     for (const std::int64_t row : {0, 9, 20, 99, 190, 199}) {
       EXPECT_EQ(r.lse->at<float>(0, 0, row), -std::numeric_limits<float>::infinity());
@@ -119,7 +120,7 @@ TEST_F(CudaKernel, NaNIsNotSwallowed) {
   const Problem p = make_problem(40, 100, 1, 1, 32, 32, Mask::full());
   const Inputs inputs = random_inputs(p, DType::kF32);
   inputs.q.ptr<double>()[7 * 32] = std::nan("");
-  for (const DType storage : {DType::kF32, DType::kBF16}) {
+  for (const DType storage : {DType::kF32, DType::kBF16, DType::kF16}) {
     const Results r = run_cuda(p, inputs, storage);
     EXPECT_TRUE(std::isnan(r.out->at<float>(0, 7, 0, 3)));
     EXPECT_FALSE(std::isnan(r.out->at<float>(0, 6, 0, 3)));
@@ -137,7 +138,7 @@ Tensor spread(const Tensor& from, std::int64_t padding, TensorView& view) {
 
 TEST_F(CudaKernel, StridedViews) {
   for (const auto& [storage, padding] :
-       {std::pair<DType, std::int64_t>{DType::kF32, 3}, {DType::kBF16, 8}, {DType::kBF16, 3}}) {
+       {std::pair<DType, std::int64_t>{DType::kF32, 3}, {DType::kBF16, 8}, {DType::kBF16, 3}, {DType::kF16, 8}}) {
     Problem p = make_problem(80, 77, 2, 2, 24, 40, Mask::window(40, 2));
     p.batch = 2;
     const Inputs inputs = random_inputs(p, storage);
@@ -170,7 +171,7 @@ TEST_F(CudaKernel, StridedViews) {
 
 // Attending to a random partition of the keys, piece by piece, is attending to all of them.
 TEST_F(CudaKernel, MergesPiecesOfTheKeys) {
-  for (const DType storage : {DType::kF32, DType::kBF16}) {
+  for (const DType storage : {DType::kF32, DType::kBF16, DType::kF16}) {
     Problem p = make_problem(90, 201, 2, 1, 16, 24, Mask::full());
     p.tiles = tiles_of(Mask::window(100, 50), 90, 201);
     const Inputs inputs = random_inputs(p, DType::kBF16);
@@ -203,15 +204,15 @@ TEST_F(CudaKernel, MergesPiecesOfTheKeys) {
                                  got.lse, delta, got.dq, got.dk->slice(1, begin, count), got.dv->slice(1, begin, count)});
     });
     const auto bring = [](const Tensor& tensor) { return to_device(tensor, {}); };
-    expect_close({bring(got.out), bring(got.lse), bring(got.dq), bring(got.dk), bring(got.dv)}, wanted,
-                 storage == DType::kF32 ? kFp32Tolerance : 1.5 * kBf16Rounding, "6 pieces");
+    expect_close({bring(got.out), bring(got.lse), bring(got.dq), bring(got.dk), bring(got.dv)}, wanted, cuda_tolerance(storage),
+                 "6 pieces");
   }
 }
 
 // What is not wanted is not touched, and the rest has the same bits.
 TEST_F(CudaKernel, GradientsOfOneSideAlone) {
   for (const auto& [storage, dim] :
-       {std::pair<DType, std::int64_t>{DType::kF32, 16}, {DType::kBF16, 16}, {DType::kBF16, 256}}) {
+       {std::pair<DType, std::int64_t>{DType::kF32, 16}, {DType::kBF16, 16}, {DType::kBF16, 256}, {DType::kF16, 256}}) {
     const Problem p = make_problem(70, 90, 2, 1, dim, dim, Mask::causal());
     const Inputs inputs = random_inputs(p, storage);
     const Results both = run_cuda(p, inputs, storage);

@@ -107,8 +107,9 @@ TEST_F(CudaState, Deltas) {
   struct Types {
     DType dout, out;
   };
-  for (const auto& [grad_type, out_type] : {Types{DType::kF32, DType::kF32}, Types{DType::kBF16, DType::kBF16},
-                                            Types{DType::kBF16, DType::kF32}, Types{DType::kF64, DType::kF64}}) {
+  for (const auto& [grad_type, out_type] :
+       {Types{DType::kF32, DType::kF32}, Types{DType::kBF16, DType::kBF16}, Types{DType::kBF16, DType::kF32},
+        Types{DType::kF16, DType::kF16}, Types{DType::kF64, DType::kF64}}) {
     const Shape shape{kBatch, kHeads, kSeq, kDim};
     const Tensor dout = random_tensor(grad_type, shape, 1), out = random_tensor(out_type, shape, 2);
     const Tensor delta(accumulate_type(grad_type), {kBatch, kHeads, kSeq});

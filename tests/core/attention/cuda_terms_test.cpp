@@ -79,9 +79,9 @@ TEST_F(CudaTerms, BiasOfMinusInfinityHides) {
       inputs.bias->at<double>(0, row, 0, key) = -std::numeric_limits<double>::infinity();
   }
   const Results wanted = run_kernel(reference_kernel(), p, inputs, DType::kF64);
-  for (const DType storage : {DType::kF32, DType::kBF16}) {
+  for (const DType storage : {DType::kF32, DType::kBF16, DType::kF16}) {
     const Results got = run_cuda(p, inputs, storage);
-    expect_close(got, wanted, storage == DType::kF32 ? kFp32Tolerance : 1.5 * kBf16Rounding, "hidden by bias");
+    expect_close(got, wanted, cuda_tolerance(storage), "hidden by bias");
     EXPECT_EQ(got.lse->at<float>(0, 0, 0), -std::numeric_limits<float>::infinity());
   }
 }
@@ -90,7 +90,7 @@ TEST_F(CudaTerms, BiasOfMinusInfinityHides) {
 TEST_F(CudaTerms, DropoutDropsTheReferencesPairsAndKeepsLse) {
   for (const std::int64_t step : {1, 5}) {
     for (const std::int64_t shift : {0, 1, 2, 3}) {
-      for (const DType storage : {DType::kF32, DType::kBF16}) {
+      for (const DType storage : {DType::kF32, DType::kBF16, DType::kF16}) {
         Problem p = placed(Mask::full(), Positions({{7, 20, step}}), Positions({{shift, 64, step}}), 400, 8, 64);
         p.dropout = {0.37, 0x123456789abcdefull, 0xfedcba98u, 3, 8};
         const Inputs inputs = random_inputs(p, DType::kBF16);
@@ -112,7 +112,7 @@ TEST_F(CudaTerms, DropoutDropsTheReferencesPairsAndKeepsLse) {
 
 // Sums that several heads and batch rows share have one order.
 TEST_F(CudaTerms, TwoRunsHaveTheSameBits) {
-  for (const DType storage : {DType::kF32, DType::kBF16}) {
+  for (const DType storage : {DType::kF32, DType::kBF16, DType::kF16}) {
     for (const Shape& bias : {Shape{1, 80, 1, 90}, Shape{2, 80, 1, 90}, Shape{1, 80, 4, 90}}) {
       Problem p = make_problem(80, 90, 4, 2, 16, 16, Mask::full());
       p.batch = 2;

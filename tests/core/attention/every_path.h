@@ -14,6 +14,7 @@ namespace dattn::testing {
 
 inline constexpr double kFp32Tolerance = 2e-6;
 inline constexpr double kBf16Rounding = 1.0 / 256;  // half a unit in the last place of bf16, relative
+inline constexpr double kFp16Rounding = 1.0 / 2048;
 
 inline std::vector<std::string> paths_here() {
   std::vector<std::string> names;
@@ -51,11 +52,12 @@ inline bool same_bits(const Tensor& a, const Tensor& b) {
   return a->shape == b->shape && std::memcmp(a.ptr<void>(), b.ptr<void>(), static_cast<std::size_t>(a->bytes())) == 0;
 }
 
-// fp32 within 2e-6 and bf16 within 1.5 roundings of P and dS.
+// fp32 and fp16, which is widened to it, within 2e-6, and bf16 within 1.5 roundings of P and dS.
 inline void check(const Problem& p, const std::string& what) {
   const Inputs inputs = random_inputs(p, DType::kBF16);
   const Results wanted = run_kernel(reference_kernel(), p, inputs, DType::kF64);
   expect_close(run_kernel(cpu_kernel(), p, inputs, DType::kF32), wanted, kFp32Tolerance, what + " fp32");
+  expect_close(run_kernel(cpu_kernel(), p, inputs, DType::kF16), wanted, kFp32Tolerance, what + " fp16");
   expect_close(run_kernel(cpu_kernel(), p, inputs, DType::kBF16), wanted, 1.5 * kBf16Rounding, what + " bf16");
 }
 

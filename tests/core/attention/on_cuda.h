@@ -13,14 +13,23 @@ inline Results run_cuda(const Problem& p, const Inputs& inputs, DType storage) {
   return run_kernel(cuda_kernel(), p, inputs, storage, kCuda);
 }
 
+// P and dS are rounded to halves, otherwise all is exact but for the sums.
+inline double cuda_tolerance(DType storage) {
+  switch (storage) {
+    case DType::kBF16: return 1.5 * kBf16Rounding;
+    case DType::kF16: return 1.5 * kFp16Rounding;
+    case DType::kF64: return 1e-13;
+    default: return kFp32Tolerance;
+  }
+}
+
 inline void check_cuda(const Problem& p, DType storage, const std::string& what) {
   const Inputs inputs = random_inputs(p, DType::kBF16);
-  const double tolerance = storage == DType::kBF16 ? 1.5 * kBf16Rounding : storage == DType::kF32 ? kFp32Tolerance : 1e-13;
-  expect_close(run_cuda(p, inputs, storage), run_kernel(reference_kernel(), p, inputs, DType::kF64), tolerance,
+  expect_close(run_cuda(p, inputs, storage), run_kernel(reference_kernel(), p, inputs, DType::kF64), cuda_tolerance(storage),
                fmt::format("{} {}", what, name_of(storage)));
 }
 inline void check_cuda(const Problem& p, const std::string& what) {
-  for (const DType storage : {DType::kF32, DType::kBF16}) check_cuda(p, storage, what);
+  for (const DType storage : {DType::kF32, DType::kBF16, DType::kF16}) check_cuda(p, storage, what);
 }
 
 }  // namespace dattn::testing

@@ -131,7 +131,7 @@ TEST(Reference, StorageTypesAgree) {
   const Problem p = make_problem(20, 30, 4, 2, 8, 12, Mask::full());
   const Inputs inputs = random_inputs(p, DType::kBF16);
   const Results wanted = run_kernel(reference_kernel(), p, inputs, DType::kF64);
-  for (const DType storage : {DType::kF32, DType::kBF16}) {
+  for (const DType storage : {DType::kF32, DType::kBF16, DType::kF16}) {
     const Results got = run_kernel(reference_kernel(), p, inputs, storage);
     EXPECT_LE(relative_error(got.out, wanted.out), 1e-7);
     EXPECT_LE(relative_error(got.dk, wanted.dk), 1e-6);

@@ -77,7 +77,7 @@ TEST(State, MergeIsAMonoid) {
 }
 
 TEST(State, DeltaOfEveryType) {
-  for (const DType storage : {DType::kF32, DType::kBF16, DType::kF64}) {
+  for (const DType storage : {DType::kF32, DType::kBF16, DType::kF16, DType::kF64}) {
     const Tensor dout = to_dtype(testing::random_tensor({2, 3, 4, 5}, 1, 1.0f, DType::kBF16), storage);
     const Tensor out = testing::random_tensor({2, 3, 4, 5}, 2, 1.0f, DType::kBF16);
     for (const DType out_type : {storage, accumulate_type(storage)}) {

@@ -67,8 +67,8 @@ class CudaNnTest : public OnCuda {
 };
 
 TEST_F(CudaNnTest, MatrixProducts) {
-  for (const DType type : {DType::kF32, DType::kBF16}) {
-    for (const DType result : {DType::kF32, DType::kBF16}) {
+  for (const DType type : {DType::kF32, DType::kBF16, DType::kF16}) {
+    for (const DType result : {DType::kF32, DType::kBF16, DType::kF16}) {
       same(
           [&] {
             const Tensor a = in(type, {17, 23}, 1), b = in(type, {11, 23}, 2), bias = in(DType::kF32, {11}, 3),
@@ -79,9 +79,28 @@ TEST_F(CudaNnTest, MatrixProducts) {
             matmul(a->transpose(0, 1), e, d, {.accumulate = true});
             out(d);
           },
-          result == DType::kBF16 ? 8e-3 : 1e-5);
+          is_half(result) ? 8e-3 : 1e-5);
     }
   }
+}
+
+// Factors of 10 bits where that is allowed: what is exact in them is as before, the rest near.
+TEST_F(CudaNnTest, Tf32RoundsTheFactors) {
+  const DeviceScope scope(kCuda);
+  device_ = kCuda;
+  const auto product_of = [&](const Tensor& a, const Tensor& b, bool tf32) {
+    const Tensor c(DType::kF32, {17, 11});
+    allow_tf32(tf32);
+    matmul(a, b, c);
+    allow_tf32(false);
+    return to_device(c, Device{});
+  };
+  const Tensor a = in(DType::kF32, {17, 23}, 1), b = in(DType::kF32, {23, 11}, 2);
+  const Tensor exact = product_of(a, b, false), rounded = product_of(a, b, true);
+  EXPECT_GT(largest_difference(exact, rounded), 1e-6);
+  EXPECT_LT(largest_difference(exact, rounded), 23 * 0x1p-9);
+  const Tensor a16 = to_dtype(to_dtype(a, DType::kBF16), DType::kF32), b16 = to_dtype(to_dtype(b, DType::kBF16), DType::kF32);
+  EXPECT_LT(largest_difference(product_of(a16, b16, false), product_of(a16, b16, true)), 1e-5);
 }
 
 TEST_F(CudaNnTest, ProductsOverNothing) {
@@ -93,7 +112,7 @@ TEST_F(CudaNnTest, ProductsOverNothing) {
 }
 
 TEST_F(CudaNnTest, ColumnSums) {
-  for (const DType type : {DType::kF32, DType::kBF16}) {
+  for (const DType type : {DType::kF32, DType::kBF16, DType::kF16}) {
     same(
         [&] {
           const Tensor x = in(type, {150, 37}, 1), sums = in(DType::kF32, {37}, 2);
@@ -105,7 +124,7 @@ TEST_F(CudaNnTest, ColumnSums) {
 }
 
 TEST_F(CudaNnTest, Activations) {
-  for (const DType type : {DType::kF32, DType::kBF16}) {
+  for (const DType type : {DType::kF32, DType::kBF16, DType::kF16}) {
     same(
         [&] {
           const Tensor u = in(type, {9, 33}, 1), gate = in(type, {9, 33}, 2), da = in(DType::kF32, {9, 33}, 3);
@@ -119,7 +138,7 @@ TEST_F(CudaNnTest, Activations) {
           out(s.dgate);
           out(s.dup);
         },
-        type == DType::kBF16 ? 8e-3 : 2e-6);
+        is_half(type) ? 8e-3 : 2e-6);
   }
 }
 
@@ -145,7 +164,7 @@ TEST_F(CudaNnTest, Norms) {
 
 TEST_F(CudaNnTest, RotaryPositions) {
   const std::vector<std::int64_t> positions{0, 5, 1000000007, 3};
-  for (const DType type : {DType::kF32, DType::kBF16}) {
+  for (const DType type : {DType::kF32, DType::kBF16, DType::kF16}) {
     for (const bool inverse : {false, true}) {
       same(
           [&] {
@@ -153,7 +172,7 @@ TEST_F(CudaNnTest, RotaryPositions) {
             rope_apply(x, rope_table(positions, 10, 10000.0), inverse);
             out(x);
           },
-          type == DType::kBF16 ? 8e-3 : 2e-6);
+          is_half(type) ? 8e-3 : 2e-6);
     }
   }
 }

@@ -13,12 +13,12 @@ namespace {
 using testing::normal;
 
 double product(const TensorView& a, const TensorView& b, std::int64_t i, std::int64_t j) {
-  double sum = 0.0;
-  for (std::int64_t k = 0; k < a.size(1); ++k) {
-    sum += a.dtype == DType::kF32 ? static_cast<double>(a.at<float>(i, k)) * static_cast<double>(b.at<float>(k, j))
-                                  : static_cast<double>(a.at<BFloat16>(i, k)) * static_cast<double>(b.at<BFloat16>(k, j));
-  }
-  return sum;
+  return dispatch_float(a.dtype, [&](auto zero) {
+    using T = decltype(zero);
+    double sum = 0.0;
+    for (std::int64_t k = 0; k < a.size(1); ++k) sum += static_cast<double>(a.at<T>(i, k)) * static_cast<double>(b.at<T>(k, j));
+    return sum;
+  });
 }
 
 // Every combination of transposes, types, bias and accumulation on shapes that include ones and odd numbers.
@@ -26,7 +26,7 @@ class MatmulShapes : public ::testing::TestWithParam<std::array<std::int64_t, 3>
 
 TEST_P(MatmulShapes, AgreesWithPlainSums) {
   const auto [m, n, k] = GetParam();
-  for (const DType type : {DType::kF32, DType::kBF16}) {
+  for (const DType type : {DType::kF32, DType::kBF16, DType::kF16}) {
     for (int flags = 0; flags < 16; ++flags) {
       const bool turn_a = flags & 1, turn_b = flags & 2, with_bias = flags & 4, accumulate = flags & 8;
       if (with_bias && accumulate) continue;
@@ -108,7 +108,7 @@ TEST(Linear, GradientsByFiniteDifferences) {
 
 // Few outputs and long sums: what a library spreads over threads by cutting the sums.
 TEST(Matmul, OneThreadHasTheSameBitsOnAnyNumberOfThreads) {
-  for (const DType type : {DType::kF32, DType::kBF16}) {
+  for (const DType type : {DType::kF32, DType::kBF16, DType::kF16}) {
     const Tensor a = to_dtype(normal({20, 20000}, 1), type), b = to_dtype(normal({20000, 40}, 2), type);
     const Tensor bias = normal({40}, 3);
     for (const float* added : {static_cast<const float*>(nullptr), static_cast<const float*>(bias.ptr<float>())}) {

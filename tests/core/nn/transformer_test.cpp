@@ -211,11 +211,13 @@ TEST(Transformer, BatchRowsAddUp) {
   EXPECT_LT(testing::largest_difference(added, gradient), 1e-5 * testing::largest(gradient));
 }
 
-TEST(Transformer, Bf16IsCloseToFp32) {
+class TransformerInHalves : public ::testing::TestWithParam<DType> {};
+
+TEST_P(TransformerInHalves, IsCloseToFp32) {
   const ModelConfig config = small_model("llama");
-  TransformerOptions in_bf16;
-  in_bf16.compute = DType::kBF16;
-  Model exact(config), rounded(config, in_bf16);
+  TransformerOptions in_halves;
+  in_halves.compute = GetParam();
+  Model exact(config), rounded(config, in_halves);
   const OwnedBatch batch(2, 8, 29);
   exact.transformer.zero_gradients();
   rounded.transformer.zero_gradients();
@@ -228,6 +230,9 @@ TEST(Transformer, Bf16IsCloseToFp32) {
     EXPECT_GT(cosine, 0.99) << parameter->name;
   }
 }
+
+INSTANTIATE_TEST_SUITE_P(Type, TransformerInHalves, ::testing::Values(DType::kBF16, DType::kF16),
+                         [](const auto& type) { return std::string(name_of(type.param)); });
 
 TEST(Transformer, NoRowsAtAll) {
   Model model(small_model("gpt2"));

@@ -18,9 +18,9 @@ using testing::same_part;
 
 class CudaTensor : public testing::OnCuda {};
 
-constexpr std::array kFloats{DType::kF32, DType::kBF16, DType::kF64};
+constexpr std::array kFloats{DType::kF32, DType::kBF16, DType::kF16, DType::kF64};
 
-DType pick_float() { return kFloats[static_cast<std::size_t>(pick(0, 3))]; }
+DType pick_float() { return kFloats[static_cast<std::size_t>(pick(0, std::ssize(kFloats)))]; }
 
 // A part of a new tensor: axes in random order in memory, rows beside it that are not touched.
 struct Part {

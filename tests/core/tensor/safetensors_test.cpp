@@ -48,19 +48,21 @@ std::string refusal(const std::string& file) {
 TEST(Safetensors, WritesAndReadsBack) {
   const std::string path = path_of("a.safetensors");
   const Tensor a = counting(DType::kF32, {2, 3, 4}), b = counting(DType::kBF16, {5}), c = counting(DType::kF64, {1, 2}),
-               empty(DType::kF32, {0, 3});
+               half = counting(DType::kF16, {3}), empty(DType::kF32, {0, 3});
   Tensor d(DType::kI32, {3});
   d.ptr<std::int32_t>()[2] = -7;
-  const std::vector<NamedTensor> tensors{
-      {"b", b}, {"a", a}, {"empty", empty}, {"c \"quoted\"", c}, {"d", d}, {"a.T", a->transpose(0, 2)}};
+  const std::vector<NamedTensor> tensors{{"b", b}, {"a", a},       {"empty", empty},           {"c \"quoted\"", c},
+                                         {"d", d}, {"half", half}, {"a.T", a->transpose(0, 2)}};
   const std::size_t bytes = write_safetensors(path, tensors, {{"format", "pt"}});
   EXPECT_EQ(bytes, std::filesystem::file_size(path));
   const SafetensorsFile file(path);
   EXPECT_EQ(file.metadata().at("format"), "pt");
-  EXPECT_EQ(file.entries().size(), 6u);
+  EXPECT_EQ(file.entries().size(), 7u);
   EXPECT_EQ(file.view("a").shape, a->shape);
   EXPECT_EQ(std::memcmp(file.view("a").data, a->data, 96), 0);
   EXPECT_EQ(std::memcmp(file.view("b").data, b->data, 10), 0);
+  EXPECT_EQ(file.view("half").dtype, DType::kF16);
+  EXPECT_EQ(std::memcmp(file.view("half").data, half->data, 6), 0);
   EXPECT_EQ(file.view("c \"quoted\"").dtype, DType::kF64);
   EXPECT_EQ(file.view("d").at<std::int32_t>(2), -7);
   EXPECT_EQ(file.view("empty").shape, (Shape{0, 3}));
@@ -132,7 +134,7 @@ TEST(Safetensors, UnknownNamesAndTypesSayWhatThereIs) {
   const std::string path = path_of("a.safetensors");
   write_file(
       path,
-      file_of(R"({"q":{"dtype":"F16","shape":[2],"data_offsets":[0,4]},"odd":{"dtype":"I8","shape":[1],"data_offsets":[4,5]}})",
+      file_of(R"({"q":{"dtype":"I16","shape":[2],"data_offsets":[0,4]},"odd":{"dtype":"I8","shape":[1],"data_offsets":[4,5]}})",
               5));
   const SafetensorsFile file(path);
   EXPECT_TRUE(file.has("q"));
@@ -145,7 +147,7 @@ TEST(Safetensors, UnknownNamesAndTypesSayWhatThereIs) {
     return "no error";
   };
   EXPECT_THAT(message("k"), HasSubstr("no tensor 'k'; the file has: q, odd"));
-  EXPECT_THAT(message("q"), HasSubstr("tensor 'q' has dtype F16; F32, BF16, F64 and I32 are read"));
+  EXPECT_THAT(message("q"), HasSubstr("tensor 'q' has dtype I16; F32, BF16, F16, F64 and I32 are read"));
   std::filesystem::remove(path);
 }
 

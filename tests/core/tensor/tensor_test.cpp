@@ -80,7 +80,7 @@ Shape some_shape() {
   return shape;
 }
 
-DType some_dtype() { return *rc::gen::element(DType::kF32, DType::kBF16, DType::kF64); }
+DType some_dtype() { return *rc::gen::element(DType::kF32, DType::kBF16, DType::kF16, DType::kF64); }
 
 double sum_of(const TensorView& view) {
   double sum = 0;

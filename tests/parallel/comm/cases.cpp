@@ -12,7 +12,7 @@
 namespace dattn::test {
 namespace {
 
-constexpr DType kFloats[] = {DType::kF32, DType::kBF16, DType::kF64};
+constexpr DType kFloats[] = {DType::kF32, DType::kBF16, DType::kF16, DType::kF64};
 const OpLabel kLabel{.verb = "test", .layer = 3, .step = 7};
 
 Tensor host_tensor(DType dtype, const Shape& shape) {
@@ -114,7 +114,7 @@ std::vector<std::int64_t> uneven_counts(int ranks, int salt) {
 }
 
 void all_gather_of_uneven_slots(Communicator& world) {
-  for (const DType dtype : {DType::kF32, DType::kBF16, DType::kF64, DType::kI32}) {
+  for (const DType dtype : {DType::kF32, DType::kBF16, DType::kF16, DType::kF64, DType::kI32}) {
     for (const int salt : {0, 1, 2, 700}) {
       const auto counts = uneven_counts(world.size(), salt);
       const std::int64_t total = std::accumulate(counts.begin(), counts.end(), std::int64_t{0});

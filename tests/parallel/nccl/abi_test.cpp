@@ -56,7 +56,7 @@ static_assert(int{kSuccess} == ncclSuccess && int{kUnhandledCudaError} == ncclUn
               int{kRemoteError} == ncclRemoteError && int{kInProgress} == ncclInProgress);
 static_assert(int{kSum} == ncclSum);
 static_assert(int{kInt8} == ncclInt8 && int{kInt32} == ncclInt32 && int{kFloat32} == ncclFloat32 &&
-              int{kFloat64} == ncclFloat64 && int{kBfloat16} == ncclBfloat16);
+              int{kFloat64} == ncclFloat64 && int{kFloat16} == ncclFloat16 && int{kBfloat16} == ncclBfloat16);
 static_assert(kUndefined == NCCL_CONFIG_UNDEF_INT && NCCL_VERSION(2, 19, 0) == kLeastVersion);
 
 #if NCCL_VERSION_CODE >= 22800

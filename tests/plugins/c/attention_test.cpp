@@ -133,6 +133,34 @@ TEST(CAttention, OneRowByHand) {
   EXPECT_FLOAT_EQ(lse.values[1], static_cast<float>(std::log(a + b)));
 }
 
+TEST(CAttention, TakesDLPacksFloat16) {
+  ContextHandle context;
+  CommHandle comm;
+  MeshHandle mesh;
+  PlanHandle plan;
+  DATTN_OK_OR_FAIL(dattn_context_create(nullptr, &context));
+  DATTN_OK_OR_FAIL(dattn_comm_self(context, &comm));
+  auto axes = sized<dattn_mesh_options>();
+  DATTN_OK_OR_FAIL(dattn_mesh_create(comm, &axes, &mesh));
+  auto options = sized<dattn_attention_options>();
+  options.batch = 1, options.seq_q = 2, options.heads = 1, options.dim_qk = 1;
+  options.dtype = {DATTN_FLOAT, 16, 1};
+  DATTN_OK_OR_FAIL(dattn_plan_create(mesh, &options, &plan));
+  std::int64_t shape[] = {1, 2, 1, 1};
+  std::uint16_t q_bits[] = {0x3c00, 0x4000}, k_bits[] = {0x3800, 0x3c00}, v_bits[] = {0x4200, 0x4500}, out_bits[2] = {};
+  const auto tensor_of = [&](std::uint16_t* bits) {
+    dattn_tensor tensor{};
+    tensor.data = bits, tensor.device = {DATTN_CPU, 0}, tensor.ndim = 4, tensor.dtype = options.dtype, tensor.shape = shape;
+    return tensor;
+  };
+  const dattn_tensor q = tensor_of(q_bits), k = tensor_of(k_bits), v = tensor_of(v_bits), out = tensor_of(out_bits);
+  auto forward = sized<dattn_forward>();
+  forward.q = &q, forward.k = &k, forward.v = &v, forward.out = &out;
+  DATTN_OK_OR_FAIL(dattn_attention_forward(plan, &forward));  // 1 2, 0.5 1 and 3 5, as above
+  EXPECT_EQ(out_bits[0], 0x4200);
+  EXPECT_EQ(out_bits[1], 0x4476);  // (3 e + 5 e^2) / (e + e^2) = 4.4621, to the nearest 2^-8
+}
+
 TEST(CAttention, IsTheSameOnEveryMeshOfThreads) {
   ContextHandle context;
   DATTN_OK_OR_FAIL(dattn_context_create(nullptr, &context));

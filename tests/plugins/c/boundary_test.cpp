@@ -82,6 +82,8 @@ TEST_F(CBoundary, RefusesWhatCannotBePlanned) {
   refused("no multiple");
   options.dtype = {DATTN_INT, 32, 1};
   refused("bfloat 16");
+  options.dtype = {DATTN_FLOAT, 8, 1};
+  refused("float 16, 32 or 64");
   options.bias = 64;
   refused("flags");
   axes.ring = 2;

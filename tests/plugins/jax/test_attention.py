@@ -22,12 +22,13 @@ def test_equals_dot_product_attention(mask):
     reference.close(reference.with_gradients(ours(mask=mask), *arrays), reference.with_gradients(theirs(mask=mask), *arrays))
 
 
-def test_bf16():
-    arrays = reference.inputs(dtype=jnp.bfloat16)
+@pytest.mark.parametrize("dtype, tolerance", [(jnp.bfloat16, 1e-2), (jnp.float16, 1.3e-3)], ids=["bf16", "fp16"])
+def test_half_precision(dtype, tolerance):
+    arrays = reference.inputs(dtype=dtype)
     got = reference.with_gradients(ours(), *arrays)
-    assert all(array.dtype == jnp.bfloat16 for array in got)
+    assert all(array.dtype == dtype for array in got)
     wide = [array.astype(jnp.float32) for array in arrays]
-    reference.close(got, reference.with_gradients(theirs(), *wide), 1e-2)
+    reference.close(got, reference.with_gradients(theirs(), *wide), tolerance)
 
 
 def test_float64():

@@ -14,7 +14,7 @@ def q(*shape, **options):
 
 
 REFUSED = {
-    "q is torch.float16": (lambda: (q().half(),) * 3, {}),
+    "q is torch.float8_e4m3fn": (lambda: (q().to(torch.float8_e4m3fn),) * 3, {}),
     "q is torch.float32 but k is torch.bfloat16": (lambda: (q(), q().bfloat16(), q()), {}),
     "they must be on one device": (lambda: (q(), q(device="meta"), q()), {}),
     "tensor_format bshd has 4 axes": (lambda: (q(8, 4, 16),) * 3, {}),

@@ -233,5 +233,5 @@ def test_refusals():
         core(groups=groups, cp=2)(*flat, packed_seq_params=packed([0, 8, 24]))
     with pytest.raises(BadInput, match="attention_bias came with packed sequences"):
         core(groups=groups, cp=2)(*flat, packed_seq_params=packed([0, 32]), attention_bias=torch.zeros(1))
-    with pytest.raises(BadInput, match="float16"):
-        core(groups=groups, cp=2)(*(tensor.half() for tensor in part))
+    with pytest.raises(BadInput, match="float8"):
+        core(groups=groups, cp=2)(*(tensor.to(torch.float8_e4m3fn) for tensor in part))

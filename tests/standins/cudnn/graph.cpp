@@ -1,5 +1,6 @@
 // A stand-in for cuDNN's attention graphs (core/attention/cudnn/cuda/graph.h) on host memory: plain loops in fp64, results in
-// bf16 as cuDNN writes them, delta from dout * out as cuDNN takes it, and the refusals of shapes that its front end makes.
+// the storage type as cuDNN writes them, delta from dout * out as cuDNN takes it, and the refusals of shapes that its front end
+// makes.
 #include "core/attention/cudnn/cuda/graph.h"
 
 #include <cuda_runtime.h>
@@ -16,32 +17,39 @@
 namespace dattn::cudnn {
 namespace {
 
-// A tensor [B, rows, heads, dim] in bf16.
+// A tensor [B, rows, heads, dim].
+template <class T>
 struct Rows {
-  BFloat16* data;
+  T* data;
   Strides strides;
 
-  BFloat16* row(std::int64_t b, std::int64_t s, std::int64_t h) const {
+  T* row(std::int64_t b, std::int64_t s, std::int64_t h) const {
     return data + b * strides.batch + s * strides.row + h * strides.head;
   }
 };
-Rows rows_of(void* memory, const Strides& strides) { return {static_cast<BFloat16*>(memory), strides}; }
+template <class T>
+Rows<T> rows_of(void* memory, const Strides& strides) {
+  return {static_cast<T*>(memory), strides};
+}
 Strides contiguous(std::int64_t rows, std::int64_t heads, std::int64_t dim) { return {rows * heads * dim, heads * dim, dim}; }
 
-double dot(const BFloat16* a, const BFloat16* b, std::int64_t count) {
+template <class T>
+double dot(const T* a, const T* b, std::int64_t count) {
   double sum = 0;
   for (std::int64_t i = 0; i < count; ++i) sum += static_cast<double>(a[i]) * static_cast<double>(b[i]);
   return sum;
 }
 
-void write(BFloat16* to, const std::vector<double>& from, std::int64_t begin, std::int64_t count) {
-  for (std::int64_t i = 0; i < count; ++i) to[i] = BFloat16(static_cast<float>(from[static_cast<std::size_t>(begin + i)]));
+template <class T>
+void write(T* to, const std::vector<double>& from, std::int64_t begin, std::int64_t count) {
+  for (std::int64_t i = 0; i < count; ++i) to[i] = T(static_cast<float>(from[static_cast<std::size_t>(begin + i)]));
 }
 
 // Scores of one query row; -inf where the band hides the key.
+template <class T>
 struct Scores {
   const GraphProblem& p;
-  Rows q, k, bias;
+  Rows<T> q, k, bias;
 
   std::vector<double> of(std::int64_t b, std::int64_t i, std::int64_t h) const {
     std::vector<double> scores(static_cast<std::size_t>(p.keys), -std::numeric_limits<double>::infinity());
@@ -56,9 +64,10 @@ struct Scores {
   }
 };
 
+template <class T>
 void forward(const GraphProblem& p, const Buffers& at) {
-  const Scores scores{p, rows_of(at.q, p.q), rows_of(at.k, p.k), rows_of(at.bias, p.bias)};
-  const Rows v = rows_of(at.v, p.v), out = rows_of(at.out, contiguous(p.rows, p.heads, p.dim_v));
+  const Scores<T> scores{p, rows_of<T>(at.q, p.q), rows_of<T>(at.k, p.k), rows_of<T>(at.bias, p.bias)};
+  const Rows<T> v = rows_of<T>(at.v, p.v), out = rows_of<T>(at.out, contiguous(p.rows, p.heads, p.dim_v));
   for (std::int64_t b = 0; b < p.batch; ++b) {
     for (std::int64_t h = 0; h < p.heads; ++h) {
       for (std::int64_t i = 0; i < p.rows; ++i) {
@@ -69,7 +78,7 @@ void forward(const GraphProblem& p, const Buffers& at) {
         std::vector<double> o(static_cast<std::size_t>(p.dim_v));
         for (std::int64_t j = 0; j < p.keys; ++j) {
           const double share = std::exp(s[static_cast<std::size_t>(j)] - most) / sum;
-          const BFloat16* const values = v.row(b, j, h / (p.heads / p.kv_heads));
+          const T* const values = v.row(b, j, h / (p.heads / p.kv_heads));
           for (std::size_t d = 0; d < o.size(); ++d) o[d] += share * static_cast<double>(values[d]);
         }
         write(out.row(b, i, h), o, 0, p.dim_v);
@@ -79,10 +88,11 @@ void forward(const GraphProblem& p, const Buffers& at) {
   }
 }
 
+template <class T>
 void backward(const GraphProblem& p, const Buffers& at) {
-  const Scores scores{p, rows_of(at.q, p.q), rows_of(at.k, p.k), rows_of(at.bias, p.bias)};
-  const Rows v = rows_of(at.v, p.v), out = rows_of(at.out, p.dout), dout = rows_of(at.dout, p.dout);
-  const Rows dq_out = rows_of(at.dq, contiguous(p.rows, p.heads, p.dim_qk));
+  const Scores<T> scores{p, rows_of<T>(at.q, p.q), rows_of<T>(at.k, p.k), rows_of<T>(at.bias, p.bias)};
+  const Rows<T> v = rows_of<T>(at.v, p.v), out = rows_of<T>(at.out, p.dout), dout = rows_of<T>(at.dout, p.dout);
+  const Rows<T> dq_out = rows_of<T>(at.dq, contiguous(p.rows, p.heads, p.dim_qk));
   const std::int64_t kv_rows = p.batch * p.keys * p.kv_heads;
   std::vector<double> dk(static_cast<std::size_t>(kv_rows * p.dim_qk)), dv(static_cast<std::size_t>(kv_rows * p.dim_v));
   for (std::int64_t b = 0; b < p.batch; ++b) {
@@ -91,14 +101,14 @@ void backward(const GraphProblem& p, const Buffers& at) {
       for (std::int64_t i = 0; i < p.rows; ++i) {
         const std::vector<double> s = scores.of(b, i, h);
         const double lse = static_cast<float*>(at.stats)[(b * p.heads + h) * p.rows + i];
-        const BFloat16 *const gradient = dout.row(b, i, h), *const query = scores.q.row(b, i, h);
+        const T *const gradient = dout.row(b, i, h), *const query = scores.q.row(b, i, h);
         const double delta = dot(gradient, out.row(b, i, h), p.dim_v);
         std::vector<double> dq(static_cast<std::size_t>(p.dim_qk));
         for (std::int64_t j = 0; j < p.keys; ++j) {
           const double share = std::exp(s[static_cast<std::size_t>(j)] - lse);
           const double ds = p.scale * share * (dot(gradient, v.row(b, j, g), p.dim_v) - delta);
           const auto row = static_cast<std::size_t>((b * p.keys + j) * p.kv_heads + g);
-          const BFloat16* const key = scores.k.row(b, j, g);
+          const T* const key = scores.k.row(b, j, g);
           for (std::size_t d = 0; d < dq.size(); ++d) {
             dq[d] += ds * static_cast<double>(key[d]);
             dk[row * dq.size() + d] += ds * static_cast<double>(query[d]);
@@ -111,8 +121,8 @@ void backward(const GraphProblem& p, const Buffers& at) {
       }
     }
   }
-  write(static_cast<BFloat16*>(at.dk), dk, 0, kv_rows * p.dim_qk);
-  write(static_cast<BFloat16*>(at.dv), dv, 0, kv_rows * p.dim_v);
+  write(static_cast<T*>(at.dk), dk, 0, kv_rows * p.dim_qk);
+  write(static_cast<T*>(at.dv), dv, 0, kv_rows * p.dim_v);
 }
 
 class HostPlan : public GraphPlan {
@@ -123,7 +133,7 @@ class HostPlan : public GraphPlan {
 
   void run(const Buffers& buffers, void* /*workspace*/, void* stream) const override {
     auto* const work = new std::function<void()>(
-        [this, buffers] { problem_.backward ? backward(problem_, buffers) : forward(problem_, buffers); });
+        [this, buffers] { problem_.storage == DType::kF16 ? compute<Float16>(buffers) : compute<BFloat16>(buffers); });
     const auto call = [](void* argument) {
       const std::unique_ptr<std::function<void()>> owned(static_cast<std::function<void()>*>(argument));
       (*owned)();
@@ -132,6 +142,11 @@ class HostPlan : public GraphPlan {
   }
 
  private:
+  template <class T>
+  void compute(const Buffers& buffers) const {
+    problem_.backward ? backward<T>(problem_, buffers) : forward<T>(problem_, buffers);
+  }
+
   GraphProblem problem_;
 };
 

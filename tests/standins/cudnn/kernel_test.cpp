@@ -69,9 +69,9 @@ class CudnnKernel : public ::testing::Test {
     cuda::set_device(0);
   }
 
-  static Results run(const Problem& p, const Inputs& in, bool repeatable = false) {
-    const DeviceTensor q(in.q, DType::kBF16), k(in.k, DType::kBF16), v(in.v, DType::kBF16), dout(in.dout, DType::kBF16);
-    const DeviceTensor bias(in.bias.defined() ? in.bias.clone() : Tensor(DType::kF64, {1, 1, 1, 1}), DType::kBF16);
+  static Results run(const Problem& p, const Inputs& in, bool repeatable = false, DType storage = DType::kBF16) {
+    const DeviceTensor q(in.q, storage), k(in.k, storage), v(in.v, storage), dout(in.dout, storage);
+    const DeviceTensor bias(in.bias.defined() ? in.bias.clone() : Tensor(DType::kF64, {1, 1, 1, 1}), storage);
     ScoreTerms terms;
     terms.softcap = p.softcap;
     if (in.bias.defined()) terms.bias = bias;
@@ -93,13 +93,18 @@ class CudnnKernel : public ::testing::Test {
     SCOPED_TRACE(what);
     const int passed_on = next().calls;
     const Inputs in = random_inputs(p, DType::kBF16);
-    const Results got = run(p, in), want = run_kernel(reference_kernel(), p, in, DType::kF64);
-    EXPECT_EQ(next().calls, passed_on);
-    EXPECT_LT(relative_error(got.out, want.out), 3e-3);
-    EXPECT_LT(relative_error(got.lse, want.lse), 1e-5);
-    EXPECT_LT(relative_error(got.dq, want.dq), 4e-3);
-    EXPECT_LT(relative_error(got.dk, want.dk), 4e-3);
-    EXPECT_LT(relative_error(got.dv, want.dv), 4e-3);
+    const Results want = run_kernel(reference_kernel(), p, in, DType::kF64);
+    for (const DType storage : {DType::kBF16, DType::kF16}) {
+      SCOPED_TRACE(name_of(storage));
+      const Results got = run(p, in, false, storage);
+      const double rounding = storage == DType::kBF16 ? 1e-3 : 1.25e-4;
+      EXPECT_EQ(next().calls, passed_on);
+      EXPECT_LT(relative_error(got.out, want.out), 3 * rounding);
+      EXPECT_LT(relative_error(got.lse, want.lse), 1e-5);
+      EXPECT_LT(relative_error(got.dq, want.dq), 4 * rounding);
+      EXPECT_LT(relative_error(got.dk, want.dk), 4 * rounding);
+      EXPECT_LT(relative_error(got.dv, want.dv), 4 * rounding);
+    }
   }
 };
 
@@ -194,6 +199,7 @@ TEST_F(CudnnKernel, WhatItDoesNotTakeGoesOn) {
   EXPECT_FALSE(kernel().supports({DType::kF32, 64, 64, {DeviceKind::kCuda, 0}}).ok);
   EXPECT_FALSE(kernel().supports({DType::kBF16, 68, 64, {DeviceKind::kCuda, 0}}).ok);
   EXPECT_TRUE(kernel().supports({DType::kBF16, 192, 128, {DeviceKind::kCuda, 0}}).ok);
+  EXPECT_TRUE(kernel().supports({DType::kF16, 64, 64, {DeviceKind::kCuda, 0}}).ok);
 }
 
 TEST_F(CudnnKernel, DeterminismThatNeedsTooMuchMemoryGoesOn) {

@@ -141,6 +141,7 @@ thread_local Group t_group;
 std::size_t size_of(DataType type) {
   switch (type) {
     case kInt8: return 1;
+    case kFloat16: return 2;
     case kBfloat16: return 2;
     case kInt32:
     case kFloat32: return 4;
@@ -205,6 +206,7 @@ void reduce(const std::vector<char*>& blocks, void* out, std::size_t count) {
 void reduce_blocks(const std::vector<char*>& blocks, void* out, std::size_t count, DataType type) {
   if (type == kFloat32) reduce<float>(blocks, out, count);
   if (type == kFloat64) reduce<double>(blocks, out, count);
+  if (type == kFloat16) reduce<dattn::Float16>(blocks, out, count);
   if (type == kBfloat16) reduce<dattn::BFloat16>(blocks, out, count);
 }
 

@@ -34,13 +34,14 @@ bool load() {
   return loaded;
 }
 
+fe::DataType_t type_of(DType storage) { return storage == DType::kF16 ? fe::DataType_t::HALF : fe::DataType_t::BFLOAT16; }
+
 fe::graph::Tensor_attributes tensor(Uid uid, const char* name, std::array<std::int64_t, 4> dims, const Strides& strides) {
   return fe::graph::Tensor_attributes()
       .set_uid(uid)
       .set_name(name)
       .set_dim({dims.begin(), dims.end()})
-      .set_stride({strides.batch, strides.head, strides.row, 1})
-      .set_data_type(fe::DataType_t::BFLOAT16);
+      .set_stride({strides.batch, strides.head, strides.row, 1});
 }
 
 // Of a contiguous [B, rows, heads, dim].
@@ -199,7 +200,7 @@ Planned make_plan(const GraphProblem& problem, const Target& target) {
   if (!load()) return {nullptr, library().why};
   try {
     auto graph = std::make_unique<fe::graph::Graph>();
-    graph->set_io_data_type(fe::DataType_t::BFLOAT16)
+    graph->set_io_data_type(type_of(problem.storage))
         .set_intermediate_data_type(fe::DataType_t::FLOAT)
         .set_compute_data_type(fe::DataType_t::FLOAT);
     fe::error_t error = plan_for(problem, *graph, target);

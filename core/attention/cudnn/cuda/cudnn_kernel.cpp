@@ -1,6 +1,6 @@
 // A call becomes bands and groups of heads (calls.h); each is one run of a plan (graph.h), which are kept by shape. Forward,
-// the states of the runs are merged in fp32; backward, their gradients are added in fp32. cuDNN writes both in bf16, so that
-// each piece is rounded once more than by our own kernel: by 2^-9 of itself.
+// the states of the runs are merged in fp32; backward, their gradients are added in fp32. cuDNN writes both in the storage
+// type, so that each piece is rounded once more than by our own kernel: by 2^-9 of itself in bf16, 2^-12 in fp16.
 #include "core/attention/cudnn/cuda/cudnn_kernel.h"
 
 #include <algorithm>
@@ -115,6 +115,7 @@ template <class Args>
 Run run_of(const Args& args, const Band& band, const HeadGroup& heads) {
   Run run{band, heads, part(args.q, band.q, heads.q), part(args.k, band.k, heads.kv), part(args.v, band.k, heads.kv), {}, {}};
   GraphProblem& p = run.problem;
+  p.storage = args.q.dtype;
   p.batch = args.q.size(0);
   p.rows = band.q.count();
   p.keys = band.k.count();
@@ -179,7 +180,7 @@ void forward(const AttendArgs& args, const std::vector<Run>& runs, NativeStream 
   for (const Run& run : runs) {
     Scratch scratch(stream);
     const GraphProblem& p = run.problem;
-    const TensorView out = scratch.tensor(DType::kBF16, {p.batch, p.rows, p.heads, p.dim_v}, args.q.device);
+    const TensorView out = scratch.tensor(p.storage, {p.batch, p.rows, p.heads, p.dim_v}, args.q.device);
     const TensorView lse = scratch.tensor(DType::kF32, {p.batch, p.heads, p.rows}, args.q.device);
     start(run, {.out = out.data, .stats = lse.data}, scratch, stream);
     if (whole) {
@@ -201,12 +202,11 @@ void backward(const AttendGradArgs& args, const std::vector<Run>& runs, NativeSt
     const GraphProblem& p = run.problem;
     const Device device = args.q.device;
     const TensorView dout = part(args.dout, run.band.q, run.heads.q);
-    const TensorView own_dout = scratch.tensor(DType::kBF16, dout.shape, device);
-    const TensorView out = scratch.tensor(DType::kBF16, dout.shape, device);
+    const TensorView own_dout = scratch.tensor(p.storage, dout.shape, device);
+    const TensorView out = scratch.tensor(p.storage, dout.shape, device);
     const TensorView lse = scratch.tensor(DType::kF32, {p.batch, p.heads, p.rows}, device);
-    const TensorView dq = scratch.tensor(DType::kBF16, run.q.shape, device),
-                     dk = scratch.tensor(DType::kBF16, run.k.shape, device),
-                     dv = scratch.tensor(DType::kBF16, run.v.shape, device);
+    const TensorView dq = scratch.tensor(p.storage, run.q.shape, device), dk = scratch.tensor(p.storage, run.k.shape, device),
+                     dv = scratch.tensor(p.storage, run.v.shape, device);
     cuda::copy(dout, own_dout, stream);
     cuda::copy(stats_part(args.lse, run.band.q, run.heads.q), lse, stream);
     cudnn::project(own_dout, stats_part(args.delta, run.band.q, run.heads.q), out, stream);
@@ -226,7 +226,8 @@ class CudnnKernel : public AttentionKernel {
   std::string_view name() const override { return "cudnn"; }
 
   Support supports(const AttendTraits& traits) const override {
-    if (traits.storage != DType::kBF16) return {false, fmt::format("it computes in bf16, not in {}", name_of(traits.storage))};
+    if (!is_half(traits.storage))
+      return {false, fmt::format("it computes in bf16 and fp16, not in {}", name_of(traits.storage))};
     if (traits.dim_qk % 8 != 0 || traits.dim_v % 8 != 0 || traits.dim_qk > 256 || traits.dim_v > 256)
       return {false, fmt::format("dims {} and {} are not multiples of 8 up to 256", traits.dim_qk, traits.dim_v)};
     if (const std::string missing = cudnn::missing(); !missing.empty()) return {false, missing};

@@ -1,4 +1,4 @@
-// The attention kernel `cudnn`: bf16 attention by cuDNN's graphs.
+// The attention kernel `cudnn`: bf16 and fp16 attention by cuDNN's graphs.
 #pragma once
 
 #include "core/attention/kernel.h"

@@ -2,9 +2,9 @@
 // declared here: cudnn.cpp by cuDNN's front end, no_cudnn.cpp where its headers are missing, and the tests' stand-in on host
 // memory (tests/standins/cudnn).
 //
-// Tensors, storage bf16: q, out, dout, dq [B, S, H, .], k, v, dk, dv [B, T, K, .], bias [B or 1, S, H or 1, T]; stats [B, H,
-// S], fp32, contiguous: natural logarithms of the sums of exponentials. out of a forward graph and all gradients are
-// contiguous. Types other than bf16 are not tried: cuDNN 9.19 plans backward graphs with gradients of fp32, but of int32 as
+// Tensors, storage bf16 or fp16: q, out, dout, dq [B, S, H, .], k, v, dk, dv [B, T, K, .], bias [B or 1, S, H or 1, T]; stats
+// [B, H, S], fp32, contiguous: natural logarithms of the sums of exponentials. out of a forward graph and all gradients are
+// contiguous. Results in other types are not tried: cuDNN 9.19 plans backward graphs with gradients of fp32, but of int32 as
 // well, so that a plan is no evidence that its kernel writes the type.
 #pragma once
 
@@ -13,6 +13,8 @@
 #include <memory>
 #include <optional>
 #include <string>
+
+#include "core/base/dtype.h"
 
 namespace dattn::cudnn {
 
@@ -24,7 +26,8 @@ struct Strides {  // in elements; those of `dim` are 1
 // All that a plan depends on.
 struct GraphProblem {
   bool backward = false;
-  bool deterministic = false;  // backward: the same bits from run to run
+  DType storage = DType::kBF16;  // or kF16
+  bool deterministic = false;    // backward: the same bits from run to run
   std::int64_t batch = 1, rows = 1, keys = 1, heads = 1, kv_heads = 1, dim_qk = 1, dim_v = 1;
   std::optional<std::int64_t> left, right;  // Band (core/attention/cudnn/calls.h)
   double scale = 1.0;

@@ -18,8 +18,8 @@ def attention(q, k, v, *, mask="causal", axes=None, layout="zigzag", strategy="a
               return_lse=False, timeout_s=60.0):
     """Attention of this device's queries over the keys of all devices of the axes: softmax(scale q k^T + terms) v.
 
-    q [B, S, H, D], k [B, T, K, D], v [B, T, K, V], or without B: this device's shards, K divides H; float32, float64 or
-    bfloat16. Returns out [B, S, H, V] and, with return_lse, lse [B, H, S] (float32; float64 for float64; no gradient).
+    q [B, S, H, D], k [B, T, K, D], v [B, T, K, V], or without B: this device's shards, K divides H; float32, float64,
+    bfloat16 or float16. Returns out [B, S, H, V] and, with return_lse, lse [B, H, S] (float32; float64 for float64; no gradient).
 
     mask: a kind's name or a dict with the keys of configs/SCHEMA.md (attention.mask); None = full
     axes: mesh axes of the enclosing shard_map, as a dict {ours: its name} or names; None: those with our names, which are data,

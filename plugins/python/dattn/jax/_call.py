@@ -11,7 +11,7 @@ from dattn.jax import _library
 from dattn.jax._axes import AXES, Axes
 
 LAYOUTS = ("contiguous", "zigzag", "striped", "balanced")
-DTYPES = {"float32": (_c.FLOAT, 32), "float64": (_c.FLOAT, 64), "bfloat16": (_c.BFLOAT, 16)}
+DTYPES = {"float32": (_c.FLOAT, 32), "float64": (_c.FLOAT, 64), "bfloat16": (_c.BFLOAT, 16), "float16": (_c.FLOAT, 16)}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,7 +13,8 @@ from dattn.torch import _mesh
 
 FORMATS = {"bshd": (0, 1, 2, 3), "sbhd": (1, 0, 2, 3), "bhsd": (0, 2, 1, 3), "thd": (None, 0, 1, 2)}  # axes B, S, H, D
 BIAS_AXES = (0, 2, 1, 3)  # [B, H, S, T] of the user as [B, S, H, T]
-DTYPES = {torch.float32: (_c.FLOAT, 32), torch.float64: (_c.FLOAT, 64), torch.bfloat16: (_c.BFLOAT, 16)}
+DTYPES = {torch.float32: (_c.FLOAT, 32), torch.float64: (_c.FLOAT, 64), torch.bfloat16: (_c.BFLOAT, 16),
+          torch.float16: (_c.FLOAT, 16)}
 MOST_CALLS, MOST_PLANS = 512, 64  # kept; a call with new document boundaries each step makes a new one each step
 
 
@@ -224,7 +225,8 @@ def check_tensors(form, axes, q, k, v, bias, sink):
         if tensor.dim() != dims:
             raise _c.BadInput(f"{name} has shape {list(tensor.shape)}; tensor_format {form} has {dims} axes")
         if tensor.dtype not in DTYPES:
-            raise _c.BadInput(f"{name} is {tensor.dtype}; use torch.float32, torch.bfloat16 or torch.float64")
+            raise _c.BadInput(f"{name} is {tensor.dtype}; use torch.float32, torch.bfloat16, torch.float16 or "
+                              "torch.float64")
         if tensor.dtype != q.dtype:
             raise _c.BadInput(f"q is {q.dtype} but {name} is {tensor.dtype}; they must have one type")
         if tensor.device != q.device:

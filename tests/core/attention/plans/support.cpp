@@ -74,6 +74,11 @@ GraphProblem with_bias(GraphProblem p, std::int64_t batch, std::int64_t heads) {
   return p;
 }
 
+GraphProblem in_fp16(GraphProblem p) {
+  p.storage = DType::kF16;
+  return p;
+}
+
 GraphProblem deterministic(GraphProblem p) {
   p.deterministic = true;
   return p;
@@ -86,6 +91,8 @@ std::vector<Case> cases() {
           {"band of 129 and 16, fewer rows", with(causal(512, 1024, 128, 128), 129, 16)},
           {"left bound, more rows than keys", with(causal(1024, 512, 128, 128), 129, 0)},
           {"causal, bias of all heads", with_bias(base, 1, 8)},
+          {"causal, fp16", in_fp16(base)},
+          {"band of 129 and 16, fewer rows, fp16", in_fp16(with(causal(512, 1024, 128, 128), 129, 16))},
           {"causal, dims 192 and 128", causal(1024, 1024, 192, 128)},
           {"causal, dims 192", causal(1024, 1024, 192, 192)},
           {"causal, dims 256", causal(1024, 1024, 256, 256)},
@@ -116,7 +123,7 @@ std::string table() {
     for (const Case& one : cases()) {
       for (const bool backward : {false, true}) {
         if (one.backward_only && !backward) continue;
-        text += fmt::format("{} | {:<8} | {:<34} | {}\n", model.name, backward ? "backward" : "forward", one.name,
+        text += fmt::format("{} | {:<8} | {:<36} | {}\n", model.name, backward ? "backward" : "forward", one.name,
                             outcome(complete(one.problem, backward), target_of(model)));
       }
     }

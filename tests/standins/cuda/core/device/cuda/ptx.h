@@ -6,17 +6,30 @@
 #include <cstdint>
 #include <cstring>
 
+#include "core/base/dtype.h"
 #include "core/device/cuda/language.h"
 
 namespace dattn::cuda {
+
+enum class HalfType : std::uint8_t { kBF16, kF16 };
+
+inline float widen_f16(std::uint16_t bits) {
+  Float16 x;
+  x.bits = bits;
+  return static_cast<float>(x);
+}
+inline std::uint16_t round_f16(float x) { return x != x ? 0x7fffu : Float16(x).bits; }
+
 namespace standin {
 
-inline float low_bf16(std::uint32_t pair) { return std::bit_cast<float>(pair << 16); }
-inline float high_bf16(std::uint32_t pair) { return std::bit_cast<float>(pair & 0xffff0000u); }
-inline std::uint32_t round_bf16(float x) {
-  const auto word = std::bit_cast<std::uint32_t>(x);
-  if (x != x) return 0x7fffu;
-  return (word + 0x7fffu + ((word >> 16) & 1u)) >> 16;
+template <HalfType kHalf>
+float widen_half(std::uint32_t bits) {
+  return kHalf == HalfType::kBF16 ? std::bit_cast<float>(bits << 16) : widen_f16(static_cast<std::uint16_t>(bits));
+}
+template <HalfType kHalf>
+std::uint32_t round_half(float x) {
+  if (kHalf == HalfType::kF16) return round_f16(x);
+  return x != x ? 0x7fffu : BFloat16(x).bits;
 }
 
 struct Mma {
@@ -25,18 +38,19 @@ struct Mma {
   const std::uint32_t* b;
 };
 
-inline void mma_warp(void* const* lanes) {
+template <HalfType kHalf>
+void mma_warp(void* const* lanes) {
   float a[16][16], b[16][8];
   for (int lane = 0; lane < kWarp; ++lane) {
     const auto& from = *static_cast<const Mma*>(lanes[lane]);
     const int g = lane / 4, t = lane % 4;
     for (int i = 0; i < 4; ++i) {
-      a[g + i % 2 * 8][2 * t + i / 2 * 8] = low_bf16(from.a[i]);
-      a[g + i % 2 * 8][2 * t + i / 2 * 8 + 1] = high_bf16(from.a[i]);
+      a[g + i % 2 * 8][2 * t + i / 2 * 8] = widen_half<kHalf>(from.a[i] & 0xffffu);
+      a[g + i % 2 * 8][2 * t + i / 2 * 8 + 1] = widen_half<kHalf>(from.a[i] >> 16);
     }
     for (int i = 0; i < 2; ++i) {
-      b[2 * t + i * 8][g] = low_bf16(from.b[i]);
-      b[2 * t + i * 8 + 1][g] = high_bf16(from.b[i]);
+      b[2 * t + i * 8][g] = widen_half<kHalf>(from.b[i] & 0xffffu);
+      b[2 * t + i * 8 + 1][g] = widen_half<kHalf>(from.b[i] >> 16);
     }
   }
   float sum[16][8] = {};
@@ -73,9 +87,10 @@ void load_matrices(void* const* lanes) {
 
 }  // namespace standin
 
-inline void mma_bf16(float (&c)[4], const std::uint32_t (&a)[4], const std::uint32_t (&b)[2], standin::Place place = {}) {
+template <HalfType kHalf>
+void mma_half(float (&c)[4], const std::uint32_t (&a)[4], const std::uint32_t (&b)[2], standin::Place place = {}) {
   standin::Mma request{c, a, b};
-  standin::warp_meet("mma_bf16", place, &request, standin::mma_warp);
+  standin::warp_meet("mma_half", place, &request, standin::mma_warp<kHalf>);
 }
 
 inline void ldmatrix_x4(std::uint32_t (&r)[4], const void* row, standin::Place place = {}) {
@@ -108,7 +123,10 @@ void cp_async_wait() {
   }
 }
 
-inline std::uint32_t pack_bf16(float low, float high) { return standin::round_bf16(low) | standin::round_bf16(high) << 16; }
+template <HalfType kHalf>
+std::uint32_t pack_halves(float low, float high) {
+  return standin::round_half<kHalf>(low) | standin::round_half<kHalf>(high) << 16;
+}
 
 inline int opaque(int x) { return x; }
 
