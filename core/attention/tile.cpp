@@ -89,8 +89,6 @@ Interval keys_of(const Tile& tile, std::int64_t q_row) {
   return {keys.begin, std::max(keys.begin, keys.end)};
 }
 
-Interval queries_of(const Tile& tile, std::int64_t k_row) { return keys_of(transposed(tile), k_row); }
-
 Tile transposed(const Tile& tile) {
   const Region& rows = tile.rows;
   return {{rows.k, rows.q, -rows.hi, -rows.lo},

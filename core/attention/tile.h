@@ -40,10 +40,8 @@ struct Tile {
   bool operator==(const Tile&) const = default;
 };
 
-// The key rows that a query row of rows.q sees, and the query rows that see a key row of rows.k. Begins and ends ascend with
-// the row, of empty ranges too.
+// The key rows that a query row of rows.q sees. Begins and ends ascend with the row, of empty ranges too.
 Interval keys_of(const Tile& tile, std::int64_t q_row);
-Interval queries_of(const Tile& tile, std::int64_t k_row);
 
 Tile transposed(const Tile& tile);  // queries and keys change places
 // The part of a tile in ranges of its rows, trimmed as regions are; nothing where no pair is left.

@@ -289,10 +289,12 @@ std::vector<std::string> Communicator::gather_strings(const std::string& mine, c
   return all;
 }
 
-std::unique_ptr<Communicator> whole_group(Communicator& world) {
+std::unique_ptr<Communicator> whole_group(Communicator& world, const std::string& name) {
   std::vector<int> everyone(static_cast<std::size_t>(world.size()));
   std::iota(everyone.begin(), everyone.end(), 0);
-  return world.split(everyone, world.name());
+  return world.split(everyone, name);
 }
+
+std::unique_ptr<Communicator> whole_group(Communicator& world) { return whole_group(world, world.name()); }
 
 }  // namespace dattn

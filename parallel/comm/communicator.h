@@ -113,7 +113,8 @@ class Communicator {
   std::vector<std::string> gather_strings(const std::string& mine, const OpLabel& label);
 };
 
-// All ranks of the world again, as a group that may be given away.
+// All ranks of the world again, as a group that may be given away, under the world's name or another.
+std::unique_ptr<Communicator> whole_group(Communicator& world, const std::string& name);
 std::unique_ptr<Communicator> whole_group(Communicator& world);
 
 }  // namespace dattn

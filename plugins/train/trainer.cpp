@@ -36,13 +36,6 @@ using Clock = std::chrono::steady_clock;
 
 double seconds_since(Clock::time_point start) { return std::chrono::duration<double>(Clock::now() - start).count(); }
 
-// The whole world again, with its bytes counted.
-std::unique_ptr<Communicator> counted_job(Communicator& world, const std::shared_ptr<ByteCounter>& counter) {
-  std::vector<int> everyone;
-  for (int rank = 0; rank < world.size(); ++rank) everyone.push_back(rank);
-  return counted(world.split(everyone, "job"), counter);
-}
-
 AttentionShape attention_shape(const TrainJob& job, const ModelConfig& model) {
   return {.batch = 1,
           .seq_q = job.train.seq_len,
@@ -179,7 +172,7 @@ class Trainer {
 Trainer::Trainer(Communicator& world, const TrainJob& job, const TrainHooks& hooks)
     : job_(checked(job)),
       hooks_(hooks),
-      world_(counted_job(world, counter_)),
+      world_(counted(whole_group(world, "job"), counter_)),
       mesh_(*world_, job.mesh),
       loss_scale_(job.train.loss_scale, job.dtype),
       share_(mesh_, own_positions(mesh_, job), job.train.seq_len) {

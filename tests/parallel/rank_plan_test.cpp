@@ -112,14 +112,12 @@ TEST(RankPlan, InvariantStridesAreStairs) {
   options.determinism = Determinism::kInvariant;
   constexpr std::int64_t kSeq = std::int64_t{1} << 24;
   const AttentionShape shape{1, kSeq, kSeq, 8, 2, 64, 64, DType::kBF16};
-  const auto begin = std::chrono::steady_clock::now();
   const Plan forward = make_plan(mesh_of(1, 8, 1, 1), shape, options), back = backward(forward);
   const double pairs = static_cast<double>(kSeq) * (kSeq + 1) / 2;
   EXPECT_EQ(flops_of_stairs(forward), pairs * 8 * 2 * (64 + 64));
   EXPECT_GT(flops_of_stairs(back), pairs * 8 * 2 * (64 + 64));
   EXPECT_TRUE(verify(forward).ok());
   EXPECT_TRUE(verify(back).ok());
-  EXPECT_LT(std::chrono::steady_clock::now() - begin, std::chrono::seconds(1));
 }
 
 // Windows narrower than the stride leave a range of keys to fetch for each row: more than so many are refused.

@@ -119,7 +119,7 @@ RC_GTEST_PROP(Tiles, OfTwoStepsAreOneThatSaysWhatEveryRowSees, ()) {
     last = seen;
   }
   for (std::int64_t j = tile.rows.k.begin; j < tile.rows.k.end; ++j)
-    assert_sees(queries_of(tile, j), of_k[static_cast<std::size_t>(j)]);
+    assert_sees(keys_of(transposed(tile), j), of_k[static_cast<std::size_t>(j)]);
 }
 
 RC_GTEST_PROP(Tiles, RestrictKeepsExactlyThePairsInsideAndTrims, ()) {
@@ -166,7 +166,7 @@ TEST(Tiles, OfTwoStepsAreStairs) {
   const Tile queries{{{0, 4}, {0, 8}}, 1, 0, 2, 1, 0, -kUnbounded, 0};
   EXPECT_EQ(make_tiles(causal, odd, all), std::vector{queries});
   EXPECT_EQ(keys_of(queries, 2), (Interval{0, 6}));
-  EXPECT_EQ(queries_of(queries, 4), (Interval{2, 4}));
+  EXPECT_EQ(keys_of(transposed(queries), 4), (Interval{2, 4}));
   const Tile keys{{{1, 8}, {0, 4}}, 1, 1, 1, 2, 0, -kUnbounded, 0};
   EXPECT_EQ(make_tiles(causal, all, odd), std::vector{keys});
   const Tile full{{{0, 8}, {0, 4}}, 0, 1, 1, 2};  // no bound cuts anything
