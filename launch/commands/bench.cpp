@@ -4,9 +4,11 @@
 #include <chrono>
 #include <cmath>
 #include <memory>
+#include <optional>
 
 #include <fmt/format.h>
 
+#include "core/attention/cpu/peak.h"
 #include "core/base/error.h"
 #include "core/base/threads.h"
 #include "core/device/stream.h"
@@ -45,6 +47,39 @@ Percentiles time_calls(Communicator& world, int repeat, const Body& body) {
   return {at(0.2), at(0.5), at(0.8)};
 }
 
+// The sum over all ranks, each of which measures at the same time.
+template <class Body>
+double on_all_ranks(Communicator& world, const Body& body) {
+  world.barrier({"bench"});
+  Tensor sum(DType::kF64, {1}, Device::cpu());
+  sum.ptr<double>()[0] = body();
+  world.all_reduce_sum(sum, {"bench"});
+  return sum.ptr<double>()[0];
+}
+
+// What processors do at most, before the calls that are judged by it and after them: where it moved, so did their times.
+class PeakOfRanks {
+ public:
+  PeakOfRanks(Communicator& world, DType storage) : world_(world), storage_(storage), before_(measure()) {}
+  void add_to(Json& done) {
+    const double after = measure(), peak = std::max(before_, after);
+    done["peak_gflops"] = peak;
+    done["peak_gflops_before_after"] = {before_, after};
+    for (const char* pass : {"forward", "backward"}) {
+      const auto gflops = done.find(fmt::format("{}_gflops", pass));
+      if (gflops != done.end()) done[fmt::format("{}_of_peak", pass)] = gflops->get<double>() / peak;
+    }
+  }
+
+ private:
+  double measure() const {
+    return on_all_ranks(world_, [this] { return peak_flops(storage_) * 1e-9; });
+  }
+  Communicator& world_;
+  DType storage_;
+  double before_;
+};
+
 struct AttentionBench {
   CommonOptions common;
   ShapeConfig shape;
@@ -75,6 +110,10 @@ void bench_attention(const AttentionBench& bench, const RunConfig& config, Commu
   const Tensor v = random_tensor(shape.dtype, {shape.batch, keys, heads.kv.count(), shape.dim_v}, 3);
   const Tensor dout = random_tensor(shape.dtype, {shape.batch, rows, heads.q.count(), shape.dim_v}, 4);
 
+  // Of a GPU no such figure is measured here: see its maker's, or `bench product`.
+  const bool on_cpu = !current_device().is_cuda();
+  std::optional<PeakOfRanks> peak;
+  if (on_cpu) peak.emplace(world, shape.dtype);
   AttentionResult result;
   const Percentiles forward = time_calls(world, bench.repeat, [&] { result = attention.forward(q, k, v); });
   const double pairs = static_cast<double>(area(compile(options.mask, shape.seq_q, shape.seq_kv))) *
@@ -89,6 +128,13 @@ void bench_attention(const AttentionBench& bench, const RunConfig& config, Commu
     const Percentiles backward = time_calls(world, bench.repeat, [&] { attention.backward(q, k, v, result, dout); });
     done["backward_gflops"] = pairs * 2 * (3 * d + 2 * dv) / backward.p50 * 1e-6;
     done["milliseconds"]["backward"] = backward.json();
+  }
+  if (on_cpu) {
+    peak->add_to(done);
+    const std::int64_t bytes = q->bytes() + k->bytes() + v->bytes() + result.out->bytes();
+    const double read = on_all_ranks(world, [&] { return static_cast<double>(bytes); }) / forward.p50 * 1e-6;
+    const double memory_read = on_all_ranks(world, [] { return read_bandwidth() * 1e-9; });
+    done["bandwidth"] = {{"gbyte_per_s", read}, {"memory_gbyte_per_s", memory_read}, {"of_memory", read / memory_read}};
   }
   done["peak_memory_bytes"] = memory.peak();  // of this rank, inputs and what the kernel packs included
   if (world.rank() != 0) return;

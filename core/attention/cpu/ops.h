@@ -133,6 +133,7 @@ struct Ops {
   // to[row] += factor * from[row]; rows of `from` are `from_stride` apart.
   void (*add_rows)(const float* from, std::int64_t from_stride, float factor, float* to, std::int64_t to_stride,
                    std::int64_t rows, std::int64_t dim);
+  double (*multiply_adds)(std::int64_t rounds);  // does nothing else, see peak_text.h; returns the FLOPs
 };
 
 // One instruction set: the operations for each storage type.

@@ -4,6 +4,7 @@
 #include "core/attention/cpu/backward_text.h"
 #include "core/attention/cpu/decode_text.h"
 #include "core/attention/cpu/forward_text.h"
+#include "core/attention/cpu/peak_text.h"
 
 namespace dattn::cpu::DATTN_ISA {
 
@@ -20,7 +21,8 @@ constexpr Ops ops_of() {
           backward<Storage, Unit>,
           decode_scratch,
           decode<Storage>,
-          add_rows};
+          add_rows,
+          multiply_adds<Unit>};
 }
 
 }  // namespace dattn::cpu::DATTN_ISA

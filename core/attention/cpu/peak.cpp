@@ -1,0 +1,62 @@
+#include "core/attention/cpu/peak.h"
+
+#include <algorithm>
+#include <chrono>
+#include <numeric>
+#include <vector>
+
+#include "core/attention/cpu/paths.h"
+#include "core/base/error.h"
+#include "core/base/threads.h"
+
+namespace dattn {
+namespace {
+
+double seconds_of(const auto& body) {
+  const auto start = std::chrono::steady_clock::now();
+  body();
+  return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+}
+
+}  // namespace
+
+double peak_flops(DType storage) {
+  require(storage == DType::kF32 || storage == DType::kBF16,
+          "the peak of the cpu kernel is known for fp32 and bf16, not for {}", name_of(storage));
+  const cpu::Path& path = cpu::choose_path();
+  const cpu::Ops& ops = storage == DType::kBF16 ? *path.bf16 : *path.fp32;
+  constexpr std::int64_t kFirstRounds = 100000;
+  constexpr double kStretch = 0.01;  // seconds
+  const double first = seconds_of([&] { ops.multiply_adds(kFirstRounds); });
+  const auto rounds = static_cast<std::int64_t>(static_cast<double>(kFirstRounds) * std::max(1.0, kStretch / first));
+  std::vector<double> flops(static_cast<std::size_t>(num_threads()));
+  double best = 0;
+  for (int stretch = 0; stretch < 5; ++stretch) {
+    const double seconds = seconds_of([&] {
+      parallel_for(static_cast<std::int64_t>(flops.size()),
+                   [&](std::int64_t thread) { flops[static_cast<std::size_t>(thread)] = ops.multiply_adds(rounds); });
+    });
+    best = std::max(best, std::accumulate(flops.begin(), flops.end(), 0.0) / seconds);
+  }
+  return best;
+}
+
+double read_bandwidth() {
+  constexpr std::int64_t kWords = std::int64_t{1} << 25, kPart = std::int64_t{1} << 16;
+  std::vector<std::uint64_t> words(kWords, 1);
+  std::vector<std::uint64_t> sums(kWords / kPart);
+  double best = 0;
+  for (int pass = 0; pass < 5; ++pass) {
+    const double seconds = seconds_of([&] {
+      parallel_for(kWords / kPart, [&](std::int64_t part) {
+        const auto from = words.begin() + part * kPart;
+        sums[static_cast<std::size_t>(part)] += std::accumulate(from, from + kPart, std::uint64_t{0});
+      });
+    });
+    best = std::max(best, static_cast<double>(kWords * 8) / seconds);
+  }
+  ensure(std::accumulate(sums.begin(), sums.end(), std::uint64_t{0}) == 5 * kWords, "the passes over memory read other values");
+  return best;
+}
+
+}  // namespace dattn
