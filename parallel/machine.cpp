@@ -44,10 +44,11 @@ double Machine::attend_rate(Verb verb, DType storage) const {
   return peak * (verb == Verb::kAttendGrad ? attend_grad_of_peak : attend_of_peak);
 }
 
-std::int64_t Machine::worked_pairs(std::span<const Tile> tiles) const {
-  if (!tile) return area(tiles);
+std::int64_t Machine::worked_pairs(Verb verb, std::span<const Tile> tiles) const {
+  const std::optional<TileSize>& size = verb == Verb::kAttendGrad && grad_tile ? grad_tile : tile;
+  if (!size) return area(tiles);
   std::int64_t pairs = 0;
-  for (const Tile& part : tiles) pairs += part.stairs() ? touched_by_stairs(part, *tile) : touched_pairs(part.rows, *tile);
+  for (const Tile& part : tiles) pairs += part.stairs() ? touched_by_stairs(part, *size) : touched_pairs(part.rows, *size);
   return pairs;
 }
 

@@ -48,15 +48,15 @@ struct Machine {
   double attend_grad_of_peak = 0.5;
   double memory_bandwidth = 0;
   double kernel_latency_s = 0;
-  std::optional<TileSize> tile;
+  std::optional<TileSize> tile, grad_tile;
   Links links;
 
   int node_of(int rank) const { return rank / ranks_per_node; }
   // FLOP/s that attend or attend_grad reaches. Throws Error(kBadInput) for storage types without a rate.
   double attend_rate(Verb verb, DType storage) const;
-  // Pairs that the kernel works on where `tiles` are visible: those of all tiles that a band touches, counted from the
-  // band's own first row and key, exactly; without `tile` the visible pairs.
-  std::int64_t worked_pairs(std::span<const Tile> tiles) const;
+  // Pairs that attend's or attend_grad's kernel works on where `tiles` are visible: those of all tiles that a band touches,
+  // counted from the band's own first row and key, exactly; without a tile the visible pairs.
+  std::int64_t worked_pairs(Verb verb, std::span<const Tile> tiles) const;
 };
 
 Machine load_machine(const std::string& path);
@@ -103,7 +103,8 @@ void describe(V& v, Machine& c) {
   v("attend_grad_of_peak", c.attend_grad_of_peak, "share of the peak that the backward attention kernel reaches");
   v("memory_bandwidth", c.memory_bandwidth, "bytes/s that one rank reads and writes in its memory");
   v("kernel_latency_s", c.kernel_latency_s, "seconds that every computation takes beside its work");
-  v("tile", c.tile, "the kernel's tile: partly visible tiles cost whole ones; absent = only visible pairs cost");
+  v("tile", c.tile, "the forward kernel's tile: partly visible tiles cost whole ones; absent = only visible pairs cost");
+  v("grad_tile", c.grad_tile, "the backward kernel's tile; absent = that of the forward kernel");
   v("links", c.links, "what joins the ranks");
 }
 

@@ -87,7 +87,7 @@ class Costs {
     const double pairs = static_cast<double>(area(part.tiles()));
     double worked_pairs = 0;
     for (const BatchTiles& stretch : part.tiles())
-      worked_pairs += static_cast<double>(machine_.worked_pairs(stretch.tiles) * stretch.batch.count());
+      worked_pairs += static_cast<double>(machine_.worked_pairs(step.verb, stretch.tiles) * stretch.batch.count());
     const double worked = pairs == 0 ? 0 : worked_pairs / pairs;
     const double working = part.flops() * worked / machine_.attend_rate(step.verb, storage);
     return std::max(working, moving) + machine_.kernel_latency_s;

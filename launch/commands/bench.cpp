@@ -1,84 +1,21 @@
-// dattn bench attention | product | comm: how fast attention and matrix products run on the present ranks, and what the axes of
-// a mesh carry.
-#include <algorithm>
-#include <chrono>
+// dattn bench attention | train | product | comm: how fast attention, training and matrix products run on the present ranks,
+// and what the axes of a mesh carry.
 #include <cmath>
 #include <memory>
-#include <optional>
 
 #include <fmt/format.h>
 
 #include "core/attention/cpu/peak.h"
 #include "core/base/error.h"
 #include "core/base/threads.h"
-#include "core/device/stream.h"
 #include "core/nn/matmul.h"
+#include "launch/commands/bench_train.h"
 #include "launch/commands/planning.h"
+#include "launch/commands/timing.h"
 #include "parallel/attention.h"
 
 namespace dattn {
 namespace {
-
-using Clock = std::chrono::steady_clock;
-
-struct Percentiles {
-  double p20, p50, p80;
-  Json json() const { return {{"p20", p20}, {"p50", p50}, {"p80", p80}}; }
-};
-
-// Milliseconds of `repeat` calls, each started together on all ranks and counted until the last has ended.
-template <class Body>
-Percentiles time_calls(Communicator& world, int repeat, const Body& body) {
-  std::vector<double> times;
-  body();  // warms up: plans, memory pages, kernels
-  current_stream().synchronize();
-  for (int i = 0; i < repeat; ++i) {
-    world.barrier({"bench"});
-    const auto start = Clock::now();
-    body();
-    current_stream().synchronize();
-    world.barrier({"bench"});
-    times.push_back(std::chrono::duration<double, std::milli>(Clock::now() - start).count());
-  }
-  std::sort(times.begin(), times.end());
-  const auto at = [&](double share) {
-    return times[static_cast<std::size_t>(std::lround(share * static_cast<double>(times.size() - 1)))];
-  };
-  return {at(0.2), at(0.5), at(0.8)};
-}
-
-// The sum over all ranks, each of which measures at the same time.
-template <class Body>
-double on_all_ranks(Communicator& world, const Body& body) {
-  world.barrier({"bench"});
-  Tensor sum(DType::kF64, {1}, Device::cpu());
-  sum.ptr<double>()[0] = body();
-  world.all_reduce_sum(sum, {"bench"});
-  return sum.ptr<double>()[0];
-}
-
-// What processors do at most, before the calls that are judged by it and after them: where it moved, so did their times.
-class PeakOfRanks {
- public:
-  PeakOfRanks(Communicator& world, DType storage) : world_(world), storage_(storage), before_(measure()) {}
-  void add_to(Json& done) {
-    const double after = measure(), peak = std::max(before_, after);
-    done["peak_gflops"] = peak;
-    done["peak_gflops_before_after"] = {before_, after};
-    for (const char* pass : {"forward", "backward"}) {
-      const auto gflops = done.find(fmt::format("{}_gflops", pass));
-      if (gflops != done.end()) done[fmt::format("{}_of_peak", pass)] = gflops->get<double>() / peak;
-    }
-  }
-
- private:
-  double measure() const {
-    return on_all_ranks(world_, [this] { return peak_flops(storage_) * 1e-9; });
-  }
-  Communicator& world_;
-  DType storage_;
-  double before_;
-};
 
 struct AttentionBench {
   CommonOptions common;
@@ -90,10 +27,9 @@ struct AttentionBench {
 };
 
 // The command's own options as a config, so that --mesh and --mask are checked as a file's keys are.
-RunConfig config_of(const AttentionBench& bench) {
-  std::vector<std::string> set{"attention.mask.kind=" + bench.mask, "dtype=" + bench.dtype};
-  for (const std::string& axis : bench.mesh) set.push_back("mesh." + axis);
-  set.insert(set.end(), bench.common.set.begin(), bench.common.set.end());
+RunConfig config_of(const CommonOptions& common, const std::vector<std::string>& mesh, std::vector<std::string> set = {}) {
+  for (const std::string& axis : mesh) set.push_back("mesh." + axis);
+  set.insert(set.end(), common.set.begin(), common.set.end());
   return parse_config_as<RunConfig>("{}", "dattn bench", set);
 }
 
@@ -110,10 +46,7 @@ void bench_attention(const AttentionBench& bench, const RunConfig& config, Commu
   const Tensor v = random_tensor(shape.dtype, {shape.batch, keys, heads.kv.count(), shape.dim_v}, 3);
   const Tensor dout = random_tensor(shape.dtype, {shape.batch, rows, heads.q.count(), shape.dim_v}, 4);
 
-  // Of a GPU no such figure is measured here: see its maker's, or `bench product`.
-  const bool on_cpu = !current_device().is_cuda();
-  std::optional<PeakOfRanks> peak;
-  if (on_cpu) peak.emplace(world, shape.dtype);
+  PeakOfRanks peak(world, shape.dtype);
   AttentionResult result;
   const Percentiles forward = time_calls(world, bench.repeat, [&] { result = attention.forward(q, k, v); });
   const double pairs = static_cast<double>(area(compile(options.mask, shape.seq_q, shape.seq_kv))) *
@@ -129,11 +62,11 @@ void bench_attention(const AttentionBench& bench, const RunConfig& config, Commu
     done["backward_gflops"] = pairs * 2 * (3 * d + 2 * dv) / backward.p50 * 1e-6;
     done["milliseconds"]["backward"] = backward.json();
   }
-  if (on_cpu) {
-    peak->add_to(done);
+  peak.add_to(done, {"forward_", "backward_"});
+  if (!current_device().is_cuda()) {
     const std::int64_t bytes = q->bytes() + k->bytes() + v->bytes() + result.out->bytes();
-    const double read = on_all_ranks(world, [&] { return static_cast<double>(bytes); }) / forward.p50 * 1e-6;
-    const double memory_read = on_all_ranks(world, [] { return read_bandwidth() * 1e-9; });
+    const double read = sum_of_ranks(world, [&] { return static_cast<double>(bytes); }) / forward.p50 * 1e-6;
+    const double memory_read = sum_of_ranks(world, [] { return read_bandwidth() * 1e-9; });
     done["bandwidth"] = {{"gbyte_per_s", read}, {"memory_gbyte_per_s", memory_read}, {"of_memory", read / memory_read}};
   }
   done["peak_memory_bytes"] = memory.peak();  // of this rank, inputs and what the kernel packs included
@@ -163,30 +96,54 @@ void bench_product(const ProductBench& bench, const RunConfig& config, Communica
   print_line(bench.common.json ? done.dump() : done.dump(2));
 }
 
-// Round trips and one-way streams between rank 0 and every neighbour distance of the job.
-void bench_comm(bool json, int repeat, Communicator& world) {
-  require(world.size() > 1, "bench comm measures between ranks but the job has 1; use --ranks 2 or mpirun -np 2");
+struct CommBench {
+  CommonOptions common;
+  std::vector<std::string> mesh;  // axis=size
+  int repeat = 20;
+};
+
+// Every rank of the axis sends to the next and hears from the one before, all at once, in messages of several sizes.
+Json bench_axis(Communicator& world, Communicator& axis, int repeat) {
+  const int next = (axis.rank() + 1) % axis.size(), before = (axis.rank() + axis.size() - 1) % axis.size();
+  std::vector<LinkSample> samples;
   Json sizes = Json::array();
-  for (const std::size_t bytes : {std::size_t{8}, std::size_t{1} << 16, std::size_t{1} << 20, std::size_t{1} << 24}) {
+  for (std::size_t bytes = 8; bytes <= std::size_t{1} << 24; bytes *= 8) {
     std::vector<std::byte> out(bytes), in(bytes);
-    const int next = (world.rank() + 1) % world.size(), before = (world.rank() + world.size() - 1) % world.size();
     const Percentiles time = time_calls(world, repeat, [&] {
       const SendPart send{next, out.data(), bytes};
       const RecvPart receive{before, in.data(), bytes};
-      world.exchange({&send, 1}, {&receive, 1}, {"bench"});
+      axis.exchange({&send, 1}, {&receive, 1}, {"bench"});
     });
+    samples.push_back({static_cast<double>(bytes), time.p50 * 1e-3});
     sizes.push_back(
         {{"bytes", bytes}, {"milliseconds", time.json()}, {"gbyte_per_s", static_cast<double>(bytes) / time.p50 * 1e-6}});
   }
+  const Link link = fit_link(samples);
+  return {{"size", axis.size()}, {"latency_s", link.latency_s}, {"bandwidth", link.bandwidth}, {"sizes", sizes}};
+}
+
+// Latency and bandwidth of the mesh's axes, or of the whole job as one ring: what the links of a machine file hold.
+void bench_comm(const CommBench& bench, const RunConfig& config, Communicator& world) {
+  require(world.size() > 1, "bench comm measures between ranks but the job has 1; use --ranks 2 or mpirun -np 2");
+  Json axes = Json::object();
+  if (bench.mesh.empty()) {
+    axes["job"] = bench_axis(world, world, bench.repeat);
+  } else {
+    const Mesh mesh(world, config.mesh.shape());
+    for (const Axis axis : kAxes) {
+      if (mesh.shape().size(axis) > 1) axes[std::string(name_of(axis))] = bench_axis(world, mesh.axis(axis), bench.repeat);
+    }
+  }
   if (world.rank() != 0) return;
-  const Json done{{"event", "done"}, {"ranks", world.size()}, {"ring_exchange", sizes}};
-  print_line(json ? done.dump() : done.dump(2));
+  const Json done{{"event", "done"}, {"ranks", world.size()}, {"axes", axes}};
+  print_line(bench.common.json ? done.dump() : done.dump(2));
 }
 
 }  // namespace
 
 Command add_bench(CLI::App& app) {
-  CLI::App* command = app.add_subcommand("bench", "how fast attention and communication are here")->require_subcommand(1);
+  CLI::App* command =
+      app.add_subcommand("bench", "how fast attention, training and communication are here")->require_subcommand(1);
   CLI::App* attention = command->add_subcommand("attention", "one attention call, on random tensors");
   const auto bench = std::make_shared<AttentionBench>();
   attention->add_option("--seq", bench->shape.seq, "positions")->capture_default_str();
@@ -208,34 +165,34 @@ Command add_bench(CLI::App& app) {
   product->add_option("--repeat", product_bench->repeat, "timed calls")->capture_default_str()->check(CLI::PositiveNumber);
   product_bench->common.declare(*product, true);
 
-  CLI::App* comm = command->add_subcommand("comm", "messages between neighbouring ranks");
-  const auto comm_options = std::make_shared<CommonOptions>();
-  const auto comm_repeat = std::make_shared<int>(20);
-  comm->add_option("--repeat", *comm_repeat, "timed exchanges")->capture_default_str()->check(CLI::PositiveNumber);
-  comm_options->declare(*comm, false);
+  const Command train = add_bench_train(*command);
 
-  return [attention, bench, product, product_bench, comm_options, comm_repeat] {
+  CLI::App* comm = command->add_subcommand("comm", "messages along each axis of a mesh");
+  const auto comm_bench = std::make_shared<CommBench>();
+  comm->add_option("--mesh", comm_bench->mesh, "axis=size, for example ring=2 (default: the job as one ring)")->delimiter(',');
+  comm->add_option("--repeat", comm_bench->repeat, "timed exchanges")->capture_default_str()->check(CLI::PositiveNumber);
+  comm_bench->common.declare(*comm, true);
+
+  return [command, attention, bench, product, product_bench, train, comm_bench] {
+    if (command->got_subcommand("train")) return train();
     if (attention->parsed()) {
       const auto load = [&] {
-        const RunConfig config = config_of(*bench);
+        const RunConfig config =
+            config_of(bench->common, bench->mesh, {"attention.mask.kind=" + bench->mask, "dtype=" + bench->dtype});
         return resolve_mesh(config, shape_of(bench->shape, config.dtype));
       };
       return run_with_config(bench->common, load,
                              [&](const RunConfig& config, Communicator& world) { bench_attention(*bench, config, world); });
     }
     if (product->parsed()) {
-      const auto load = [&] {
-        std::vector<std::string> set{"dtype=" + product_bench->dtype};
-        set.insert(set.end(), product_bench->common.set.begin(), product_bench->common.set.end());
-        return parse_config_as<RunConfig>("{}", "dattn bench", set);
-      };
+      const auto load = [&] { return config_of(product_bench->common, {}, {"dtype=" + product_bench->dtype}); };
       return run_with_config(product_bench->common, load, [&](const RunConfig& config, Communicator& world) {
         bench_product(*product_bench, config, world);
       });
     }
-    const auto load = [] { return RunConfig{}; };
-    return run_with_config(*comm_options, load,
-                           [&](const RunConfig&, Communicator& world) { bench_comm(comm_options->json, *comm_repeat, world); });
+    const auto load = [&] { return config_of(comm_bench->common, comm_bench->mesh); };
+    return run_with_config(comm_bench->common, load,
+                           [&](const RunConfig& config, Communicator& world) { bench_comm(*comm_bench, config, world); });
   };
 }
 

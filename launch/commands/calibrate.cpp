@@ -43,19 +43,26 @@ struct KernelTimes {
   double forward_s = 0, backward_s = 0;
 };
 
-// One batch row, `heads` heads of dim 64, all pairs visible.
-KernelTimes time_kernel(Communicator& world, DType storage, std::int64_t rows, std::int64_t heads) {
+// One batch row, `heads` heads of dim 64; all pairs visible, or those of a causal mask.
+KernelTimes time_kernel(Communicator& world, DType storage, std::int64_t rows, std::int64_t heads, bool causal = false) {
   const Shape shape{1, rows, heads, 64}, statistics{1, heads, rows};
   const DType sum = accumulate_type(storage);
   const Tensor q = random_tensor(storage, shape, 1), k = random_tensor(storage, shape, 2), v = random_tensor(storage, shape, 3),
                dout = random_tensor(storage, shape, 4);
   Tensor out(sum, shape), lse(sum, statistics), delta(sum, statistics), dq(sum, shape), dk(sum, shape), dv(sum, shape);
-  const std::vector<Tile> tiles{{{{0, rows}, {0, rows}}}};
+  const std::vector<Tile> tiles{{{{0, rows}, {0, rows}, -kUnbounded, causal ? 0 : kUnbounded}}};
   const AttentionKernel& kernel = select_kernel({storage, 64, 64});
   const auto forward = [&] { kernel.attend({q, k, v, {}, tiles, 0.125, out, lse, false}); };
   const auto backward = [&] { kernel.attend_grad({q, k, v, {}, tiles, 0.125, dout, lse, delta, dq, dk, dv}); };
   const double forward_s = measure(world, forward);
   return {forward_s, measure(world, backward)};
+}
+
+// The square tile of a kernel that takes `share` of a full mask's time for a causal one: S^2 / 2 pairs are visible there, and
+// tiles of t x t along the diagonal add S t / 2.
+TileSize tile_of(double share, std::int64_t rows) {
+  const auto size = std::clamp<std::int64_t>(std::llround((2 * share - 1) * static_cast<double>(rows)), 1, rows);
+  return {size, size};
 }
 
 // Rates of both kernels. The larger one stands for the peak; the shares are means over the storage types.
@@ -73,6 +80,10 @@ void measure_kernels(Communicator& world, Machine& machine) {
   }
   machine.attend_of_peak = std::min(1.0, rounded(machine.attend_of_peak));
   machine.attend_grad_of_peak = std::min(1.0, rounded(machine.attend_grad_of_peak));
+  const KernelTimes full = time_kernel(world, DType::kF32, kRows, kHeads),
+                    causal = time_kernel(world, DType::kF32, kRows, kHeads, true);
+  machine.tile = tile_of(causal.forward_s / full.forward_s, kRows);
+  machine.grad_tile = tile_of(causal.backward_s / full.backward_s, kRows);
   machine.kernel_latency_s = rounded(time_kernel(world, DType::kF32, 1, 1).forward_s);
 }
 

@@ -6,6 +6,7 @@
 #include "launch/commands/commands.h"
 #include "parallel/planner.h"
 #include "plugins/train/memory.h"
+#include "plugins/train/train_job.h"
 
 namespace dattn {
 
@@ -26,6 +27,9 @@ RunConfig with_choice(RunConfig config, const Candidate& chosen);
 // The config as it runs: planned where is_planned, else with the default layout.
 RunConfig resolve_mesh(const RunConfig& config, const AttentionShape& shape);
 RunConfig resolve_mesh(const RunConfig& config);  // for planned_shape
+
+// What the config says of training, its mesh resolved.
+TrainJob train_job(const RunConfig& config);
 
 // What training holds on the rank that holds most, of large meshes among a sample of their ranks.
 TrainingMemory predicted_memory(const RunConfig& config, const Plan& forward, const Plan& gradient);

@@ -9,6 +9,20 @@
 
 namespace dattn {
 
+TrainJob train_job(const RunConfig& config) {
+  TrainJob job;
+  job.mesh = config.mesh.shape();
+  job.attention = config.attention;
+  job.layout = config.layout.value_or(kDefaultLayout);
+  job.strategy = config.strategy;
+  job.determinism = determinism_of(config);
+  job.dtype = config.dtype;
+  job.data = config.data;
+  job.model = config.model;
+  job.train = config.train;
+  return job;
+}
+
 Command add_train(CLI::App& app) {
   CLI::App* command = app.add_subcommand("train", "train a transformer whose attention is sharded over the mesh");
   struct Options {
@@ -23,16 +37,7 @@ Command add_train(CLI::App& app) {
   return [options] {
     const auto load = [&] { return resolve_mesh(load_run_config(options->config, options->common)); };
     return run_with_config(options->common, load, [&](const RunConfig& config, Communicator& world) {
-      TrainJob job;
-      job.mesh = config.mesh.shape();
-      job.attention = config.attention;
-      job.layout = config.layout.value_or(kDefaultLayout);
-      job.strategy = config.strategy;
-      job.determinism = determinism_of(config);
-      job.dtype = config.dtype;
-      job.data = config.data;
-      job.model = config.model;
-      job.train = config.train;
+      TrainJob job = train_job(config);
       job.name = std::filesystem::path(options->config).stem().string();
       job.config_yaml = to_yaml(to_node(config));
       job.resume = options->resume;

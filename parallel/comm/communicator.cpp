@@ -289,7 +289,7 @@ std::vector<std::string> Communicator::gather_strings(const std::string& mine, c
   return all;
 }
 
-std::unique_ptr<Communicator> whole_group(Communicator& world, const std::string& name) {
+std::unique_ptr<Communicator> whole_group(Communicator& world, std::string_view name) {
   std::vector<int> everyone(static_cast<std::size_t>(world.size()));
   std::iota(everyone.begin(), everyone.end(), 0);
   return world.split(everyone, name);

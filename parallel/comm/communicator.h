@@ -114,7 +114,7 @@ class Communicator {
 };
 
 // All ranks of the world again, as a group that may be given away, under the world's name or another.
-std::unique_ptr<Communicator> whole_group(Communicator& world, const std::string& name);
+std::unique_ptr<Communicator> whole_group(Communicator& world, std::string_view name);
 std::unique_ptr<Communicator> whole_group(Communicator& world);
 
 }  // namespace dattn

@@ -3,7 +3,7 @@
 // parallel/invariant_sync.h). What the trees have no room for is refused.
 #pragma once
 
-#include "plugins/train/trainer.h"
+#include "plugins/train/train_job.h"
 
 namespace dattn {
 

@@ -108,10 +108,10 @@ TEST(Machine, WorkedPairsAreThoseOfTouchedTiles) {
       }
     }
     const std::vector<Tile> tiles{{*band}};
-    EXPECT_EQ(machine.worked_pairs(tiles), static_cast<std::int64_t>(touched.size()) * size.rows * size.keys)
+    EXPECT_EQ(machine.worked_pairs(Verb::kAttend, tiles), static_cast<std::int64_t>(touched.size()) * size.rows * size.keys)
         << to_text(*band) << " in tiles of " << size.rows << " x " << size.keys;
     machine.tile.reset();
-    EXPECT_EQ(machine.worked_pairs(tiles), area(*band));
+    EXPECT_EQ(machine.worked_pairs(Verb::kAttend, tiles), area(*band));
   }
 }
 
@@ -136,7 +136,7 @@ TEST(Machine, WorkedPairsOfStairsAreThoseOfTouchedTiles) {
         if (tiles[0].contains(i, j)) touched.insert({(i - rows.q.begin) / size.rows, (j - rows.k.begin) / size.keys});
       }
     }
-    EXPECT_EQ(machine.worked_pairs(tiles), static_cast<std::int64_t>(touched.size()) * size.rows * size.keys);
+    EXPECT_EQ(machine.worked_pairs(Verb::kAttend, tiles), static_cast<std::int64_t>(touched.size()) * size.rows * size.keys);
   }
 }
 
