@@ -68,7 +68,7 @@ sizes=(512 1024 2048 4096 8192 16384)
 dims=(64 128)
 strategies=(ring ulysses)  # and, but for --quick, all others that doctor lists
 train=(--set train.steps=100 --set train.eval_every=0)
-gpt2=(--set train.steps=30 --set train.batch=8 --set dtype=bf16 --set train.eval_batches=1 --set train.sample_length=0)
+gpt2=(--steps 20 --set train.batch=8 --set dtype=bf16)
 tokens=256 product=8192 repeat=10
 if [[ $quick == yes ]]; then
   sizes=(512 2048) dims=(128) product=2048 tokens=32 repeat=3
@@ -80,7 +80,7 @@ if [[ $standin == yes ]]; then
   one_rank='*/ring_1_ranks' invariant='CudaInvariant.IsStillAttention'
   small=(--set train.batch=2 --set train.seq_len=32 --set train.eval_batches=1 --set train.sample_length=0 --set model.layers=1)
   train=(--set train.steps=3 --set train.eval_every=0 "${small[@]}")
-  gpt2=("${small[@]}" --set train.steps=1 --set model.dim=64 --set model.heads=2 --set model.hidden=64)
+  gpt2=("${small[@]}" --steps 1 --set model.dim=64 --set model.heads=2 --set model.hidden=64 --set model.vocab=256)
 fi
 
 result_of() { tac "$results" | grep -m 1 "\"step\": \"$1\"" || true; }  # the newest
@@ -176,8 +176,7 @@ for mesh in ring=1 ring=4 ulysses=4 ring=8; do
     --dim 128 --mask causal
 done
 step decode 200 "$bin/dattn" generate "$out/train_cuda" --json --set device=cuda --prompt "It is a truth" --max-tokens "$tokens"
-step gpt2 300 "$bin/dattn" train "$root/configs/models/gpt2_124m.yaml" --ranks 1 --json --set device=cuda "${gpt2[@]}" \
-  --set "train.out=$out/gpt2"
+step gpt2 300 "$bin/dattn" bench train "$root/configs/models/gpt2_124m.yaml" --ranks 1 --json --set device=cuda "${gpt2[@]}"
 # Not with the bundle's libraries: they may be older than PyTorch's.
 python=(env "LD_LIBRARY_PATH=${DATTN_OUTER_LD_LIBRARY_PATH-${LD_LIBRARY_PATH:-}}" "${DATTN_PYTHON:-$root/build/venv/bin/python}")
 [[ -x ${python[2]} ]] || python[2]=python3

@@ -16,7 +16,7 @@ namespace {
 struct TrainBench {
   CommonOptions common;
   std::string config;
-  int repeat = 5;
+  int steps = 5;
 };
 
 // FLOPs of one step, forward and backward: 6 for each token and weight that is multiplied, and attention's 14 D for each
@@ -42,19 +42,19 @@ void bench_train(const TrainBench& bench, const RunConfig& config, Communicator&
   TrainStep step(*counting, *counter, mesh, job, model);
 
   PeakOfRanks peak(world, job.dtype);
-  std::int64_t steps = 0;
+  std::int64_t taken = 0;
   StepSums sums;
-  const Percentiles time = time_calls(world, bench.repeat, [&] {
+  const Percentiles time = time_calls(world, bench.steps, [&] {
     const auto random_window = [&](std::int64_t row) {
       std::vector<std::int32_t> window(static_cast<std::size_t>(job.train.seq_len) + 1);
       for (std::size_t i = 0; i < window.size(); ++i) {
-        const auto stream = static_cast<std::uint64_t>(steps * job.train.batch + row);
+        const auto stream = static_cast<std::uint64_t>(taken * job.train.batch + row);
         window[i] = static_cast<std::int32_t>(philox_uniform(static_cast<std::uint64_t>(job.train.seed), stream, i) *
                                               static_cast<float>(model.vocab - 1));
       }
       return window;
     };
-    sums = step.forward_backward(steps++, random_window);
+    sums = step.forward_backward(taken++, random_window);
     step.update(job.train.learning_rate, sums.grad_norm);
   });
   Json done{{"event", "done"},
@@ -77,7 +77,7 @@ Command add_bench_train(CLI::App& bench) {
   CLI::App* command = bench.add_subcommand("train", "training steps of a config's model, on random tokens");
   const auto options = std::make_shared<TrainBench>();
   command->add_option("config", options->config, "YAML file (keys: configs/SCHEMA.md)")->required();
-  command->add_option("--repeat", options->repeat, "timed steps")->capture_default_str()->check(CLI::PositiveNumber);
+  command->add_option("--steps", options->steps, "timed steps")->capture_default_str()->check(CLI::PositiveNumber);
   options->common.declare(*command, true);
   return [options] {
     const auto load = [&] { return resolve_mesh(load_run_config(options->config, options->common)); };

@@ -310,7 +310,14 @@ void run_thread_ranks(int ranks, const CommOptions& options, const std::function
   if (job->end.rank < 0) return;
   std::rotate(job->errors.begin(), job->errors.begin() + job->end.rank, job->errors.end());  // the first one first
   for (const std::exception_ptr& error : job->errors) {
-    if (error) std::rethrow_exception(error);
+    if (!error) continue;
+    try {
+      std::rethrow_exception(error);
+    } catch (const Error& heard) {
+      // A thread that watches a device may end the job before its rank meets the error, and knows the reason better.
+      if (heard.code() == ErrorCode::kPeer && job->end.code != ErrorCode::kPeer) throw Error(job->end.code, job->end.reason);
+      throw;
+    }
   }
 }
 

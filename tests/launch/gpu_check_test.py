@@ -22,6 +22,7 @@ case "$1 $2" in
           [[ $* == *device=cuda* ]] && echo "${STUB_LOSS:-5.251}}" || echo '5.25}'
           echo '{"event":"done","tokens_per_s":1234}' ;;
   "bench attention") echo '{"event":"done","forward_gflops":300000,"backward_gflops":250000}' ;;
+  "bench train") echo '{"event":"done","tokens_per_s":4321}' ;;
   "bench product") echo '{"event":"done","gflops":600000}' ;;
   generate*) echo '{"event":"done","tokens_per_s":99}' ;;
 esac
@@ -71,7 +72,7 @@ class GpuCheck(unittest.TestCase):
         self.assertEqual(steps["curves"]["result"], {"steps": 2, "largest_difference": 0.001, "tolerance": 0.01})
         self.assertIn("- GPU: H100, 580", result.stdout)
         self.assertIn("| 512,128,full | forward | 300.0 |  | 0.500 | 300.0 | 1.000 |", result.stdout)
-        self.assertIn("- decode: 99 tokens/s\n- training, GPT-2 124M: 1234 tokens/s", result.stdout)
+        self.assertIn("- decode: 99 tokens/s\n- training, GPT-2 124M: 4321 tokens/s", result.stdout)
         again, _ = self.check()
         self.assertEqual(again, [])
         chosen, _ = self.check("--only", "decode,bench_product")

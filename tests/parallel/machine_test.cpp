@@ -110,6 +110,9 @@ TEST(Machine, WorkedPairsAreThoseOfTouchedTiles) {
     const std::vector<Tile> tiles{{*band}};
     EXPECT_EQ(machine.worked_pairs(Verb::kAttend, tiles), static_cast<std::int64_t>(touched.size()) * size.rows * size.keys)
         << to_text(*band) << " in tiles of " << size.rows << " x " << size.keys;
+    EXPECT_EQ(machine.worked_pairs(Verb::kAttendGrad, tiles), machine.worked_pairs(Verb::kAttend, tiles));
+    machine.grad_tile = {.rows = 1, .keys = 1};
+    EXPECT_EQ(machine.worked_pairs(Verb::kAttendGrad, tiles), area(*band));
     machine.tile.reset();
     EXPECT_EQ(machine.worked_pairs(Verb::kAttend, tiles), area(*band));
   }

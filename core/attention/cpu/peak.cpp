@@ -5,6 +5,7 @@
 #include <numeric>
 #include <vector>
 
+#include "core/attention/cpu/drive.h"
 #include "core/attention/cpu/paths.h"
 #include "core/base/error.h"
 #include "core/base/threads.h"
@@ -21,10 +22,9 @@ double seconds_of(const auto& body) {
 }  // namespace
 
 double peak_flops(DType storage) {
-  require(storage == DType::kF32 || storage == DType::kBF16,
-          "the peak of the cpu kernel is known for fp32 and bf16, not for {}", name_of(storage));
-  const cpu::Path& path = cpu::choose_path();
-  const cpu::Ops& ops = storage == DType::kBF16 ? *path.bf16 : *path.fp32;
+  require(storage == DType::kF32 || is_half(storage), "the peak of the cpu kernel is known for fp32, bf16 and fp16, not for {}",
+          name_of(storage));
+  const cpu::Ops& ops = cpu::ops_for(cpu::choose_path(), storage);
   constexpr std::int64_t kFirstRounds = 100000;
   constexpr double kStretch = 0.01;  // seconds
   const double first = seconds_of([&] { ops.multiply_adds(kFirstRounds); });

@@ -5,7 +5,7 @@
 
 namespace dattn {
 
-// FLOP/s of the multiply-adds that the cpu kernel uses for this storage type (fp32 or bf16), on all threads of this rank at
+// FLOP/s of the multiply-adds that the cpu kernel uses for this storage type (fp32, bf16 or fp16), on all threads of this rank at
 // once, with nothing to load or store: the best of a few stretches, about 50 ms in all.
 // Throws Error(kBadInput) for another type.
 double peak_flops(DType storage);

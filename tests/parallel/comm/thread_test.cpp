@@ -144,6 +144,20 @@ TEST(ThreadJob, AbortReachesEveryGroup) {
   EXPECT_EQ(told, 3);
 }
 
+// Who ended a job says why, also where the rank only hears of it later: a thread that watches its device was first.
+TEST(ThreadJob, TheCodeOfAnAbortIsTheJobs) {
+  try {
+    run_thread_ranks(2, {.timeout_s = 60}, [&](Communicator& world) {
+      if (world.rank() == 1) world.abort("the device is lost", ErrorCode::kSystem);
+      world.barrier({.verb = "barrier"});
+    });
+    FAIL() << "the job did not end";
+  } catch (const Error& error) {
+    EXPECT_EQ(error.code(), ErrorCode::kSystem);
+    EXPECT_THAT(error.what(), HasSubstr("the device is lost"));
+  }
+}
+
 TEST(ThreadJob, EachRankHasItsContextAndThreads) {
   run_thread_ranks(2, {.timeout_s = 60}, [](Communicator& world) {
     EXPECT_EQ(error_context(), "rank " + std::to_string(world.rank()) + "/2");

@@ -1,0 +1,90 @@
+#!/usr/bin/env python3
+"""dattn bench: what each command's `done` line holds, that a training step is the same on every mesh, and what is refused. No
+times are compared: those are of tests/bench."""
+import json
+import os
+import pathlib
+import subprocess
+import unittest
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+DATTN = pathlib.Path(os.environ.get("DATTN_BUILD", ROOT / "build/release")) / "bin/dattn"
+SMALL = [f"--set={key}" for key in ("train.batch=2", "train.seq_len=48", "model.layers=2", "model.dim=48", "model.heads=4",
+                                    "model.hidden=64", "model.vocab=777", "model.dropout=0", "threads=1")]
+
+
+def bench(*arguments):
+    return subprocess.run([DATTN, "bench", *map(str, arguments), "--json"], capture_output=True, text=True, timeout=120)
+
+
+class Bench(unittest.TestCase):
+    def done(self, *arguments):
+        result = bench(*arguments)
+        self.assertEqual(result.returncode, 0, result.stderr)
+        done = json.loads(result.stdout.splitlines()[-1])
+        self.assertEqual(done["event"], "done")
+        return done
+
+    def refused(self, *arguments):
+        result = bench(*arguments)
+        self.assertEqual(result.returncode, 2, result.stdout)
+        return result.stderr
+
+    def assert_ascending(self, percentiles):
+        self.assertEqual(list(percentiles), ["p20", "p50", "p80"])
+        self.assertEqual(sorted(percentiles.values()), list(percentiles.values()))
+        self.assertGreater(percentiles["p20"], 0)
+
+    def test_attention_is_a_share_of_the_peak(self):
+        shape = ("--seq", 192, "--heads", 2, "--dim", 32, "--repeat", 2, "--threads", 1, "--backward")
+        one = self.done("attention", *shape)
+        self.assertEqual(one["peak_gflops"], max(one["peak_gflops_before_after"]))
+        for phase in ("forward", "backward"):
+            self.assert_ascending(one["milliseconds"][phase])
+            self.assertAlmostEqual(one[f"{phase}_of_peak"], one[f"{phase}_gflops"] / one["peak_gflops"])
+        # causal: 192 * 193 / 2 pairs, 2 heads, 2 (32 + 32) forward and 2 (3 * 32 + 2 * 32) backward FLOPs each
+        flops = one["forward_gflops"] * one["milliseconds"]["forward"]["p50"] * 1e6
+        self.assertAlmostEqual(flops, 192 * 193 // 2 * 2 * 128, delta=1)
+        self.assertAlmostEqual(one["bandwidth"]["of_memory"],
+                               one["bandwidth"]["gbyte_per_s"] / one["bandwidth"]["memory_gbyte_per_s"])
+        self.assertGreater(one["peak_memory_bytes"], 4 * 192 * 2 * 32 * 4)
+        two = self.done("attention", *shape, "--ranks", 2, "--mesh", "ring=2", "--dtype", "bf16")
+        self.assertEqual(two["ranks"], 2)
+
+    def test_train_takes_the_same_steps_on_every_mesh(self):
+        config = ROOT / "configs/models/gpt2_124m.yaml"
+        one = self.done("train", config, "--steps", 3, *SMALL)
+        self.assertEqual(one["parameters"], (777 + 1024) * 48 + 2 * (4 * (48 * 48 + 48) + 2 * 48 * 64 + 64 + 48 + 4 * 48) + 2 * 48)
+        self.assert_ascending(one["milliseconds"])
+        self.assertAlmostEqual(one["of_peak"], one["gflops"] / one["peak_gflops"])
+        self.assertAlmostEqual(one["tokens_per_s"] * one["milliseconds"]["p50"], 2 * 48 * 1000, delta=1)
+        self.assertEqual(one["bytes_sent"], 0)
+        for mesh in ("ring: 2", "ulysses: 2", "data: 2", "tensor: 2"):
+            shared = self.done("train", config, "--steps", 3, "--ranks", 2, f"--set=mesh={{{mesh}}}", *SMALL)
+            self.assertAlmostEqual(shared["loss"], one["loss"], delta=1e-5 * one["loss"], msg=mesh)
+            self.assertGreater(shared["bytes_sent"], 0)
+
+    def test_comm_measures_the_axes_of_the_mesh(self):
+        self.assertEqual(list(self.done("comm", "--ranks", 2, "--repeat", 2)["axes"]), ["job"])
+        axes = self.done("comm", "--ranks", 4, "--repeat", 2, "--mesh", "ring=2,ulysses=2")["axes"]
+        self.assertEqual(set(axes), {"ring", "ulysses"})
+        for axis in axes.values():
+            self.assertEqual(axis["size"], 2)
+            self.assertGreater(axis["bandwidth"], 0)
+            self.assertGreaterEqual(axis["latency_s"], 0)
+            self.assertEqual([size["bytes"] for size in axis["sizes"]], [8**power for power in range(1, 9)])
+
+    def test_product_counts_its_flops(self):
+        product = self.done("product", "--size", 64, "--repeat", 2)
+        self.assertAlmostEqual(product["gflops"] * product["milliseconds"]["p50"] * 1e6, 2 * 64**3, delta=1)
+
+    def test_what_cannot_run_is_refused(self):
+        self.assertIn("use --ranks 2 or mpirun -np 2", self.refused("comm"))
+        self.assertIn("model.max_seq has 1024", self.refused("train", ROOT / "configs/models/gpt2_124m.yaml",
+                                                             "--set", "train.seq_len=2048"))
+        self.assertIn("no_such.yaml", self.refused("train", "no_such.yaml"))
+        self.assertIn("mesh", self.refused("attention", "--mesh", "circle=2"))
+
+
+if __name__ == "__main__":
+    unittest.main()
