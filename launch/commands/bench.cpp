@@ -46,23 +46,20 @@ void bench_attention(const AttentionBench& bench, const RunConfig& config, Commu
   const Tensor v = random_tensor(shape.dtype, {shape.batch, keys, heads.kv.count(), shape.dim_v}, 3);
   const Tensor dout = random_tensor(shape.dtype, {shape.batch, rows, heads.q.count(), shape.dim_v}, 4);
 
-  PeakOfRanks peak(world, shape.dtype);
   AttentionResult result;
-  const Percentiles forward = time_calls(world, bench.repeat, [&] { result = attention.forward(q, k, v); });
   const double pairs = static_cast<double>(area(compile(options.mask, shape.seq_q, shape.seq_kv))) *
                        static_cast<double>(shape.batch * shape.heads);
   const auto d = static_cast<double>(shape.dim_qk), dv = static_cast<double>(shape.dim_v);
-  Json done{{"event", "done"},
-            {"forward_gflops", pairs * 2 * (d + dv) / forward.p50 * 1e-6},
-            {"milliseconds", {{"forward", forward.json()}}},
-            {"ranks", world.size()},
-            {"threads", num_threads()}};
+  Json done{{"event", "done"}, {"ranks", world.size()}, {"threads", num_threads()}};
+  PeakTimer timer(world, shape.dtype);
+  const Percentiles forward =
+      timer.time(done, "forward_", pairs * 2 * (d + dv), bench.repeat, [&] { result = attention.forward(q, k, v); });
+  done["milliseconds"]["forward"] = forward.json();
   if (bench.backward) {
-    const Percentiles backward = time_calls(world, bench.repeat, [&] { attention.backward(q, k, v, result, dout); });
-    done["backward_gflops"] = pairs * 2 * (3 * d + 2 * dv) / backward.p50 * 1e-6;
-    done["milliseconds"]["backward"] = backward.json();
+    const auto call = [&] { attention.backward(q, k, v, result, dout); };
+    done["milliseconds"]["backward"] = timer.time(done, "backward_", pairs * 2 * (3 * d + 2 * dv), bench.repeat, call).json();
   }
-  peak.add_to(done, {"forward_", "backward_"});
+  timer.add_peaks(done);
   if (!current_device().is_cuda()) {
     const std::int64_t bytes = q->bytes() + k->bytes() + v->bytes() + result.out->bytes();
     const double read = sum_of_ranks(world, [&] { return static_cast<double>(bytes); }) / forward.p50 * 1e-6;
@@ -86,7 +83,7 @@ void bench_product(const ProductBench& bench, const RunConfig& config, Communica
   const Shape shape{bench.size, bench.size};
   const Tensor a = random_tensor(config.dtype, shape, 1), b = random_tensor(config.dtype, shape, 2);
   const Tensor c = Tensor::uninitialized(config.dtype, shape);
-  const Percentiles time = time_calls(world, bench.repeat, [&] { matmul(a, b, c); });
+  const Percentiles time = percentiles_of(time_calls(world, bench.repeat, [&] { matmul(a, b, c); }));
   if (world.rank() != 0) return;
   const Json done{{"event", "done"},
                   {"gflops", 2 * std::pow(static_cast<double>(bench.size), 3) / time.p50 * 1e-6},
@@ -109,11 +106,11 @@ Json bench_axis(Communicator& world, Communicator& axis, int repeat) {
   Json sizes = Json::array();
   for (std::size_t bytes = 8; bytes <= std::size_t{1} << 24; bytes *= 8) {
     std::vector<std::byte> out(bytes), in(bytes);
-    const Percentiles time = time_calls(world, repeat, [&] {
+    const Percentiles time = percentiles_of(time_calls(world, repeat, [&] {
       const SendPart send{next, out.data(), bytes};
       const RecvPart receive{before, in.data(), bytes};
       axis.exchange({&send, 1}, {&receive, 1}, {"bench"});
-    });
+    }));
     samples.push_back({static_cast<double>(bytes), time.p50 * 1e-3});
     sizes.push_back(
         {{"bytes", bytes}, {"milliseconds", time.json()}, {"gbyte_per_s", static_cast<double>(bytes) / time.p50 * 1e-6}});

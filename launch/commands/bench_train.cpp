@@ -41,10 +41,11 @@ void bench_train(const TrainBench& bench, const RunConfig& config, Communicator&
   const TensorMeter memory;
   TrainStep step(*counting, *counter, mesh, job, model);
 
-  PeakOfRanks peak(world, job.dtype);
+  PeakTimer timer(world, job.dtype);
+  Json done{{"event", "done"}, {"ranks", world.size()}, {"threads", num_threads()}};
   std::int64_t taken = 0;
   StepSums sums;
-  const Percentiles time = time_calls(world, bench.steps, [&] {
+  const Percentiles time = timer.time(done, "", flops_of_step(job, model), bench.steps, [&] {
     const auto random_window = [&](std::int64_t row) {
       std::vector<std::int32_t> window(static_cast<std::size_t>(job.train.seq_len) + 1);
       for (std::size_t i = 0; i < window.size(); ++i) {
@@ -57,16 +58,12 @@ void bench_train(const TrainBench& bench, const RunConfig& config, Communicator&
     sums = step.forward_backward(taken++, random_window);
     step.update(job.train.learning_rate, sums.grad_norm);
   });
-  Json done{{"event", "done"},
-            {"tokens_per_s", static_cast<double>(job.train.batch * job.train.seq_len) / time.p50 * 1e3},
-            {"milliseconds", time.json()},
-            {"gflops", flops_of_step(job, model) / time.p50 * 1e-6},
-            {"loss", sums.loss},
-            {"parameters", count_parameters(model)},
-            {"bytes_sent", sums.bytes},
-            {"ranks", world.size()},
-            {"threads", num_threads()}};
-  peak.add_to(done, {""});
+  done["tokens_per_s"] = static_cast<double>(job.train.batch * job.train.seq_len) / time.p50 * 1e3;
+  done["milliseconds"] = time.json();
+  done["loss"] = sums.loss;
+  done["parameters"] = count_parameters(model);
+  done["bytes_sent"] = sums.bytes;
+  timer.add_peaks(done);
   done["peak_memory_bytes"] = memory.peak();
   if (world.rank() == 0) print_line(bench.common.json ? done.dump() : done.dump(2));
 }

@@ -12,10 +12,25 @@
 
 namespace dattn {
 
-Percentiles time_calls(Communicator& world, int repeat, const std::function<void()>& body) {
+namespace {
+
+double at_share(const std::vector<double>& sorted, double share) {
+  return sorted[static_cast<std::size_t>(std::lround(share * static_cast<double>(sorted.size() - 1)))];
+}
+
+}  // namespace
+
+Percentiles percentiles_of(std::vector<double> times) {
+  std::sort(times.begin(), times.end());
+  return {at_share(times, 0.2), at_share(times, 0.5), at_share(times, 0.8)};
+}
+
+std::vector<double> time_calls(Communicator& world, int repeat, const std::function<void()>& body,
+                               const std::function<void()>& between) {
   std::vector<double> times;
   body();  // warms up: plans, memory pages, kernels
   current_stream().synchronize();
+  if (between) between();
   for (int i = 0; i < repeat; ++i) {
     world.barrier({"bench"});
     const auto start = std::chrono::steady_clock::now();
@@ -23,12 +38,9 @@ Percentiles time_calls(Communicator& world, int repeat, const std::function<void
     current_stream().synchronize();
     world.barrier({"bench"});
     times.push_back(std::chrono::duration<double, std::milli>(std::chrono::steady_clock::now() - start).count());
+    if (between) between();
   }
-  std::sort(times.begin(), times.end());
-  const auto at = [&](double share) {
-    return times[static_cast<std::size_t>(std::lround(share * static_cast<double>(times.size() - 1)))];
-  };
-  return {at(0.2), at(0.5), at(0.8)};
+  return times;
 }
 
 double sum_of_ranks(Communicator& world, const std::function<double()>& body) {
@@ -38,24 +50,28 @@ double sum_of_ranks(Communicator& world, const std::function<double()>& body) {
   return sum;
 }
 
-PeakOfRanks::PeakOfRanks(Communicator& world, DType storage)
-    : world_(world), storage_(storage), on_cpu_(!current_device().is_cuda()) {
-  if (on_cpu_) before_ = measure();
+Percentiles PeakTimer::time(Json& done, std::string_view name, double flops, int repeat, const std::function<void()>& body) {
+  constexpr double kStretch = 0.002;  // seconds
+  std::vector<double> peaks;
+  const auto measure = [&] {
+    if (on_cpu_) peaks.push_back(sum_of_ranks(world_, [&] { return multiply_add_rate(storage_, kStretch) * 1e-9; }));
+  };
+  const std::vector<double> times = time_calls(world_, repeat, body, measure);
+  const Percentiles percentiles = percentiles_of(times);
+  done[fmt::format("{}gflops", name)] = flops / percentiles.p50 * 1e-6;
+  if (!on_cpu_) return percentiles;
+  std::vector<double> shares;
+  for (std::size_t i = 0; i < times.size(); ++i) shares.push_back(flops / times[i] * 1e-6 / (0.5 * (peaks[i] + peaks[i + 1])));
+  std::sort(shares.begin(), shares.end());
+  done[fmt::format("{}of_peak", name)] = at_share(shares, 0.5);
+  peaks_.insert(peaks_.end(), peaks.begin(), peaks.end());
+  return percentiles;
 }
 
-double PeakOfRanks::measure() const {
-  return sum_of_ranks(world_, [this] { return peak_flops(storage_) * 1e-9; });
-}
-
-void PeakOfRanks::add_to(Json& done, std::initializer_list<const char*> names) {
-  if (!on_cpu_) return;
-  const double after = measure(), peak = std::max(before_, after);
-  done["peak_gflops"] = peak;
-  done["peak_gflops_before_after"] = {before_, after};
-  for (const char* name : names) {
-    const auto gflops = done.find(fmt::format("{}gflops", name));
-    if (gflops != done.end()) done[fmt::format("{}of_peak", name)] = gflops->get<double>() / peak;
-  }
+void PeakTimer::add_peaks(Json& done) const {
+  if (peaks_.empty()) return;
+  done["peak_gflops"] = *std::max_element(peaks_.begin(), peaks_.end());
+  done["peak_gflops_before_after"] = {peaks_.front(), peaks_.back()};
 }
 
 }  // namespace dattn

@@ -2,37 +2,43 @@
 #pragma once
 
 #include <functional>
+#include <string_view>
+#include <vector>
 
 #include "launch/commands/commands.h"
 
 namespace dattn {
 
-struct Percentiles {
+struct Percentiles {  // milliseconds
   double p20, p50, p80;
   Json json() const { return {{"p20", p20}, {"p50", p50}, {"p80", p80}}; }
 };
 
-// Milliseconds of `repeat` calls, after one that warms up, each started together on all ranks and counted until the last has
-// ended.
-Percentiles time_calls(Communicator& world, int repeat, const std::function<void()>& body);
+// Milliseconds of calls, each started together on all ranks and counted until the last has ended.
+std::vector<double> time_calls(Communicator& world, int repeat, const std::function<void()>& body,
+                               const std::function<void()>& between = {});
+Percentiles percentiles_of(std::vector<double> times);
 
 // The sum over all ranks of what body() returns, each of which calls it at the same time.
 double sum_of_ranks(Communicator& world, const std::function<double()>& body);
 
-// What processors do at most, before the calls that are judged by it and after them: where it moved, so did their times.
-// Of a GPU no such figure is measured here: see its maker's, or `bench product`.
-class PeakOfRanks {
+// Times calls beside what the processors can do at that moment: where other programs take a part of them, that moves the
+// calls and the peak alike, but not the share. Of a GPU no peak is measured here: see its maker's, or `bench product`.
+class PeakTimer {
  public:
-  PeakOfRanks(Communicator& world, DType storage);
-  // Measures again and adds peak_gflops, peak_gflops_before_after and, for each NAMEgflops of `names`, NAMEof_peak.
-  void add_to(Json& done, std::initializer_list<const char*> names);
+  PeakTimer(Communicator& world, DType storage) : world_(world), storage_(storage), on_cpu_(!current_device().is_cuda()) {}
+
+  // Times `repeat` calls of `flops` each, after one that warms up. Adds to `done` NAMEgflops, of the median time, and
+  // NAMEof_peak, the median of the calls' shares of the peak around them.
+  Percentiles time(Json& done, std::string_view name, double flops, int repeat, const std::function<void()>& body);
+  // peak_gflops: the greatest; peak_gflops_before_after: the first and the last.
+  void add_peaks(Json& done) const;
 
  private:
-  double measure() const;
   Communicator& world_;
   DType storage_;
   bool on_cpu_;
-  double before_ = 0;
+  std::vector<double> peaks_;  // GFLOP/s of all ranks together
 };
 
 }  // namespace dattn

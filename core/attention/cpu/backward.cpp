@@ -187,7 +187,7 @@ void run_chunk(Call& call, std::int64_t b, std::int64_t kv, std::int64_t chunk) 
   const Rows k = rows_of(args.k, b, key, count, kv), v = rows_of(args.v, b, key, count, kv);
   call.ops.pack_columns(k, args.scale < 0, memory.k_columns);
   call.ops.pack_columns(v, false, memory.v_columns);
-  call.ops.pack_rows(k, kBackwardKeys, memory.k_rows);
+  call.ops.pack_rows(k, kBackwardKeys, 0, kBackwardKeys / call.ops.units_per_word, memory.k_rows);
   clear_key_sums(call, memory);
   const bool wanted = args.dk.data != nullptr, apart = wanted && args.invariant;
   for (std::int64_t h = 0; h < args.q.size(2); ++h) {

@@ -16,7 +16,7 @@ constexpr std::int64_t kTileStride = kBackwardKeys + 16;  // +16: rows do not sh
 constexpr std::int64_t kKeepStride = (keep_bytes(kBackwardKeys) + 63) / 64 * 64;
 
 // Q and dO as rows (to broadcast) and as columns; P and dS as [row units][key] for the transposed products and dS as
-// [row][key units] for dQ. In fp32 the two forms are one.
+// [row][key units] for dQ. In fp32 the two forms of dS are one, and those of Q and dO where the columns are one group.
 template <class Unit>
 struct Backward {
   static constexpr bool kPairs = UnitOf<Unit>::kElements == 2;
@@ -24,7 +24,7 @@ struct Backward {
   std::int64_t q_stride, v_stride;  // the same, padded
   std::int64_t q_width, v_width;    // D and V, padded
   Unit *q, *dout;                   // [rows][stride]
-  Unit *q_columns, *dout_columns;   // [row units][width]
+  Unit *q_columns, *dout_columns;   // as pack_rows leaves them, of kBackwardRows rows
   Unit *p, *ds_columns;             // [row units][kTileStride]
   Unit* ds;                         // [row][kTileStride]
   float *minus_lse, *delta;         // [rows], minus_lse in base 2
@@ -36,6 +36,11 @@ struct Between {
   float* p;      // before dropout; fp32 without terms reads it from Backward::p
   float* slope;  // derivative of the softcap
 };
+
+template <class Unit>
+DATTN_INLINE bool has_columns_apart(std::int64_t width) {
+  return Backward<Unit>::kPairs || width > kPanel;
+}
 
 template <class Unit>
 DATTN_INLINE Backward<Unit> take_backward(Arena& arena, std::int64_t dim_qk, std::int64_t dim_v) {
@@ -50,8 +55,9 @@ DATTN_INLINE Backward<Unit> take_backward(Arena& arena, std::int64_t dim_qk, std
   b.dout = take<Unit>(arena, kBackwardRows * b.v_stride);
   b.p = take<Unit>(arena, kBackwardRows * kTileStride);
   b.ds = take<Unit>(arena, kBackwardRows * kTileStride);
-  b.q_columns = Backward<Unit>::kPairs ? take<Unit>(arena, kBackwardRows / 2 * b.q_width) : b.q;
-  b.dout_columns = Backward<Unit>::kPairs ? take<Unit>(arena, kBackwardRows / 2 * b.v_width) : b.dout;
+  constexpr std::int64_t kRowUnits = kBackwardRows / UnitOf<Unit>::kElements;
+  b.q_columns = has_columns_apart<Unit>(b.q_width) ? take<Unit>(arena, kRowUnits * b.q_width) : b.q;
+  b.dout_columns = has_columns_apart<Unit>(b.v_width) ? take<Unit>(arena, kRowUnits * b.v_width) : b.dout;
   b.ds_columns = Backward<Unit>::kPairs ? take<Unit>(arena, kBackwardRows / 2 * kTileStride) : b.ds;
   b.minus_lse = take<float>(arena, kBackwardRows);
   b.delta = take<float>(arena, kBackwardRows);
@@ -196,15 +202,16 @@ DATTN_INLINE void gradient_block(const Backward<Unit>& b, const BackwardJob& job
   store_columns(b.ds_columns + row / UnitOf<Unit>::kElements * kTileStride + key, acc);
 }
 
-// sums [6 rows][width] += rows x columns over n units.
+// sums [6 rows][width] += rows x columns over n units from `unit` of the `all_units` that pack_rows left in `columns`.
 template <bool kTransposed, class Unit>
 DATTN_INLINE void accumulate(float* sums, std::int64_t width, const Unit* rows, std::int64_t stride, const Unit* columns,
-                             std::int64_t n) {
+                             std::int64_t all_units, std::int64_t unit, std::int64_t n) {
   for_column_groups(
       width, [&](auto group, std::int64_t column) __attribute__((always_inline)) {
         Block<decltype(group)::value> acc;
         clear(acc);
-        multiply<kTransposed>(acc, rows, stride, columns + column, width, n);
+        constexpr std::int64_t kGroup = decltype(group)::value * kLanes;
+        multiply<kTransposed>(acc, rows, stride, columns + column * all_units + unit * kGroup, kGroup, n);
 #pragma GCC unroll 8
         for (int r = 0; r < kBlock; ++r) {
           float* to = sums + r * width + column;
@@ -271,10 +278,10 @@ DATTN_INLINE void gradients_of_keys(const Backward<Unit>& b, const BackwardJob& 
     end_strip = smaller(end_strip, (to - 1 - band.lo) / kStrip + 1);
     if (strip >= end_strip) continue;
     const std::int64_t unit = strip * kStrip / kElements, n = (end_strip - strip) * kStrip / kElements;
-    accumulate<true>(job.dv + key * b.v_width, b.v_width, b.p + unit * kTileStride + key, kTileStride,
-                     b.dout_columns + unit * b.v_width, n);
-    accumulate<true>(job.dk + key * b.q_width, b.q_width, b.ds_columns + unit * kTileStride + key, kTileStride,
-                     b.q_columns + unit * b.q_width, n);
+    accumulate<true>(job.dv + key * b.v_width, b.v_width, b.p + unit * kTileStride + key, kTileStride, b.dout_columns,
+                     kBackwardRows / kElements, unit, n);
+    accumulate<true>(job.dk + key * b.q_width, b.q_width, b.ds_columns + unit * kTileStride + key, kTileStride, b.q_columns,
+                     kBackwardRows / kElements, unit, n);
   }
 }
 
@@ -286,7 +293,7 @@ DATTN_INLINE void gradients_of_rows(const Backward<Unit>& b, const BackwardJob& 
     if (any.begin >= any.end) continue;
     const std::int64_t key = any.begin / kPanel * kPanel, end = round_up(any.end, kPanel), unit = key / kElements;
     accumulate<false>(job.dq + strip * kStrip * b.q_width, b.q_width, b.ds + strip * kStrip * kTileStride + unit, kTileStride,
-                      static_cast<const Unit*>(job.k_rows) + unit * b.q_width, (end - key) / kElements);
+                      static_cast<const Unit*>(job.k_rows), kBackwardKeys / kElements, unit, (end - key) / kElements);
   }
 }
 
@@ -297,10 +304,9 @@ void backward(const BackwardJob& job) {
   const std::int64_t rows = round_up(job.q.count, kStrip);
   pack_broadcast<Storage, Unit>(job.q, b.q);
   pack_broadcast<Storage, Unit>(job.dout, b.dout);
-  if constexpr (Backward<Unit>::kPairs) {
-    pack_rows<Storage, Unit>(job.q, rows, b.q_columns);
-    pack_rows<Storage, Unit>(job.dout, rows, b.dout_columns);
-  }
+  constexpr std::int64_t kRowUnits = kBackwardRows / UnitOf<Unit>::kElements;
+  if (has_columns_apart<Unit>(b.q_width)) pack_rows<Storage, Unit>(job.q, rows, 0, kRowUnits, b.q_columns);
+  if (has_columns_apart<Unit>(b.v_width)) pack_rows<Storage, Unit>(job.dout, rows, 0, kRowUnits, b.dout_columns);
   for (std::int64_t row = 0; row < rows; ++row) {
     const bool inside = row < job.q.count;
     const float lse = inside ? job.lse[row * job.lse_stride] : kMinusInfinity;

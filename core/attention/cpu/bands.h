@@ -5,9 +5,6 @@
 
 namespace dattn::cpu::DATTN_ISA {
 
-DATTN_INLINE std::int64_t smaller(std::int64_t a, std::int64_t b) { return a < b ? a : b; }
-DATTN_INLINE std::int64_t larger(std::int64_t a, std::int64_t b) { return a > b ? a : b; }
-
 // Keys that one row of a band sees; empty (begin >= end) for rows outside.
 DATTN_INLINE KeyRange keys_of_row(const Band& band, std::int64_t row) {
   if (row < band.row_begin || row >= band.row_end) return {0, 0};

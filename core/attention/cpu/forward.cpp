@@ -22,6 +22,7 @@ class PackedKeys {
 
   const float* columns(std::int64_t head) const { return units_.ptr<float>() + head * (column_units_ + row_units_); }
   const float* rows(std::int64_t head) const { return columns(head) + column_units_; }
+  std::int64_t units() const { return padded_keys_ / ops_.units_per_word; }  // of the rows
 
  private:
   void pack(std::int64_t head, std::int64_t piece) {
@@ -30,8 +31,8 @@ class PackedKeys {
     float* base = units_.ptr<float>() + head * (column_units_ + row_units_);
     ops_.pack_columns(rows_of(args_.k, b, keys_.begin + begin, count, kv), args_.scale < 0,
                       base + column_units_ / padded_keys_ * begin);
-    ops_.pack_rows(rows_of(args_.v, b, keys_.begin + begin, count, kv), kForwardKeys,
-                   base + column_units_ + row_units_ / padded_keys_ * begin);
+    ops_.pack_rows(rows_of(args_.v, b, keys_.begin + begin, count, kv), kForwardKeys, begin / ops_.units_per_word, units(),
+                   base + column_units_);
   }
 
   const Ops& ops_;
@@ -62,6 +63,7 @@ void attend(const Path& path, const AttendArgs& args) {
     job.q = rows_of(args.q, b, row, std::min(kForwardRows, seq - row), h);
     job.k_columns = packed.columns(kv);
     job.v_rows = packed.rows(kv);
+    job.v_units = packed.units();
     job.dim_v = args.v.size(3);
     job.bands = bands.data();
     job.n_bands = static_cast<std::int64_t>(bands.size());

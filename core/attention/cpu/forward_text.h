@@ -133,10 +133,10 @@ DATTN_INLINE void softmax_strip(const Forward<Unit>& f, const ForwardJob& job, c
   }
 }
 
-// O = O * rescale + P V for one strip and all columns of V.
+// O = O * rescale + P V for one strip, columns [begin, end) of P, the first of which is key `key`, and all columns of V.
 template <class Unit>
-DATTN_INLINE void accumulate_strip(const Forward<Unit>& f, std::int64_t strip, std::int64_t begin, std::int64_t end,
-                                   const Unit* v) {
+DATTN_INLINE void accumulate_strip(const Forward<Unit>& f, const ForwardJob& job, std::int64_t strip, std::int64_t key,
+                                   std::int64_t begin, std::int64_t end) {
   constexpr std::int64_t kElements = UnitOf<Unit>::kElements;
   const std::int64_t row = strip * kStrip;
   const Unit* p = reinterpret_cast<const Unit*>(f.scores + row * kScoreStride) + begin / kElements;
@@ -151,7 +151,9 @@ DATTN_INLINE void accumulate_strip(const Forward<Unit>& f, std::int64_t strip, s
             acc.v[r][c] = load(out + r * f.width + c * kLanes) * splat(f.rescale[row + r]);
           }
         }
-        multiply<false>(acc, p, kScoreStride, v + begin / kElements * f.width + column, f.width, (end - begin) / kElements);
+        constexpr std::int64_t kGroup = decltype(width)::value * kLanes;
+        const Unit* v = static_cast<const Unit*>(job.v_rows) + column * job.v_units + key / kElements * kGroup;
+        multiply<false>(acc, p, kScoreStride, v, kGroup, (end - begin) / kElements);
 #pragma GCC unroll 8
         for (int r = 0; r < kBlock; ++r) {
 #pragma GCC unroll 8
@@ -165,7 +167,6 @@ DATTN_INLINE void accumulate_strip(const Forward<Unit>& f, std::int64_t strip, s
 template <bool kTerms, class Unit>
 DATTN_INLINE void forward_band(const Forward<Unit>& f, const ForwardJob& job, const Band& band) {
   const auto* k_columns = static_cast<const Unit*>(job.k_columns);
-  const auto* v_rows = static_cast<const Unit*>(job.v_rows);
   const std::int64_t step = kForwardKeys / kPanel;  // panels of one key block
   const std::int64_t end_panel = (band.k_end + kPanel - 1) / kPanel;
   const std::int64_t first_block = job.invariant ? band.k_begin / kForwardKeys * step : band.k_begin / kPanel;
@@ -186,8 +187,7 @@ DATTN_INLINE void forward_band(const Forward<Unit>& f, const ForwardJob& job, co
       const std::int64_t begin = larger(any.begin / kPanel, block), end = smaller((any.end + kPanel - 1) / kPanel, block_end);
       if (any.begin >= any.end || begin >= end) continue;
       softmax_strip<kTerms>(f, job, band, strip, begin * kPanel, (begin - block) * kPanel, (end - block) * kPanel);
-      accumulate_strip(f, strip, (begin - block) * kPanel, (end - block) * kPanel,
-                       v_rows + block * kPanel / UnitOf<Unit>::kElements * f.width);
+      accumulate_strip(f, job, strip, begin * kPanel, (begin - block) * kPanel, (end - block) * kPanel);
     }
   }
 }

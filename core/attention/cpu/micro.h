@@ -9,6 +9,8 @@ namespace dattn::cpu::DATTN_ISA {
 
 constexpr int kBlock = static_cast<int>(kStrip);
 
+DATTN_INLINE std::int64_t smaller(std::int64_t a, std::int64_t b) { return a < b ? a : b; }
+DATTN_INLINE std::int64_t larger(std::int64_t a, std::int64_t b) { return a > b ? a : b; }
 DATTN_INLINE std::int64_t round_up(std::int64_t value, std::int64_t step) { return (value + step - 1) / step * step; }
 DATTN_INLINE std::int64_t padded(std::int64_t dim) { return round_up(dim, kLanes); }
 template <class Unit>

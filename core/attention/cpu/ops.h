@@ -67,7 +67,8 @@ struct Rows {
 struct ForwardJob {
   Rows q;
   const void* k_columns;  // [panels][units of D][panel width]
-  const void* v_rows;     // [units of keys][V padded]
+  const void* v_rows;     // as pack_rows leaves them, of
+  std::int64_t v_units;   // units of keys
   std::int64_t dim_v;
   const Band* bands;
   std::int64_t n_bands;
@@ -90,7 +91,7 @@ struct BackwardJob {
   std::int64_t lse_stride, delta_stride;
   const void* k_columns;  // [panels][units of D][panel width]
   const void* v_columns;  // [panels][units of V][panel width]
-  const void* k_rows;     // [units of keys][D padded]
+  const void* k_rows;     // as pack_rows leaves them, of kBackwardKeys keys
   const Band* bands;
   std::int64_t n_bands;
   float scale_log2;
@@ -122,8 +123,9 @@ struct Ops {
   std::int64_t units_per_word;  // elements summed in one unit: 1 or 2
   // dst [ceil(count / panel)][units of dim][panel]; keys past the end are 0; negate flips the sign.
   void (*pack_columns)(const Rows& rows, bool negate, void* dst);
-  // dst [ceil(count / units_per_word)][dim padded]; then zeros up to `padded_count` rows.
-  void (*pack_rows)(const Rows& rows, std::int64_t padded_count, void* dst);
+  // dst [groups of `panel` columns, the last one narrower][all_units][columns of the group]: units from first_unit on, zeros
+  // behind the rows up to `padded_count`. The columns of all groups together are dim padded.
+  void (*pack_rows)(const Rows& rows, std::int64_t padded_count, std::int64_t first_unit, std::int64_t all_units, void* dst);
   std::int64_t (*forward_scratch)(std::int64_t dim_qk, std::int64_t dim_v);
   void (*forward)(const ForwardJob& job);
   std::int64_t (*backward_scratch)(std::int64_t dim_qk, std::int64_t dim_v);

@@ -75,13 +75,14 @@ void pack_columns(const Rows& rows, bool negate, void* dst) {
   }
 }
 
-// Rows as columns of the micro-kernel: [units of rows][dim padded].
+// Rows as columns of the micro-kernel, in groups of as many columns as it reads side by side: each group's rows lie behind each
+// other, so that a product streams through them. (A group of wider rows would be one cache line in many: with AVX2 and D = 128
+// their addresses share 8 of the first cache's 64 sets.)
 template <class Storage, class Unit>
-void pack_rows(const Rows& rows, std::int64_t padded_count, void* dst) {
+void pack_rows(const Rows& rows, std::int64_t padded_count, std::int64_t first_unit, std::int64_t all_units, void* dst) {
   const auto* from = static_cast<const Storage*>(rows.data);
-  auto* to = static_cast<Unit*>(dst);
   const std::int64_t width = padded(rows.dim);
-  for (std::int64_t row = 0; row < padded_count; row += UnitOf<Unit>::kElements, to += width) {
+  for (std::int64_t row = 0; row < padded_count; row += UnitOf<Unit>::kElements) {
     for (std::int64_t d = 0; d < width; d += kLanes) {
       Floats value = row < rows.count ? load_units<Storage, float>(from + row * rows.stride, d, rows.dim) : Floats{};
       if constexpr (UnitOf<Unit>::kElements == 2) {  // widened bf16: the upper halves of the words
@@ -89,7 +90,9 @@ void pack_rows(const Rows& rows, std::int64_t padded_count, void* dst) {
             row + 1 < rows.count ? load_units<Storage, float>(from + (row + 1) * rows.stride, d, rows.dim) : Floats{};
         value = (Floats)(((Words)value >> 16) | (Words)odd);
       }
-      store(to + d, value);
+      const std::int64_t group = d / kPanel * kPanel, group_width = smaller(kPanel, width - group);
+      const std::int64_t unit = first_unit + row / UnitOf<Unit>::kElements;
+      store(static_cast<Unit*>(dst) + group * all_units + unit * group_width + d - group, value);
     }
   }
 }

@@ -21,23 +21,24 @@ double seconds_of(const auto& body) {
 
 }  // namespace
 
-double peak_flops(DType storage) {
+double multiply_add_rate(DType storage, double seconds) {
   require(storage == DType::kF32 || is_half(storage), "the peak of the cpu kernel is known for fp32, bf16 and fp16, not for {}",
           name_of(storage));
   const cpu::Ops& ops = cpu::ops_for(cpu::choose_path(), storage);
-  constexpr std::int64_t kFirstRounds = 100000;
-  constexpr double kStretch = 0.01;  // seconds
+  constexpr std::int64_t kFirstRounds = 20000;
   const double first = seconds_of([&] { ops.multiply_adds(kFirstRounds); });
-  const auto rounds = static_cast<std::int64_t>(static_cast<double>(kFirstRounds) * std::max(1.0, kStretch / first));
+  const auto rounds = static_cast<std::int64_t>(static_cast<double>(kFirstRounds) * std::max(1.0, seconds / first));
   std::vector<double> flops(static_cast<std::size_t>(num_threads()));
+  const double taken = seconds_of([&] {
+    parallel_for(static_cast<std::int64_t>(flops.size()),
+                 [&](std::int64_t thread) { flops[static_cast<std::size_t>(thread)] = ops.multiply_adds(rounds); });
+  });
+  return std::accumulate(flops.begin(), flops.end(), 0.0) / taken;
+}
+
+double peak_flops(DType storage) {
   double best = 0;
-  for (int stretch = 0; stretch < 5; ++stretch) {
-    const double seconds = seconds_of([&] {
-      parallel_for(static_cast<std::int64_t>(flops.size()),
-                   [&](std::int64_t thread) { flops[static_cast<std::size_t>(thread)] = ops.multiply_adds(rounds); });
-    });
-    best = std::max(best, std::accumulate(flops.begin(), flops.end(), 0.0) / seconds);
-  }
+  for (int stretch = 0; stretch < 5; ++stretch) best = std::max(best, multiply_add_rate(storage, 0.01));
   return best;
 }
 
