@@ -10,7 +10,9 @@
 namespace dattn::cpu {
 namespace {
 
-constexpr std::int64_t kSplitKeys = 1024;  // keys of one task: 256 kB of keys and of values at D = 64, half an L2 cache
+// Keys of one task. Tasks of a range of keys follow each other head by head: where heads lie side by side, as in BSHD, what the
+// processor fetches beside one head's rows is still near when the next head wants it.
+constexpr std::int64_t kSplitKeys = 256;
 constexpr float kNothing = -std::numeric_limits<float>::infinity();
 
 // States that are not normalised: out [tasks][rows][V padded], top and sum [tasks][rows]; tasks = [B, H, splits].
@@ -60,7 +62,7 @@ void attend_decode(const Path& path, const AttendArgs& args) {
   states.sum = Tensor::uninitialized(DType::kF32, {n_states});
   const std::int64_t scratch_bytes = ops.decode_scratch(args.q.size(3), args.v.size(3));
   parallel_for(batch * kv_heads * states.splits, [&](std::int64_t task) {
-    const std::int64_t split = task % states.splits, kv = task / states.splits % kv_heads, b = task / states.splits / kv_heads;
+    const std::int64_t kv = task % kv_heads, split = task / kv_heads % states.splits, b = task / kv_heads / states.splits;
     const std::int64_t begin = split * kSplitKeys, count = std::min(kSplitKeys, hull.count() - begin);
     std::vector<Band> bands;
     list.in_range(0, begin, begin + count, bands);

@@ -14,14 +14,23 @@ constexpr std::int64_t kDecodeBlock = 64;  // keys between two updates of the ma
 DATTN_INLINE std::int64_t decode_floats(std::int64_t dim_qk) { return kDecodeRows * (padded(dim_qk) + kDecodeBlock); }
 static std::int64_t decode_scratch(std::int64_t dim_qk, std::int64_t) { return decode_floats(dim_qk) * 4; }
 
-// Scores of kLanes keys (fewer at the end: the rest is 0) for one query row.
+// Asks for a row that is read soon. Rows of one head lie apart where heads lie side by side, and no processor foresees that.
 template <class Storage>
-DATTN_INLINE Floats score_keys(const float* q, const Rows& k, std::int64_t key, std::int64_t count) {
+DATTN_INLINE void prefetch_row(const Rows& rows, std::int64_t row) {
+  const auto* from = reinterpret_cast<const char*>(static_cast<const Storage*>(rows.data) + row * rows.stride);
+  for (std::int64_t byte = 0; byte < rows.dim * static_cast<std::int64_t>(sizeof(Storage)); byte += 64)
+    __builtin_prefetch(from + byte);
+}
+
+// Scores of kLanes keys (fewer at the end: the rest is 0) for one query row. Asks for their values on the way.
+template <class Storage>
+DATTN_INLINE Floats score_keys(const float* q, const Rows& k, const Rows& v, std::int64_t key, std::int64_t count) {
   Floats part[kLanes];
   const auto* from = static_cast<const Storage*>(k.data) + key * k.stride;
   for (int i = 0; i < kLanes; ++i) {
     part[i] = Floats{};
     if (i >= count) continue;
+    prefetch_row<Storage>(v, key + i);
     for (std::int64_t d = 0; d < k.dim; d += kLanes)
       part[i] += load(q + d) * load_units<Storage, float>(from + i * k.stride, d, k.dim);
   }
@@ -32,24 +41,43 @@ DATTN_INLINE Floats score_keys(const float* q, const Rows& k, std::int64_t key, 
   return sum;
 }
 
-// out[0, width) = out * rescale + sum over keys of p[key] * v[key].
+// out[column, column + kWidth vectors) = out * rescale + sum over keys of p[key] * v[key]; each(i) is called for every key.
+template <int kWidth, class Storage, class Each>
+DATTN_INLINE void add_value_columns(float* out, float rescale, const float* p, const Rows& v, const Storage* from,
+                                    std::int64_t column, std::int64_t count, const Each& each) {
+  Floats acc[kWidth];
+#pragma GCC unroll 8
+  for (int c = 0; c < kWidth; ++c) acc[c] = load(out + column + c * kLanes) * splat(rescale);
+  for (std::int64_t i = 0; i < count; ++i) {
+    each(i);
+#pragma GCC unroll 8
+    for (int c = 0; c < kWidth; ++c)
+      acc[c] += splat(p[i]) * load_units<Storage, float>(from + i * v.stride, column + c * kLanes, v.dim);
+  }
+#pragma GCC unroll 8
+  for (int c = 0; c < kWidth; ++c) store(out + column + c * kLanes, acc[c]);
+}
+
+// out[0, width) = out * rescale + sum over keys of p[key] * v[key], many columns at a time: whole cache lines of a row, and as
+// many sums under way. Asks for the next block's keys on the way.
 template <class Storage>
-DATTN_INLINE void add_values(float* out, float rescale, const float* p, const Rows& v, std::int64_t key, std::int64_t count) {
+DATTN_INLINE void add_values(float* out, float rescale, const float* p, const Rows& k, const Rows& v, std::int64_t key,
+                             std::int64_t count) {
+  constexpr int kMany = 8;  // vectors
   const auto* from = static_cast<const Storage*>(v.data) + key * v.stride;
-  for_column_groups(
-      padded(v.dim), [&](auto group, std::int64_t column) __attribute__((always_inline)) {
-        Floats acc[decltype(group)::value];
-#pragma GCC unroll 8
-        for (int c = 0; c < decltype(group)::value; ++c) acc[c] = load(out + column + c * kLanes) * splat(rescale);
-        for (std::int64_t i = 0; i < count; ++i) {
-#pragma GCC unroll 8
-          for (int c = 0; c < decltype(group)::value; ++c) {
-            acc[c] += splat(p[i]) * load_units<Storage, float>(from + i * v.stride, column + c * kLanes, v.dim);
-          }
-        }
-#pragma GCC unroll 8
-        for (int c = 0; c < decltype(group)::value; ++c) store(out + column + c * kLanes, acc[c]);
-      });
+  const std::int64_t width = padded(v.dim);
+  const auto nothing = [](std::int64_t) __attribute__((always_inline)){};
+  const auto next_key = [&](std::int64_t i) __attribute__((always_inline)) {
+    prefetch_row<Storage>(k, smaller(key + kDecodeBlock + i, k.count - 1));
+  };
+  std::int64_t column = 0;
+  for (; column + kMany * kLanes <= width; column += kMany * kLanes) {
+    if (column == 0)
+      add_value_columns<kMany>(out, rescale, p, v, from, column, count, next_key);
+    else
+      add_value_columns<kMany>(out, rescale, p, v, from, column, count, nothing);
+  }
+  for (; column < width; column += kLanes) add_value_columns<1>(out, rescale, p, v, from, column, count, nothing);
 }
 
 // One row over the keys [begin, begin + count), count <= kDecodeBlock.
@@ -59,11 +87,11 @@ DATTN_INLINE void decode_block(const DecodeJob& job, const Band& band, std::int6
   const Ints lanes = lane_numbers();
   Floats tops = splat(kMinusInfinity);
   if constexpr (kTerms) {
-    for (std::int64_t i = 0; i < count; i += kLanes) store(p + i, score_keys<Storage>(q, job.k, begin + i, count - i));
+    for (std::int64_t i = 0; i < count; i += kLanes) store(p + i, score_keys<Storage>(q, job.k, job.v, begin + i, count - i));
     if (job.terms->scores) true_scores(*job.terms, band, row, begin, count, p, nullptr);
   }
   for (std::int64_t i = 0; i < count; i += kLanes) {
-    Floats s = kTerms ? load(p + i) : score_keys<Storage>(q, job.k, begin + i, count - i);
+    Floats s = kTerms ? load(p + i) : score_keys<Storage>(q, job.k, job.v, begin + i, count - i);
     s = lanes < splat_int(static_cast<std::int32_t>(count - i)) ? s * splat(job.scale_log2) : splat(kMinusInfinity);
     tops = at_least(tops, s);
     store(p + i, s);
@@ -88,7 +116,7 @@ DATTN_INLINE void decode_block(const DecodeJob& job, const Band& band, std::int6
   }
   job.top[row] = top;
   job.sum[row] = job.sum[row] * rescale + sum_of(sum);
-  add_values<Storage>(job.out + row * padded(job.v.dim), rescale, p, job.v, begin, count);
+  add_values<Storage>(job.out + row * padded(job.v.dim), rescale, p, job.k, job.v, begin, count);
 }
 
 template <class Storage>

@@ -19,7 +19,10 @@ Results attend(const Problem& p, const Inputs& inputs, DType storage, const Resu
   const Tensor out = state != nullptr ? send(state->out, sum) : Tensor(sum, {p.batch, p.seq_q, p.heads, p.dim_v});
   const Tensor lse = state != nullptr ? send(state->lse, sum) : Tensor(sum, {p.batch, p.heads, p.seq_q});
   cuda_kernel().attend({q, k, v, p.map, p.tiles, p.factor(), out, lse, state != nullptr, terms_of(p, bias), p.invariant});
-  return {to_device(out, {}), to_device(lse, {})};
+  Results results;
+  results.out = to_device(out, {});
+  results.lse = to_device(lse, {});
+  return results;
 }
 
 void check(const Problem& p, DType storage, const std::string& what) {
