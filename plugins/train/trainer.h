@@ -18,7 +18,7 @@ namespace dattn {
 
 struct TrainHooks {
   Report::EventSink on_event = {};  // first rank only: one JSON object per call
-  bool progress = true;        // the progress line and the closing lines, on stderr
+  bool progress = true;             // the progress line and the closing lines, on stderr
   // Called on every rank with its gradients of a step (from 0) before they are summed.
   std::function<void(std::int64_t step, std::span<Parameter* const> parameters)> on_gradients = {};
 };

@@ -1,7 +1,6 @@
 // A rank's part of a plan: shared rows, and strides that stay strides when they are gathered.
 #include "parallel/rank_plan.h"
 
-
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 #include <rapidcheck/gtest.h>
