@@ -1,5 +1,7 @@
 // One case: the sharded call, forward and backward, against the reference kernel on the whole tensors.
+#include <algorithm>
 #include <cmath>
+#include <numbers>
 
 #include <fmt/format.h>
 
@@ -29,15 +31,25 @@ double relative_error(const TensorView& got, const TensorView& want, std::int64_
 }
 
 // Empty where the error is at most 2e-6 (fp32), 1e-12 (fp64) or, in bf16 and fp16, two units of the type's last place (8e-3 and
-// 1e-3), and half a unit more for each further one of the `partials` that ranks round and add up (in short sequences these
-// cancel), or 1.5 times that of the kernel on one rank.
+// 1e-3) or 1.5 times that of the kernel on one rank. `rounding`: how much larger the errors of results are that it follows
+// from.
 std::string compare(const char* name, const TensorView& got, const TensorView& want, const TensorView& one_rank, DType storage,
-                    std::int64_t terms = 1, int partials = 1) {
+                    std::int64_t terms = 1, double rounding = 1) {
   const double error = relative_error(got, want, terms);
   double allowed = got.dtype == DType::kF64 ? 1e-12 : 2e-6;
-  const double units = (storage == DType::kBF16 ? 8e-3 : 1e-3) * (1 + 0.25 * (partials - 1));
+  const double units = (storage == DType::kBF16 ? 8e-3 : 1e-3) * rounding;
   if (one_rank.data != nullptr) allowed = std::max(units, 1.5 * relative_error(one_rank, want, terms));
   return error <= allowed ? "" : fmt::format("{}: relative error {:.3e}, allowed {:.3e}\n", name, error, allowed);
+}
+
+// Gradients follow from out, by delta. Combined of shares, it is rounded twice: the shares to travel, and the whole;
+// independent errors add up as squares. Of two shares the sweep has seen less than that.
+double rounding_of(const Plan& forward) {
+  int shares = 1;
+  for (const Step& step : forward.steps) {
+    if (step.verb == Verb::kCombine) shares *= forward.problem->mesh.size(step.axis);
+  }
+  return std::min(std::numbers::sqrt2, 1 + 0.25 * (shares - 1));
 }
 
 TensorView as_rows(const TensorView& lse) {  // [B, H, S] seen as [B, S, H, 1]
@@ -135,7 +147,7 @@ std::string run_case(const Case& one, Communicator& world) {
     const TensorView &exact = e.exact.*field, &one_rank = e.one_rank.*field;
     const bool rounded = one_rank.data != nullptr;
     problems += compare(name, got, shard_of(exact, rows, part), rounded ? shard_of(one_rank, rows, part).view() : TensorView(),
-                        one.shape.dtype, terms, field == &Results::out ? 1 : one.mesh.sequence_parts());
+                        one.shape.dtype, terms, field == &Results::out ? 1 : rounding_of(forward));
   };
   const Interval local_q{0, heads.q.count()};
   check("out", result.out, &Results::out, q_rows, local_q);
