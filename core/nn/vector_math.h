@@ -8,6 +8,7 @@
 
 #include "core/base/dtype.h"
 #include "core/base/threads.h"
+#include "core/base/with_number.h"
 
 // Put before a function whose loops are hot and whose callees are inlined. GCC only; not under ThreadSanitizer, whose
 // run-time is not ready when the choice is made.
@@ -39,16 +40,6 @@ DATTN_INLINE void store(BFloat16& place, float x) {
 
 DATTN_INLINE float load(const Float16& x) { return static_cast<float>(x); }
 DATTN_INLINE void store(Float16& place, float x) { place = Float16(x); }
-
-// Calls f with a value-initialised object of the C++ type of an activation: fp32, bf16 or fp16.
-template <class F>
-void with_number(DType type, const F& f) {
-  switch (type) {
-    case DType::kBF16: return f(BFloat16{});
-    case DType::kF16: return f(Float16{});
-    default: return f(float{});
-  }
-}
 
 // Relative error below 2e-7 where the result is a normal number; 0 below -87.3. NaN stays NaN.
 DATTN_INLINE float fast_exp(float x) {

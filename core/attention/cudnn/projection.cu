@@ -37,7 +37,7 @@ struct Project {
 
 void project(const TensorView& dout, const TensorView& delta, const TensorView& out, NativeStream stream) {
   const std::int64_t rows = dout.size(0) * dout.size(1) * dout.size(2);
-  cuda::with_number(dout.dtype, [&]<class T>(T) {
+  with_number(dout.dtype, [&]<class T>(T) {
     cuda::for_each_row(
         rows, stream,
         Project<T>{dout.ptr<T>(), out.ptr<T>(), delta.ptr<float>(), dout.size(1), dout.size(2), dout.size(3), dout.stride(0),

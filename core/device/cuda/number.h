@@ -2,6 +2,7 @@
 #pragma once
 
 #include "core/base/dtype.h"
+#include "core/base/with_number.h"
 #include "core/device/cuda/language.h"
 #include "core/device/cuda/ptx.h"
 
@@ -14,15 +15,5 @@ __device__ __forceinline__ void store(float& place, float x) { place = x; }
 __device__ __forceinline__ void store(BFloat16& place, float x) { place = BFloat16(x); }
 
 __device__ __forceinline__ void store(Float16& place, float x) { place.bits = round_f16(x); }
-
-// Calls f with a value-initialised object of the C++ type that `type` stands for: fp32, bf16 or fp16.
-template <class F>
-void with_number(DType type, const F& f) {
-  switch (type) {
-    case DType::kBF16: return f(BFloat16{});
-    case DType::kF16: return f(Float16{});
-    default: return f(float{});
-  }
-}
 
 }  // namespace dattn::cuda

@@ -107,20 +107,32 @@ void expect_equal(const Results& a, const Results& b) {
   EXPECT_LT(difference(a.dsink, b.dsink), 1e-4);
 }
 
+// A causal plan of one batch row, two positions and one head of dim 1, on one rank.
+class TwoRows {
+ public:
+  explicit TwoRows(dattn_dtype dtype) { make(dtype); }
+  operator dattn_plan*() const { return plan_; }  // NOLINT
+
+ private:
+  void make(dattn_dtype dtype) {
+    DATTN_OK_OR_FAIL(dattn_context_create(nullptr, &context_));
+    DATTN_OK_OR_FAIL(dattn_comm_self(context_, &comm_));
+    auto axes = sized<dattn_mesh_options>();
+    DATTN_OK_OR_FAIL(dattn_mesh_create(comm_, &axes, &mesh_));
+    auto options = sized<dattn_attention_options>();
+    options.batch = 1, options.seq_q = 2, options.heads = 1, options.dim_qk = 1;
+    options.dtype = dtype;
+    DATTN_OK_OR_FAIL(dattn_plan_create(mesh_, &options, &plan_));
+  }
+  ContextHandle context_;
+  CommHandle comm_;
+  MeshHandle mesh_;
+  PlanHandle plan_;
+};
+
 // Slow and plain: softmax over visible pairs, without dropout, for one row.
 TEST(CAttention, OneRowByHand) {
-  ContextHandle context;
-  CommHandle comm;
-  MeshHandle mesh;
-  PlanHandle plan;
-  DATTN_OK_OR_FAIL(dattn_context_create(nullptr, &context));
-  DATTN_OK_OR_FAIL(dattn_comm_self(context, &comm));
-  auto axes = sized<dattn_mesh_options>();
-  DATTN_OK_OR_FAIL(dattn_mesh_create(comm, &axes, &mesh));
-  auto options = sized<dattn_attention_options>();
-  options.batch = 1, options.seq_q = 2, options.heads = 1, options.dim_qk = 1;
-  options.dtype = kFp32;
-  DATTN_OK_OR_FAIL(dattn_plan_create(mesh, &options, &plan));
+  const TwoRows plan(kFp32);
   HostTensor q({1, 2, 1, 1}), k({1, 2, 1, 1}), v({1, 2, 1, 1}), out({1, 2, 1, 1}), lse({1, 1, 2});
   q.values = {1, 2}, k.values = {0.5, 1}, v.values = {3, 5};
   auto forward = sized<dattn_forward>();
@@ -134,23 +146,13 @@ TEST(CAttention, OneRowByHand) {
 }
 
 TEST(CAttention, TakesDLPacksFloat16) {
-  ContextHandle context;
-  CommHandle comm;
-  MeshHandle mesh;
-  PlanHandle plan;
-  DATTN_OK_OR_FAIL(dattn_context_create(nullptr, &context));
-  DATTN_OK_OR_FAIL(dattn_comm_self(context, &comm));
-  auto axes = sized<dattn_mesh_options>();
-  DATTN_OK_OR_FAIL(dattn_mesh_create(comm, &axes, &mesh));
-  auto options = sized<dattn_attention_options>();
-  options.batch = 1, options.seq_q = 2, options.heads = 1, options.dim_qk = 1;
-  options.dtype = {DATTN_FLOAT, 16, 1};
-  DATTN_OK_OR_FAIL(dattn_plan_create(mesh, &options, &plan));
+  constexpr dattn_dtype kFp16 = {DATTN_FLOAT, 16, 1};
+  const TwoRows plan(kFp16);
   std::int64_t shape[] = {1, 2, 1, 1};
   std::uint16_t q_bits[] = {0x3c00, 0x4000}, k_bits[] = {0x3800, 0x3c00}, v_bits[] = {0x4200, 0x4500}, out_bits[2] = {};
   const auto tensor_of = [&](std::uint16_t* bits) {
     dattn_tensor tensor{};
-    tensor.data = bits, tensor.device = {DATTN_CPU, 0}, tensor.ndim = 4, tensor.dtype = options.dtype, tensor.shape = shape;
+    tensor.data = bits, tensor.device = {DATTN_CPU, 0}, tensor.ndim = 4, tensor.dtype = kFp16, tensor.shape = shape;
     return tensor;
   };
   const dattn_tensor q = tensor_of(q_bits), k = tensor_of(k_bits), v = tensor_of(v_bits), out = tensor_of(out_bits);
