@@ -48,8 +48,8 @@ void bench_train(const TrainBench& bench, const RunConfig& config, Communicator&
   const Percentiles time = timer.time(done, "", flops_of_step(job, model), bench.steps, [&] {
     const auto random_window = [&](std::int64_t row) {
       std::vector<std::int32_t> window(static_cast<std::size_t>(job.train.seq_len) + 1);
+      const auto stream = static_cast<std::uint64_t>(taken * job.train.batch + row);
       for (std::size_t i = 0; i < window.size(); ++i) {
-        const auto stream = static_cast<std::uint64_t>(taken * job.train.batch + row);
         window[i] = static_cast<std::int32_t>(philox_uniform(static_cast<std::uint64_t>(job.train.seed), stream, i) *
                                               static_cast<float>(model.vocab - 1));
       }

@@ -69,9 +69,9 @@ TileSize tile_of(double share, std::int64_t rows) {
 void measure_kernels(Communicator& world, Machine& machine) {
   constexpr std::int64_t kRows = 1024, kHeads = 4;
   machine.attend_of_peak = machine.attend_grad_of_peak = 0;
-  for (const auto& [storage, peak] :
-       {std::pair{DType::kF32, &machine.flops.fp32}, std::pair{DType::kBF16, &machine.flops.bf16}}) {
-    const KernelTimes times = time_kernel(world, storage, kRows, kHeads);
+  const KernelTimes fp32 = time_kernel(world, DType::kF32, kRows, kHeads),
+                    bf16 = time_kernel(world, DType::kBF16, kRows, kHeads);
+  for (const auto& [times, peak] : {std::pair{fp32, &machine.flops.fp32}, std::pair{bf16, &machine.flops.bf16}}) {
     const double pairs = static_cast<double>(kRows * kRows * kHeads);
     const double forward = pairs * 2 * 128 / times.forward_s, backward = pairs * 2 * 320 / times.backward_s;
     *peak = rounded(std::max(forward, backward));
@@ -80,10 +80,9 @@ void measure_kernels(Communicator& world, Machine& machine) {
   }
   machine.attend_of_peak = std::min(1.0, rounded(machine.attend_of_peak));
   machine.attend_grad_of_peak = std::min(1.0, rounded(machine.attend_grad_of_peak));
-  const KernelTimes full = time_kernel(world, DType::kF32, kRows, kHeads),
-                    causal = time_kernel(world, DType::kF32, kRows, kHeads, true);
-  machine.tile = tile_of(causal.forward_s / full.forward_s, kRows);
-  machine.grad_tile = tile_of(causal.backward_s / full.backward_s, kRows);
+  const KernelTimes causal = time_kernel(world, DType::kF32, kRows, kHeads, true);
+  machine.tile = tile_of(causal.forward_s / fp32.forward_s, kRows);
+  machine.grad_tile = tile_of(causal.backward_s / fp32.backward_s, kRows);
   machine.kernel_latency_s = rounded(time_kernel(world, DType::kF32, 1, 1).forward_s);
 }
 
