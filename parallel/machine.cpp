@@ -7,32 +7,42 @@
 namespace dattn {
 namespace {
 
+// How far tiles reach that end at `end`, of a band of `count` rows.
+std::int64_t reach(std::int64_t end, std::int64_t count, bool clipped) { return clipped ? std::min(end, count) : end; }
+
 // Pairs of the tiles that a band touches: for each row of tiles the keys that its queries see are one range.
 std::int64_t touched_pairs(const Region& band, const TileSize& tile) {
-  std::int64_t tiles = 0;
-  for (std::int64_t row = band.q.begin; row < band.q.end; row += tile.rows) {
-    const std::int64_t last = std::min(row + tile.rows, band.q.end) - 1;
-    const std::int64_t first_key = std::max(band.k.begin, row + band.lo), last_key = std::min(band.k.end - 1, last + band.hi);
+  std::int64_t pairs = 0;
+  for (std::int64_t row = 0; row < band.q.count(); row += tile.rows) {
+    const std::int64_t first = band.q.begin + row, last = std::min(first + tile.rows, band.q.end) - 1;
+    const std::int64_t first_key = std::max(band.k.begin, first + band.lo), last_key = std::min(band.k.end - 1, last + band.hi);
     if (first_key > last_key) continue;
-    tiles += (last_key - band.k.begin) / tile.keys - (first_key - band.k.begin) / tile.keys + 1;
+    const std::int64_t begin = (first_key - band.k.begin) / tile.keys * tile.keys;
+    const std::int64_t end = ((last_key - band.k.begin) / tile.keys + 1) * tile.keys;
+    pairs += (reach(row + tile.rows, band.q.count(), tile.clipped) - row) * (reach(end, band.k.count(), tile.clipped) - begin);
   }
-  return tiles * tile.rows * tile.keys;
+  return pairs;
 }
 
 // The same of stairs, row by row of the side with fewer: begins and ends of what rows see ascend, with gaps between them.
 std::int64_t touched_by_stairs(const Tile& stairs, const TileSize& tile) {
-  if (stairs.rows.q.count() > stairs.rows.k.count()) return touched_by_stairs(transposed(stairs), {tile.keys, tile.rows});
-  std::int64_t tiles = 0, next = 0;  // of this row of tiles, those of keys before `next` are counted
-  for (std::int64_t row = stairs.rows.q.begin; row < stairs.rows.q.end; ++row) {
-    if ((row - stairs.rows.q.begin) % tile.rows == 0) next = 0;
-    const Interval keys = keys_of(stairs, row);
+  const Interval q = stairs.rows.q, k = stairs.rows.k;
+  if (q.count() > k.count()) return touched_by_stairs(transposed(stairs), {tile.keys, tile.rows, tile.clipped});
+  std::int64_t pairs = 0, height = 0, next = 0;  // of this row of tiles, those of keys before `next` are counted
+  for (std::int64_t row = 0; row < q.count(); ++row) {
+    if (row % tile.rows == 0) {
+      next = 0;
+      height = reach(row + tile.rows, q.count(), tile.clipped) - row;
+    }
+    const Interval keys = keys_of(stairs, q.begin + row);
     if (keys.count() == 0) continue;
-    next = std::max(next, (keys.begin - stairs.rows.k.begin) / tile.keys);
-    const std::int64_t end = (keys.end - 1 - stairs.rows.k.begin) / tile.keys + 1;
-    tiles += std::max<std::int64_t>(0, end - next);
-    next = std::max(next, end);
+    next = std::max(next, (keys.begin - k.begin) / tile.keys);
+    const std::int64_t end = (keys.end - 1 - k.begin) / tile.keys + 1;
+    if (end <= next) continue;
+    pairs += height * (reach(end * tile.keys, k.count(), tile.clipped) - next * tile.keys);
+    next = end;
   }
-  return tiles * tile.rows * tile.keys;
+  return pairs;
 }
 
 }  // namespace

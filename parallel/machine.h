@@ -22,10 +22,11 @@ struct Rates {  // peak FLOP/s of one rank, by storage type
   double bf16 = 0;
 };
 
-// A kernel's unit of work: a band that touches a tile pays for all its pairs.
+// A kernel's unit of work: a band that touches a tile pays for all its pairs; with `clipped` the last tiles end with the band.
 struct TileSize {
   std::int64_t rows = 1;
   std::int64_t keys = 1;
+  bool clipped = false;
 };
 
 struct Link {
@@ -78,6 +79,8 @@ template <class V>
 void describe(V& v, TileSize& c) {
   v("rows", c.rows, "query rows");
   v("keys", c.keys, "key rows");
+  v("clipped", c.clipped,
+    "whether the last rows and keys of a band cost no more than their own pairs (CPUs), not a whole tile");
 }
 
 template <class V>

@@ -3,21 +3,16 @@
 #include <algorithm>
 #include <atomic>
 #include <cmath>
-#include <cstdlib>
 #include <cstring>
 
 #include "core/base/error.h"
 #include "core/device/check.h"
 #include "core/device/cuda_module.h"
 #include "core/device/stream.h"
+#include "core/tensor/host_memory.h"
 #include "core/tensor/shape_format.h"
 
 namespace dattn {
-namespace {
-
-constexpr std::size_t kAlignment = 64;
-
-}  // namespace
 
 // Bytes now and at most.
 struct TensorCount {
@@ -35,14 +30,6 @@ namespace {
 
 TensorCount g_process;
 thread_local std::shared_ptr<TensorCount> t_meter;
-
-void* allocate_on_host(std::int64_t bytes) {
-  const auto rounded = (static_cast<std::size_t>(bytes) + kAlignment - 1) / kAlignment * kAlignment;
-  void* memory = std::aligned_alloc(kAlignment, std::max(rounded, kAlignment));
-  if (memory == nullptr)
-    fail(ErrorCode::kSystem, "out of memory: a tensor of {} bytes; use more ranks or a smaller batch", bytes);
-  return memory;
-}
 
 // Calls body(from_offset, to_offset, inner_count) for every innermost row of two equally shaped views.
 template <class Body>
@@ -222,7 +209,7 @@ void FreeTensor::operator()(void* memory) const {
   if (device.is_cuda())
     cuda_module().free(memory, stream);
   else
-    std::free(memory);
+    free_on_host(memory, bytes);
 }
 
 Tensor Tensor::uninitialized(DType dtype, const Shape& shape) {

@@ -144,6 +144,8 @@ Command add_bench(CLI::App& app) {
   CLI::App* attention = command->add_subcommand("attention", "one attention call, on random tensors");
   const auto bench = std::make_shared<AttentionBench>();
   attention->add_option("--seq", bench->shape.seq, "positions")->capture_default_str();
+  attention->add_option("--seq-kv", bench->shape.seq_kv,
+                        "key positions (default: --seq); one query against many is a decode step");
   attention->add_option("--batch", bench->shape.batch, "batch rows")->capture_default_str();
   attention->add_option("--heads", bench->shape.heads, "query heads")->capture_default_str();
   attention->add_option("--kv-heads", bench->shape.kv_heads, "KV heads (default: heads)");

@@ -4,6 +4,7 @@
 
 #include <memory>
 
+#include "core/base/error.h"
 #include "core/base/philox.h"
 #include "core/base/threads.h"
 #include "launch/commands/planning.h"
@@ -50,13 +51,14 @@ void bench_train(const TrainBench& bench, const RunConfig& config, Communicator&
       std::vector<std::int32_t> window(static_cast<std::size_t>(job.train.seq_len) + 1);
       const auto stream = static_cast<std::uint64_t>(taken * job.train.batch + row);
       for (std::size_t i = 0; i < window.size(); ++i) {
-        window[i] = static_cast<std::int32_t>(philox_uniform(static_cast<std::uint64_t>(job.train.seed), stream, i) *
-                                              static_cast<float>(model.vocab - 1));
+        const double share = philox_uniform(static_cast<std::uint64_t>(job.train.seed), stream, i);  // [0, 1)
+        window[i] = static_cast<std::int32_t>(share * static_cast<double>(model.vocab));
       }
       return window;
     };
     sums = step.forward_backward(taken++, random_window);
-    step.update(job.train.learning_rate, sums.grad_norm);
+    if (step.update(job.train.learning_rate, sums) == Update::kDiverged)
+      fail(ErrorCode::kDiverged, "the model diverged on random tokens: loss {}; lower train.learning_rate", sums.loss);
   });
   done["tokens_per_s"] = static_cast<double>(job.train.batch * job.train.seq_len) / time.p50 * 1e3;
   done["milliseconds"] = time.json();

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <chrono>
 #include <cmath>
+#include <functional>
 
 #include <fmt/format.h>
 
@@ -21,69 +22,104 @@ constexpr int kRepeat = 7;
 
 double rounded(double value) { return std::stod(fmt::format("{:.4g}", value)); }
 
-// Median seconds of one call, on the slowest of the ranks; all of them call at once.
+template <class Body>
+double seconds_of(const Body& body) {
+  const auto start = std::chrono::steady_clock::now();
+  body();
+  return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+}
+
+double median_of(std::vector<double> values) {
+  std::nth_element(values.begin(), values.begin() + static_cast<std::ptrdiff_t>(values.size() / 2), values.end());
+  return values[values.size() / 2];
+}
+
+// Median seconds of one call, until the last of the ranks has ended it; all of them call at once.
 template <class Body>
 double measure(Communicator& world, const Body& body) {
-  std::vector<double> times;
+  std::vector<double> times(kRepeat);
   body();  // warms up: memory pages, threads
-  for (int i = 0; i < kRepeat; ++i) {
+  for (double& time : times) {
     world.barrier({"calibrate"});
-    const auto start = std::chrono::steady_clock::now();
-    body();
-    times.push_back(std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count());
+    time = seconds_of(body);
   }
-  std::sort(times.begin(), times.end());
-  Tensor slowest(DType::kF32, {1});
-  slowest.ptr<float>()[0] = static_cast<float>(times[kRepeat / 2]);
-  world.all_reduce_max(slowest, {"calibrate"});
-  return slowest.ptr<float>()[0];
+  world.all_reduce_max(TensorView(times.data(), DType::kF64, {kRepeat}), {"calibrate"});
+  return median_of(std::move(times));
 }
 
-struct KernelTimes {
-  double forward_s = 0, backward_s = 0;
+// The calls of both kernels for one batch row and `heads` heads of dim 64; all pairs visible, or those of a causal mask.
+class KernelCalls {
+ public:
+  KernelCalls(DType storage, std::int64_t rows, std::int64_t heads)
+      : q_(random_tensor(storage, {1, rows, heads, 64}, 1)),
+        k_(random_tensor(storage, q_->shape, 2)),
+        v_(random_tensor(storage, q_->shape, 3)),
+        dout_(random_tensor(storage, q_->shape, 4)),
+        lse_(accumulate_type(storage), {1, heads, rows}),
+        delta_(lse_->dtype, lse_->shape),
+        out_(lse_->dtype, q_->shape),
+        dq_(lse_->dtype, q_->shape),
+        dk_(lse_->dtype, q_->shape),
+        dv_(lse_->dtype, q_->shape),
+        full_{{{{0, rows}, {0, rows}, -kUnbounded, kUnbounded}}},
+        causal_{{{{0, rows}, {0, rows}, -kUnbounded, 0}}},
+        kernel_(select_kernel({storage, 64, 64})) {}
+
+  void forward(bool causal = false) const {
+    kernel_.attend({q_, k_, v_, {}, causal ? causal_ : full_, 0.125, out_, lse_, false});
+  }
+  void backward(bool causal = false) const {
+    kernel_.attend_grad({q_, k_, v_, {}, causal ? causal_ : full_, 0.125, dout_, lse_, delta_, dq_, dk_, dv_});
+  }
+
+ private:
+  Tensor q_, k_, v_, dout_, lse_, delta_, out_, dq_, dk_, dv_;
+  std::vector<Tile> full_, causal_;
+  const AttentionKernel& kernel_;
 };
 
-// One batch row, `heads` heads of dim 64; all pairs visible, or those of a causal mask.
-KernelTimes time_kernel(Communicator& world, DType storage, std::int64_t rows, std::int64_t heads, bool causal = false) {
-  const Shape shape{1, rows, heads, 64}, statistics{1, heads, rows};
-  const DType sum = accumulate_type(storage);
-  const Tensor q = random_tensor(storage, shape, 1), k = random_tensor(storage, shape, 2), v = random_tensor(storage, shape, 3),
-               dout = random_tensor(storage, shape, 4);
-  Tensor out(sum, shape), lse(sum, statistics), delta(sum, statistics), dq(sum, shape), dk(sum, shape), dv(sum, shape);
-  const std::vector<Tile> tiles{{{{0, rows}, {0, rows}, -kUnbounded, causal ? 0 : kUnbounded}}};
-  const AttentionKernel& kernel = select_kernel({storage, 64, 64});
-  const auto forward = [&] { kernel.attend({q, k, v, {}, tiles, 0.125, out, lse, false}); };
-  const auto backward = [&] { kernel.attend_grad({q, k, v, {}, tiles, 0.125, dout, lse, delta, dq, dk, dv}); };
-  const double forward_s = measure(world, forward);
-  return {forward_s, measure(world, backward)};
-}
-
 // The square tile of a kernel that takes `share` of a full mask's time for a causal one: S^2 / 2 pairs are visible there, and
-// tiles of t x t along the diagonal add S t / 2.
-TileSize tile_of(double share, std::int64_t rows) {
-  const auto size = std::clamp<std::int64_t>(std::llround((2 * share - 1) * static_cast<double>(rows)), 1, rows);
-  return {size, size};
+// tiles of t x t along the diagonal add S t / 2. The share is of few rows, where the diagonal weighs most, and the median of
+// many pairs of calls, one after the other. Measured by rank 0 while the others wait: ranks that share its core would not
+// change the share, but make it noise.
+TileSize measure_tile(Communicator& world, const std::function<void(bool causal)>& call, std::int64_t rows) {
+  constexpr int kPairs = 41;
+  double rows_of_tile = 0;
+  if (world.rank() == 0) {
+    std::vector<double> shares;
+    for (int i = 0; i < kPairs; ++i) {
+      const double full = seconds_of([&] { call(false); });
+      shares.push_back(seconds_of([&] { call(true); }) / full);
+    }
+    rows_of_tile =
+        std::clamp((2 * median_of(std::move(shares)) - 1) * static_cast<double>(rows), 1.0, static_cast<double>(rows));
+  }
+  world.all_reduce_max(TensorView(&rows_of_tile, DType::kF64, {1}), {"calibrate"});
+  const std::int64_t size = std::llround(rows_of_tile);
+  return {size, size, true};
 }
 
 // Rates of both kernels. The larger one stands for the peak; the shares are means over the storage types.
 void measure_kernels(Communicator& world, Machine& machine) {
-  constexpr std::int64_t kRows = 1024, kHeads = 4;
+  constexpr std::int64_t kRows = 1024, kHeads = 4, kTileRows = 256;
   machine.attend_of_peak = machine.attend_grad_of_peak = 0;
-  const KernelTimes fp32 = time_kernel(world, DType::kF32, kRows, kHeads),
-                    bf16 = time_kernel(world, DType::kBF16, kRows, kHeads);
-  for (const auto& [times, peak] : {std::pair{fp32, &machine.flops.fp32}, std::pair{bf16, &machine.flops.bf16}}) {
+  for (const auto& [storage, peak] : {std::pair{DType::kF32, &machine.flops.fp32}, {DType::kBF16, &machine.flops.bf16}}) {
+    const KernelCalls calls(storage, kRows, kHeads);
     const double pairs = static_cast<double>(kRows * kRows * kHeads);
-    const double forward = pairs * 2 * 128 / times.forward_s, backward = pairs * 2 * 320 / times.backward_s;
+    const double forward = pairs * 2 * 128 / measure(world, [&] { calls.forward(); });
+    const double backward = pairs * 2 * 320 / measure(world, [&] { calls.backward(); });
     *peak = rounded(std::max(forward, backward));
     machine.attend_of_peak += forward / *peak / 2;
     machine.attend_grad_of_peak += backward / *peak / 2;
   }
   machine.attend_of_peak = std::min(1.0, rounded(machine.attend_of_peak));
   machine.attend_grad_of_peak = std::min(1.0, rounded(machine.attend_grad_of_peak));
-  const KernelTimes causal = time_kernel(world, DType::kF32, kRows, kHeads, true);
-  machine.tile = tile_of(causal.forward_s / fp32.forward_s, kRows);
-  machine.grad_tile = tile_of(causal.backward_s / fp32.backward_s, kRows);
-  machine.kernel_latency_s = rounded(time_kernel(world, DType::kF32, 1, 1).forward_s);
+  const KernelCalls few(DType::kF32, kTileRows, kHeads), one(DType::kF32, 1, 1);
+  machine.tile = measure_tile(
+      world, [&](bool causal) { few.forward(causal); }, kTileRows);
+  machine.grad_tile = measure_tile(
+      world, [&](bool causal) { few.backward(causal); }, kTileRows);
+  machine.kernel_latency_s = rounded(measure(world, [&] { one.forward(); }));
 }
 
 double measure_memory(Communicator& world) {

@@ -133,9 +133,14 @@ StepSums TrainStep::forward_backward(std::int64_t step, const BatchShare::Window
   return {loss.total(), std::sqrt(others[0]) / loss_scale_.scale(), static_cast<std::int64_t>(others[1])};
 }
 
-void TrainStep::update(double rate, double grad_norm) {
-  optimizer_.step(rate, clip_factor(grad_norm, job_.train.clip_norm) / loss_scale_.scale());
+Update TrainStep::update(double rate, const StepSums& sums) {
+  if (!std::isfinite(sums.loss)) return Update::kDiverged;
+  if (!std::isfinite(sums.grad_norm)) {
+    return loss_scale_.on() && loss_scale_.step_skipped() ? Update::kOverflowed : Update::kDiverged;
+  }
+  optimizer_.step(rate, clip_factor(sums.grad_norm, job_.train.clip_norm) / loss_scale_.scale());
   loss_scale_.step_taken();
+  return Update::kTaken;
 }
 
 double TrainStep::loss(std::int64_t rows, const BatchShare::Window& window) {

@@ -2,7 +2,7 @@
 // folder or schedule.
 //
 //   step.forward_backward(n, window)   share of this rank -> forward, backward (accumulate times) -> gradients summed
-//   step.update(rate, grad_norm)       clip by the global norm, AdamW
+//   step.update(rate, sums)            clip by the global norm, AdamW
 #pragma once
 
 #include <array>
@@ -35,6 +35,10 @@ struct StepSums {
   std::int64_t bytes = 0;  // sent by all ranks
 };
 
+// What became of an update. Not taken: fp16's gradients overflowed, for which the loss scale fell and later steps go on; or the
+// loss or the gradients are not finite and no smaller scale would help.
+enum class Update { kTaken, kOverflowed, kDiverged };
+
 class TrainStep {
  public:
   using Gradients = std::function<void(std::span<Parameter* const>)>;
@@ -47,8 +51,8 @@ class TrainStep {
   // The gradients of step `step` (from 0), summed over the mesh, and its sums; row r of its batch is window(r), of
   // train.seq_len + 1 symbols. `before_sum`, if any, is called with this rank's own gradients. Collective.
   StepSums forward_backward(std::int64_t step, const BatchShare::Window& window, const Gradients& before_sum = {});
-  // AdamW with those gradients, clipped to train.clip_norm.
-  void update(double rate, double grad_norm);
+  // AdamW with those gradients, clipped to train.clip_norm. Only a taken update changes weights; the same on every rank.
+  Update update(double rate, const StepSums& sums);
   // The mean loss (nats per symbol) of `rows` windows, without gradients; in as much memory as a step's. Collective.
   double loss(std::int64_t rows, const BatchShare::Window& window);
 

@@ -53,8 +53,7 @@ class Trainer {
   void load_data();
   void build_model();
   void restore();
-  // Whether the optimizer may step; false where fp16's gradients overflowed, and the loss scale fell for that.
-  bool may_step(std::int64_t step, const StepSums& sums, double rate);
+  [[noreturn]] void fail_diverged(std::int64_t step, const StepSums& sums, double rate);
   void step(std::int64_t step);
   double evaluate();
   void save(std::int64_t steps_done);
@@ -136,16 +135,7 @@ void Trainer::restore() {
   result_.checkpoint = resumed_->path();
 }
 
-bool Trainer::may_step(std::int64_t step, const StepSums& sums, double rate) {
-  if (std::isfinite(sums.loss) && std::isfinite(sums.grad_norm)) return true;
-  LossScale& loss_scale = step_->loss_scale();
-  if (std::isfinite(sums.loss) && loss_scale.on()) {
-    const double before = loss_scale.scale();
-    if (loss_scale.step_skipped()) {
-      if (report_) report_->skipped(step + 1, before, loss_scale.scale());
-      return false;
-    }
-  }
+void Trainer::fail_diverged(std::int64_t step, const StepSums& sums, double rate) {
   before_throwing_together(*world_);
   fail(ErrorCode::kDiverged,
        "training diverged at step {}: loss {}, gradient norm {}, learning rate {:.3g}; lower train.learning_rate, lengthen "
@@ -167,7 +157,9 @@ void Trainer::step(std::int64_t step) {
         if (hooks_.on_gradients) hooks_.on_gradients(step, parameters);
       });
   const double scale = step_->loss_scale().scale();
-  if (may_step(step, sums, rate)) step_->update(rate, sums.grad_norm);
+  const Update update = step_->update(rate, sums);
+  if (update == Update::kDiverged) fail_diverged(step, sums, rate);
+  if (update == Update::kOverflowed && report_) report_->skipped(step + 1, scale, step_->loss_scale().scale());
 
   const double seconds = seconds_since(begin);
   step_seconds_ += seconds;

@@ -80,21 +80,25 @@ class Lab:
     def run(self, command, threads):
         return last_json(command, threads, self.options.timeout)
 
-    def peer(self, name, spec):
-        spec = {"peer": name} | spec
-        return self.run([sys.executable, pathlib.Path(__file__).with_name("peers.py"), json.dumps(spec)], spec["threads"])
+    def peer(self, name, spec, ranks=1):
+        """A function of peers.py, by torchrun where it has several ranks."""
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", ranks] if ranks > 1 else []
+        return self.run([sys.executable, *launcher, pathlib.Path(__file__).with_name("peers.py"), json.dumps({"peer": name} | spec)],
+                        spec["threads"])
 
     def attention(self, spec, more=(), ranks=1, mpi=False):
-        """`dattn bench attention`; the program of the kernel alone where it takes one query row or processor time."""
-        keys = ["seq", "heads", "kv-heads", "dim", "dtype", "mask", "threads", "repeat"]
+        """`dattn bench attention`; for processor time, the program of the kernel alone."""
+        keys = ["heads", "kv-heads", "dim", "dtype", "mask", "threads", "repeat"]
         flags = [part for key in keys for part in (f"--{key}", spec[key.replace("-", "_")])]
-        if spec["cpu_time"] or "queries" in spec:
-            flags += ["--queries", spec.get("queries", spec["seq"])] + ["--cpu-time"] * spec["cpu_time"]
-            done = self.run([self.bin / "dattn_attention_bench", *flags], spec["threads"])
+        queries = spec.get("queries", spec["seq"])
+        if spec["cpu_time"]:
+            done = self.run([self.bin / "dattn_attention_bench", "--seq", spec["seq"], "--queries", queries, "--cpu-time", *flags],
+                            spec["threads"])
             if "error" in done:
                 return done
             return done | {"milliseconds": {which: {"p50": done[f"{which}_ms"]} for which in ("forward", "backward")}}
-        command = [self.bin / "dattn", "bench", "attention", *flags, *more, "--json"] + ["--backward"] * spec["backward"]
+        command = [self.bin / "dattn", "bench", "attention", "--seq", queries, "--seq-kv", spec["seq"], *flags, *more, "--json"]
+        command += ["--backward"] * spec["backward"]
         if mpi:
             return self.run([*MPIRUN, ranks, *command], spec["threads"])
         return self.run(command + ["--ranks", ranks], spec["threads"])

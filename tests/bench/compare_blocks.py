@@ -163,6 +163,53 @@ def decode_table(results):
                 ["type", "keys", "PyTorch", "ours", "ratio", "GB/s", "of memory"], rows)
 
 
+# --- plugin ----------------------------------------------------------------------------------------------------------------
+
+def plugin_cases(lab):
+    seqs = chosen(lab.options.seq, [1024] if lab.options.quick else [1024, 2048, 4096, 8192, 16384])
+    for dtype, dim, seq in itertools.product(lab.dtypes, chosen(lab.options.dim, [64, 128]), seqs):
+        spec = attention_spec(lab, dtype, "causal", seq, dim, 4)
+        yield Case(spec, {"ours": partial(lab.peer, "torch_plugin", spec),
+                          "PyTorch": partial(lab.peer, "torch_attention", spec)})
+
+
+def both_passes(result, side):
+    passes = [milliseconds(result, side, which) for which in PASSES]
+    return None if None in passes else sum(passes)
+
+
+def plugin_table(results):
+    rows = []
+    for result in results:
+        what, cells = result["what"], []
+        for time in (lambda side, result=result: milliseconds(result, side, "forward"),
+                     lambda side, result=result: both_passes(result, side)):
+            cells += [number(time("PyTorch"), 2), number(time("ours"), 2), ratio(time("PyTorch"), time("ours"))]
+        rows.append([label(result, what["dtype"]), what["dim"], binary(what["seq"]), *cells])
+    return "`dattn.torch.attention` on one rank, causal, 4 heads, one thread, ms.\n\n" + table(
+        ["type", "D", "S", "forward: PyTorch", "ours", "ratio", "with backward: PyTorch", "ours", "ratio"], rows)
+
+
+def gloo_cases(lab):
+    if "fp32" not in lab.dtypes:
+        return
+    spec = attention_spec(lab, "fp32", "causal", 4096 if lab.options.quick else 16384, 64, 4, threads=2) | {"enough_s": 600}
+    sides = {"1 rank": partial(lab.peer, "torch_plugin", spec)}
+    for strategy in ("ring", "ulysses"):
+        sides[strategy] = partial(lab.peer, "torch_plugin", spec | {"threads": 1, "strategy": strategy}, ranks=2)
+    yield Case(spec, sides, 2)
+
+
+def gloo_table(results):
+    rows = [[label(result, binary(result["what"]["seq"])), strategy,
+             *(cell for time in (lambda side, result=result: milliseconds(result, side, "forward"),
+                                 lambda side, result=result: both_passes(result, side))
+               for cell in (number(time("1 rank")), number(time(strategy)), ratio(time("1 rank"), time(strategy))))]
+            for result in results for strategy in ("ring", "ulysses")]
+    return ("Two processes over gloo with a thread each beside one with two threads: causal, fp32, 4 heads, D 64, ms.\n\n"
+            ) + table(["S", "strategy", "forward: 1 x 2", "2 x 1", "ratio", "with backward: 1 x 2", "2 x 1", "ratio"], rows)
+
+
 # --- train -----------------------------------------------------------------------------------------------------------------
 
 def train_cases(lab):
@@ -247,6 +294,8 @@ BLOCKS = {"attention": Block("attention", attention_cases, attention_table),
           "onnxruntime": Block("attention", onnx_cases, onnx_table),
           "small": Block("small", small_cases, small_table),
           "decode": Block("small", decode_cases, decode_table),
+          "plugin": Block("plugin", plugin_cases, plugin_table),
+          "gloo": Block("plugin", gloo_cases, gloo_table),
           "train": Block("train", train_cases, train_table),
           "product": Block("product", product_cases, product_table),
           "sharded": Block("sharded", sharded_cases, sharded_table)}

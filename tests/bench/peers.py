@@ -6,6 +6,8 @@ installed or fails.
 A peer is imported inside its function, so that each process holds one and any may be missing."""
 import json
 import math
+import os
+import pathlib
 import statistics
 import sys
 import time
@@ -42,30 +44,60 @@ def torch_with(spec):
     return torch, {"fp32": torch.float32, "bf16": torch.bfloat16}[spec["dtype"]]
 
 
+def torch_passes(spec, forward, inputs, dout, clock=time.perf_counter, meet=lambda: None):
+    """Milliseconds of both passes of forward(). `meet` waits for the other ranks, before a call and at its end."""
+    import torch
+
+    def seconds_of_call(body):
+        meet()
+        return timed(lambda: (body(), meet()), clock)[0]
+
+    seconds = {"forward": [], "backward": []} if spec["backward"] else {"forward": []}
+    for i in calls(spec["repeat"], spec.get("enough_s", 30)):
+        with torch.no_grad():
+            times = {"forward": seconds_of_call(forward)}
+        if spec["backward"]:
+            out = forward()
+            times["backward"] = seconds_of_call(lambda out=out: torch.autograd.grad(out, inputs, dout))
+        if i > 0:
+            for which, second in times.items():
+                seconds[which].append(second)
+    return {"milliseconds": {which: percentiles(values) for which, values in seconds.items()}}
+
+
 def torch_attention(spec):
     """scaled_dot_product_attention on [1, heads, rows, dim], the layout it likes best; dattn's own is [1, rows, heads, dim]."""
     torch, dtype = torch_with(spec)
-    clock = time.process_time if spec.get("cpu_time") else time.perf_counter
     queries = spec.get("queries", spec["seq"])
     q = torch.randn(1, spec["heads"], queries, spec["dim"], dtype=dtype, requires_grad=True)
     k, v = (torch.randn(1, spec["kv_heads"], spec["seq"], spec["dim"], dtype=dtype, requires_grad=True) for _ in range(2))
-    dout = torch.randn_like(q)
 
     def forward():
         return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=spec["mask"] == "causal",
                                                                 enable_gqa=spec["kv_heads"] != spec["heads"])
 
-    seconds = {"forward": [], "backward": []} if spec["backward"] else {"forward": []}
-    for i in calls(spec["repeat"]):
-        with torch.no_grad():
-            times = {"forward": timed(forward, clock)[0]}
-        if spec["backward"]:
-            out = forward()
-            times["backward"] = timed(lambda: torch.autograd.grad(out, (q, k, v), dout), clock)[0]
-        if i > 0:
-            for which, second in times.items():
-                seconds[which].append(second)
-    return {"milliseconds": {which: percentiles(values) for which, values in seconds.items()}}
+    clock = time.process_time if spec.get("cpu_time") else time.perf_counter
+    return torch_passes(spec, forward, (q, k, v), torch.randn_like(q), clock)
+
+
+def torch_plugin(spec):
+    """dattn.torch.attention on [1, rows, heads, dim]; under torchrun, over gloo on this rank's rows of it."""
+    torch, dtype = torch_with(spec)
+    sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2] / "plugins/python"))
+    import dattn.torch
+
+    ranks, options, meet = int(os.environ.get("WORLD_SIZE", "1")), {}, lambda: None
+    if ranks > 1:
+        torch.distributed.init_process_group("gloo")
+        options = {"mesh": torch.distributed.group.WORLD, "seq_len": spec["seq"], "strategy": spec["strategy"]}
+        meet = torch.distributed.barrier
+    q, k, v = (torch.randn(1, spec["seq"] // ranks, spec[heads], spec["dim"], dtype=dtype, requires_grad=True)
+               for heads in ("heads", "kv_heads", "kv_heads"))
+
+    def forward():
+        return dattn.torch.attention(q, k, v, mask=spec["mask"], **options)
+
+    return torch_passes(spec, forward, (q, k, v), torch.randn_like(q), meet=meet)
 
 
 def onnx_node(spec):
@@ -167,7 +199,7 @@ def numpy_product(spec):
 
 
 PEERS = {peer.__name__: peer
-         for peer in (torch_attention, onnx_attention, torch_train, torch_product, numpy_product)}
+         for peer in (torch_attention, torch_plugin, onnx_attention, torch_train, torch_product, numpy_product)}
 
 
 def main(spec):

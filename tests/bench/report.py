@@ -32,14 +32,19 @@ def gflops(result, side, which):
     return None if time is None else attention_flops(result["what"], which) / time * 1e-6
 
 
-def share(result, side, rate):
-    """Of the peak of each round; rate(what the side printed) in GFLOP/s."""
-    return median(result, side, lambda printed, round_: rate(printed) / round_["peak"] if round_["peak"] else None)
+def share(result, side, rate, name="of_peak"):
+    """Of the peak beside each call, where the side measures that itself and prints it as `name`; else of the round's. rate(what
+    the side printed) in GFLOP/s."""
+    def of_peak(printed, round_):
+        if name in printed:
+            return printed[name]
+        return rate(printed) / round_["peak"] if round_["peak"] else None
+    return median(result, side, of_peak)
 
 
 def attention_share(result, side, which):
     flops = attention_flops(result["what"], which)
-    return share(result, side, lambda printed: flops / printed["milliseconds"][which]["p50"] * 1e-6)
+    return share(result, side, lambda printed: flops / printed["milliseconds"][which]["p50"] * 1e-6, f"{which}_of_peak")
 
 
 def number(value, digits=0):

@@ -2,8 +2,8 @@
 """How far the simulator is from the clock: attention calls on this machine beside what `dattn plan --simulate` predicts on
 the machine that `dattn doctor --calibrate` measures for as many ranks. Prints measured / predicted and the deviations.
 
-Other work on the machine makes calls and calibrations slower, never faster. So both are done in several rounds, one beside
-the other, and the best of each counts: the highest rates, the least time (20th percentile of a round's calls).
+Other work on the machine changes what it can do, within minutes by half. So the machine is calibrated before and after the
+calls of each strategy, these are predicted on the mean of both, and of several rounds the median ratio counts.
 
     python3 tests/bench/simulate_bench.py --dattn build/release/bin/dattn
 """
@@ -12,6 +12,7 @@ import json
 import pathlib
 import statistics
 import subprocess
+import sys
 import tempfile
 
 HEADS, DIM = 4, 64
@@ -33,20 +34,14 @@ def calibrated(dattn, ranks, folder):
     return last_json(dattn, "doctor", "--ranks", ranks, "--threads", 1, "--calibrate", folder / "one.yaml")["calibration"]["machine"]
 
 
-def best_of(machines):
-    """The machine that is as fast in everything as the fastest of these."""
-    best = dict(machines[0])
-    forward = max(machine["flops"]["fp32"] * machine["attend_of_peak"] for machine in machines)
-    backward = max(machine["flops"]["fp32"] * machine["attend_grad_of_peak"] for machine in machines)
-    peak = max(forward, backward)
-    best["flops"] = {"fp32": peak, "bf16": max(machine["flops"]["bf16"] for machine in machines)}
-    best["attend_of_peak"], best["attend_grad_of_peak"] = forward / peak, backward / peak
-    best["memory_bandwidth"] = max(machine["memory_bandwidth"] for machine in machines)
-    best["kernel_latency_s"] = min(machine["kernel_latency_s"] for machine in machines)
-    links = [machine["links"]["inside"] for machine in machines]
-    best["links"] = {"inside": {"latency_s": min(link["latency_s"] for link in links),
-                                "bandwidth": max(link["bandwidth"] for link in links)}}
-    return best
+def mean_of(before, after):
+    """Of two machines, or of two maps or figures of theirs: shares and seconds as they are, what is above 1 as an integer."""
+    if isinstance(before, dict):
+        return {key: mean_of(before[key], after[key]) for key in before}
+    if isinstance(before, (bool, str)):
+        return before
+    mean = (before + after) / 2
+    return round(mean) if mean > 1 else mean
 
 
 def predicted_ms(dattn, machine, strategy, mesh, seq, mask, folder):
@@ -63,19 +58,26 @@ def measured_ms(dattn, ranks, strategy, mesh, seq, mask, repeat):
     done = last_json(dattn, "bench", "attention", "--ranks", ranks, "--threads", 1, "--mesh", axes, "--seq", seq,
                      "--heads", HEADS, "--dim", DIM, "--mask", mask, "--dtype", "fp32", "--repeat", repeat, "--backward",
                      "--set", f"strategy={strategy}")
-    return {phase: done["milliseconds"][phase]["p20"] for phase in PHASES}
+    return {phase: done["milliseconds"][phase]["p50"] for phase in PHASES}
 
 
 def measure(options, ranks, folder):
-    """The best machine, and the best times by (strategy, mesh, mask, seq)."""
-    machines, best = [], {}
-    for _ in range(options.rounds):
+    """By (strategy, mask, seq, phase): (measured, predicted) of each round."""
+    results = {}
+    for number in range(options.rounds):
+        before = calibrated(options.dattn, ranks, folder)
         for strategy, mesh in MESHES[ranks]:
-            machines.append(calibrated(options.dattn, ranks, folder))
-            for case in [(strategy, mesh, mask, seq) for mask in MASKS for seq in options.seq]:
-                times = measured_ms(options.dattn, ranks, strategy, mesh, case[3], case[2], options.repeat)
-                best[case] = {phase: min(times[phase], best.get(case, times)[phase]) for phase in PHASES}
-    return best_of(machines), best
+            cases = [(mask, seq) for mask in MASKS for seq in options.seq]
+            measured = {case: measured_ms(options.dattn, ranks, strategy, mesh, case[1], case[0], options.repeat) for case in cases}
+            after = calibrated(options.dattn, ranks, folder)
+            machine = mean_of(before, after)
+            for mask, seq in cases:
+                predicted = predicted_ms(options.dattn, machine, strategy, mesh, seq, mask, folder)
+                for phase in PHASES:
+                    results.setdefault((strategy, mask, seq, phase), []).append((measured[mask, seq][phase], predicted[phase]))
+            before = after
+            print(f"round {number + 1} of {options.rounds}, {ranks} ranks, {strategy}: {json.dumps(machine)}", file=sys.stderr)
+    return results
 
 
 def main():
@@ -90,16 +92,13 @@ def main():
     with tempfile.TemporaryDirectory() as name:
         folder = pathlib.Path(name)
         for ranks in options.ranks:
-            machine, measured = measure(options, ranks, folder)
-            print(f"{ranks} ranks: {json.dumps(machine)}")
-            print(f"{'strategy':<10} {'mask':<7} {'seq':>5} {'phase':<9} {'measured':>10} {'predicted':>10} {'ratio':>6}")
-            for (strategy, mesh, mask, seq), times in measured.items():
-                predicted = predicted_ms(options.dattn, machine, strategy, mesh, seq, mask, folder)
-                for phase in PHASES:
-                    ratio = times[phase] / predicted[phase]
-                    deviations.setdefault((f"{ranks} ranks", mask, phase), []).append(abs(ratio - 1))
-                    print(f"{strategy:<10} {mask:<7} {seq:>5} {phase:<9} {times[phase]:>7.2f} ms {predicted[phase]:>7.2f} ms "
-                          f"{ratio:>6.2f}", flush=True)
+            print(f"{ranks} ranks\n{'strategy':<10} {'mask':<7} {'seq':>5} {'phase':<9} {'measured':>10} {'predicted':>10} {'ratio':>6}")
+            for (strategy, mask, seq, phase), pairs in measure(options, ranks, folder).items():
+                measured, predicted = (statistics.median(side) for side in zip(*pairs))
+                ratio = statistics.median(one / other for one, other in pairs)
+                deviations.setdefault((f"{ranks} ranks", mask, phase), []).append(abs(ratio - 1))
+                print(f"{strategy:<10} {mask:<7} {seq:>5} {phase:<9} {measured:>7.2f} ms {predicted:>7.2f} ms {ratio:>6.2f}",
+                      flush=True)
     for names, values in deviations.items():
         print(f"median deviation, {', '.join(names)}: {statistics.median(values):.1%} of {len(values)} calls")
     everything = [value for values in deviations.values() for value in values]

@@ -1,10 +1,7 @@
 #!/usr/bin/env python3
-"""Microseconds of an eager dattn.torch.attention call beside the C call it makes, on one rank and a tiny problem; and ratios to
-PyTorch's scaled_dot_product_attention on larger ones. Run in build/venv; prints a table.
-
-usage: torch_overhead.py [--sizes]"""
+"""Microseconds of an eager dattn.torch.attention call beside the C call it makes, on one rank and a tiny problem. Run in
+build/venv. (Larger problems: compare.py --only plugin.)"""
 import os
-import statistics
 import sys
 import time
 
@@ -53,29 +50,5 @@ def overhead():
     print(f"forward and backward {both:.1f} us (+{both - c_forward - c_backward:.1f} over both C calls); torch's own forward {sdpa:.1f} us")
 
 
-def sizes():
-    print("S, D: ratio of torch's time to ours, forward | forward and backward (fp32, causal, 1 thread)")
-    for seq in (1024, 4096):
-        for dim in (64, 128):
-            q, k, v = (torch.randn(1, seq, 4, dim, requires_grad=True) for _ in range(3))
-            dout = torch.randn_like(q)
-            ours = lambda: dattn.torch.attention(q, k, v)
-            theirs = lambda: F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), is_causal=True).transpose(1, 2)
-            times = {True: [], False: []}
-            for backward in (False, True):
-                for _ in range(5):  # in turns, so that both see the same machine
-                    pair = []
-                    for function in (theirs, ours):
-                        began = time.perf_counter()
-                        out = function()
-                        if backward:
-                            out.backward(dout)
-                        pair.append(time.perf_counter() - began)
-                    times[backward].append(pair[0] / pair[1])
-            print(f"{seq}, {dim}: {statistics.median(times[False]):.2f} | {statistics.median(times[True]):.2f}")
-
-
 if __name__ == "__main__":
     overhead()
-    if "--sizes" in sys.argv:
-        sizes()

@@ -51,6 +51,13 @@ class Bench(unittest.TestCase):
         two = self.done("attention", *shape, "--ranks", 2, "--mesh", "ring=2", "--dtype", "bf16")
         self.assertEqual(two["ranks"], 2)
 
+    def test_a_decode_step_reads_all_keys(self):
+        one = self.done("attention", "--seq", 1, "--seq-kv", 500, "--heads", 4, "--kv-heads", 2, "--dim", 32, "--mask", "full",
+                        "--repeat", 2)
+        self.assertAlmostEqual(one["forward_gflops"] * one["milliseconds"]["forward"]["p50"] * 1e6, 500 * 4 * 128, delta=1)
+        read = one["bandwidth"]["gbyte_per_s"] * one["milliseconds"]["forward"]["p50"] * 1e6
+        self.assertAlmostEqual(read, 4 * (2 * 500 * 2 * 32 + 2 * 4 * 32), delta=1)  # k and v; q and out
+
     def test_train_takes_the_same_steps_on_every_mesh(self):
         config = ROOT / "configs/models/gpt2_124m.yaml"
         one = self.done("train", config, "--steps", 3, *SMALL)

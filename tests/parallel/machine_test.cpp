@@ -87,6 +87,18 @@ TEST(Machine, ALinkIsFittedToItsMessages) {
   EXPECT_LT(fit_link(curved).bandwidth, 6e9);
 }
 
+// Pairs of tiles, given as (row, column), of a region.
+std::int64_t pairs_of(const std::set<std::pair<std::int64_t, std::int64_t>>& tiles, const TileSize& size,
+                      const Region& region) {
+  const auto extent = [&](std::int64_t number, std::int64_t of, std::int64_t count) {
+    return size.clipped ? std::min(of, count - number * of) : of;
+  };
+  std::int64_t pairs = 0;
+  for (const auto& [row, column] : tiles)
+    pairs += extent(row, size.rows, region.q.count()) * extent(column, size.keys, region.k.count());
+  return pairs;
+}
+
 // Whole tiles against a count over all pairs.
 TEST(Machine, WorkedPairsAreThoseOfTouchedTiles) {
   std::mt19937 random(1);
@@ -99,7 +111,7 @@ TEST(Machine, WorkedPairsAreThoseOfTouchedTiles) {
     if (!band) continue;
     ++bands;
     Machine machine = free_machine();
-    const TileSize size{from(1, 9), from(1, 9)};
+    const TileSize size{from(1, 9), from(1, 9), from(0, 1) == 1};
     machine.tile = size;
     std::set<std::pair<std::int64_t, std::int64_t>> touched;
     for (std::int64_t i = band->q.begin; i < band->q.end; ++i) {
@@ -108,7 +120,7 @@ TEST(Machine, WorkedPairsAreThoseOfTouchedTiles) {
       }
     }
     const std::vector<Tile> tiles{{*band}};
-    EXPECT_EQ(machine.worked_pairs(Verb::kAttend, tiles), static_cast<std::int64_t>(touched.size()) * size.rows * size.keys)
+    EXPECT_EQ(machine.worked_pairs(Verb::kAttend, tiles), pairs_of(touched, size, *band))
         << to_text(*band) << " in tiles of " << size.rows << " x " << size.keys;
     EXPECT_EQ(machine.worked_pairs(Verb::kAttendGrad, tiles), machine.worked_pairs(Verb::kAttend, tiles));
     machine.grad_tile = {.rows = 1, .keys = 1};
@@ -131,7 +143,7 @@ TEST(Machine, WorkedPairsOfStairsAreThoseOfTouchedTiles) {
     ++stairs;
     const Region& rows = tiles[0].rows;
     Machine machine = free_machine();
-    const TileSize size{from(1, 9), from(1, 9)};
+    const TileSize size{from(1, 9), from(1, 9), from(0, 1) == 1};
     machine.tile = size;
     std::set<std::pair<std::int64_t, std::int64_t>> touched;
     for (std::int64_t i = rows.q.begin; i < rows.q.end; ++i) {
@@ -139,7 +151,7 @@ TEST(Machine, WorkedPairsOfStairsAreThoseOfTouchedTiles) {
         if (tiles[0].contains(i, j)) touched.insert({(i - rows.q.begin) / size.rows, (j - rows.k.begin) / size.keys});
       }
     }
-    EXPECT_EQ(machine.worked_pairs(Verb::kAttend, tiles), static_cast<std::int64_t>(touched.size()) * size.rows * size.keys);
+    EXPECT_EQ(machine.worked_pairs(Verb::kAttend, tiles), pairs_of(touched, size, rows));
   }
 }
 
