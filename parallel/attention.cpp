@@ -41,6 +41,7 @@ struct ShardedAttention::Impl {
         forward_runner(forward_plan, forward_mine, on_mesh, kernel),
         backward_runner(backward_plan, backward_mine, on_mesh, kernel) {
     note_once(fmt::format("attention strategy {} on mesh {}", forward_plan.strategy, on_mesh.shape().text()));
+    if (on_mesh.rank() == 0) tell_replaced_strategy(options, forward_plan);
   }
 
   const Block& q_block() const { return forward_mine.blocks[0]; }

@@ -86,6 +86,8 @@ struct ShapeConfig {
   std::optional<std::int64_t> kv_heads;
   std::int64_t dim = 64;
   std::optional<std::int64_t> dim_v;
+  std::optional<BiasShape> bias;
+  bool sink = false;
 };
 
 inline constexpr Layout kDefaultLayout = Layout::kZigzag;
@@ -111,9 +113,15 @@ void describe(V& v, MeshConfig& c) {
   v("data", c.data, "ranks that share out the batch");
   v("tensor", c.tensor, "ranks that share out heads, hidden units and vocabulary");
   v("ulysses", c.ulysses, "ranks that share out the sequence and, inside attention, the heads");
-  v("rows", c.rows, "ranks that share out the sequence and gather queries (strategies grid, tree, allgather)");
+  v("rows", c.rows, "ranks that share out the sequence and gather queries (strategies grid, grid_gather, tree, allgather)");
   v("ring", c.ring, "ranks that share out the sequence and pass keys and values around; a number, or {inner, outer}");
   v("ranks", c.ranks, "ranks of the whole job, in place of ulysses, rows and ring: the planner shapes them");
+}
+
+template <class V>
+void describe(V& v, BiasShape& c) {
+  v("per_batch", c.per_batch, "a bias of its own for each batch row");
+  v("per_head", c.per_head, "a bias of its own for each query head");
 }
 
 template <class V>
@@ -125,6 +133,8 @@ void describe(V& v, ShapeConfig& c) {
   v("kv_heads", c.kv_heads, "key and value heads, a divisor of heads; absent = heads");
   v("dim", c.dim, "head dim of queries and keys");
   v("dim_v", c.dim_v, "head dim of values; absent = dim");
+  v("bias", c.bias, "that a learned bias is added to the scores; its bytes and memory count; absent = none");
+  v("sink", c.sink, "whether each head has a learned sink logit");
 }
 
 inline void check(const MeshConfig& c, const ConfigCheck& at) {
@@ -184,7 +194,9 @@ inline AttentionShape shape_of(const ShapeConfig& shape, DType dtype) {
           shape.kv_heads.value_or(shape.heads),
           shape.dim,
           shape.dim_v.value_or(shape.dim),
-          dtype};
+          dtype,
+          shape.bias,
+          shape.sink};
 }
 
 // What such a config asks of the planner; it has mesh and objective too. `machine` must outlive the request.

@@ -13,7 +13,7 @@ constexpr int kExactRanks = 64;  // meshes up to this size are not sampled
 
 // Elements of a mean rank's share of each tensor, and bytes of an element.
 struct Sizes {
-  double q, out;   // all its query heads
+  double q, out;   // all its query heads; q with the bias of its rows, once for each ulysses rank where one serves all heads
   double k, v;     // KV heads after replication to ulysses, of one rank's rows
   double key_row;  // k and v of one position, heads as above over ulysses
   double storage, sum;
@@ -21,13 +21,14 @@ struct Sizes {
 
 Sizes sizes_of(const AttentionShape& shape, const MeshShape& mesh) {
   const int parts = mesh.sequence_parts(), tensor = mesh.size(Axis::kTensor), ulysses = mesh.size(Axis::kUlysses);
-  std::int64_t kv_heads = 0;
+  std::int64_t kv_heads = 0, holders = 0;  // ranks that have heads
   for (int t = 0; t < tensor; ++t) {
     const HeadRange share = heads_of(shape.heads, shape.kv_heads, tensor, t);
     const std::int64_t group = shape.heads / shape.kv_heads;
     for (int u = 0; u < ulysses; ++u) {
       const Interval part = split_evenly(share.q.count(), ulysses, u);
       if (part.count() == 0) continue;
+      ++holders;
       kv_heads += (share.q.begin + part.end - 1) / group - (share.q.begin + part.begin) / group + 1;
     }
   }
@@ -35,7 +36,12 @@ Sizes sizes_of(const AttentionShape& shape, const MeshShape& mesh) {
   const double queries = static_cast<double>(shape.batch * shape.seq_q) / parts;
   const double keys = static_cast<double>(shape.batch * shape.seq_kv) / parts;
   const auto d = static_cast<double>(shape.dim_qk), w = static_cast<double>(shape.dim_v);
-  return {queries * heads * d,
+  double bias = 0;
+  if (shape.bias) {
+    const auto rows = static_cast<double>((shape.bias->per_batch ? shape.batch : 1) * shape.seq_q) / parts;
+    bias = rows * (shape.bias->per_head ? heads : static_cast<double>(holders) / tensor) * static_cast<double>(shape.seq_kv);
+  }
+  return {queries * heads * d + bias,
           queries * heads * w,
           keys * kv * d,
           keys * kv * w,
@@ -73,12 +79,24 @@ class Lists {
 
 std::optional<TransferLists> transfers_of(std::string_view strategy, const AttentionShape& shape, const MeshShape& mesh,
                                           const SeenRows& seen) {
-  if (shape.bias) return std::nullopt;
   const Sizes s = sizes_of(shape, mesh);
   const double kv = (s.k + s.v) * s.storage, dkv = (s.k + s.v) * s.sum;
   const double q = s.q * s.storage, out = s.out * s.storage, dq = s.q * s.sum;
   const int inner = mesh.size(Axis::kRing), outer = mesh.size(Axis::kRingOuter), rows = mesh.size(Axis::kRows);
   Lists lists(mesh);
+  if (strategy == "invariant") {  // heads stay together
+    MeshShape rows_alone = mesh;
+    rows_alone.set(Axis::kUlysses, 1);
+    rows_alone.set(Axis::kRows, mesh.size(Axis::kRows) * mesh.size(Axis::kUlysses));
+    const Sizes whole = sizes_of(shape, rows_alone);
+    const double keys = (whole.k + whole.v) * whole.storage, queries = (whole.q + whole.out) * whole.storage;
+    double share = 1;
+    for (const Axis axis : {Axis::kUlysses, Axis::kRows, Axis::kRing, Axis::kRingOuter}) {
+      lists.all(axis, keys, keys + queries, share);
+      share *= mesh.size(axis);
+    }
+    return std::move(lists).take();
+  }
   lists.all(Axis::kUlysses, q + kv + out, q + kv + out + dq + dkv, 1.0 / mesh.size(Axis::kUlysses));
   const auto around = [&](double forward, double backward) {
     lists.hops(Axis::kRing, static_cast<double>(outer) * (inner - 1), forward, backward);
@@ -93,6 +111,10 @@ std::optional<TransferLists> transfers_of(std::string_view strategy, const Atten
   if (strategy == "ring" || strategy == "double_ring" || strategy == "hybrid" || strategy == "grid") {
     lists.all(Axis::kRows, q + out, q + out + dq);
     around(kv, kv + dkv);
+  } else if (strategy == "grid_gather") {
+    lists.all(Axis::kRows, q + out, q + out + dq);
+    lists.all(Axis::kRing, kv, kv + dkv);
+    lists.all(Axis::kRingOuter, kv, kv + dkv, inner);
   } else if (strategy == "allgather") {
     gathered(kv, kv + dkv);
   } else if (strategy == "tree") {
@@ -227,7 +249,7 @@ double head_balance(const AttentionShape& shape, const MeshShape& mesh) {
 double row_balance(std::string_view strategy, const Problem& problem, double pairs) {
   const MeshShape& mesh = problem.mesh;
   const int ulysses = mesh.size(Axis::kUlysses), places = mesh.sequence_parts() / ulysses;  // place: rows, fastest, and rings
-  const int rows = strategy == "grid" ? mesh.size(Axis::kRows) : 1;
+  const int rows = strategy.starts_with("grid") ? mesh.size(Axis::kRows) : 1;
   const bool keeps_keys = strategy == "tree" || strategy == "ring_q";
   double most = 0;
   for (const int place : sample(places, places <= kExactRanks ? places : kSampledRanks)) {

@@ -31,7 +31,7 @@ struct TransferLists {
   std::vector<Transfer> forward;
   std::vector<Transfer> backward;
 };
-// In closed form; nothing where there is none, as for a bias. `seen` is for fetch and halo.
+// In closed form; nothing where there is none. `seen` is for fetch and halo.
 std::optional<TransferLists> transfers_of(std::string_view strategy, const AttentionShape& shape, const MeshShape& mesh,
                                           const SeenRows& seen = {});
 // The same counted on some ranks of the strategy's plans.

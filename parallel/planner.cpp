@@ -22,8 +22,7 @@ constexpr double kNearlyAsGood = 1.02;  // times the best cost: there a balance 
 constexpr double kMoreEven = 1.05;
 constexpr double kClearlyFewer = 0.7;  // of the bytes: what fetched keys, all held at once, must come down to
 constexpr std::size_t kLookedAtForBytes = 8, kLookedAtForTime = 32;  // candidates whose layouts are compared
-constexpr std::size_t kSimulated = 4;                                // candidates that are simulated,
-constexpr int kSimulatedRanks = 256;                                 // on meshes of at most so many ranks
+constexpr std::size_t kSimulated = 4;                                // candidates that are simulated
 constexpr int kBalancedParts = 512;  // layouts striped and balanced are tried on meshes of at most so many parts
 
 // A candidate on the way: costs in closed form first; layout, memory and a simulation when it comes to that.

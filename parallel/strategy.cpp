@@ -19,12 +19,15 @@ constexpr std::int64_t kMostHeads = 1 << 20;
 void check_size(const AttentionShape& shape) {
   const auto batch = static_cast<double>(shape.batch), heads = static_cast<double>(shape.heads);
   const auto queries = static_cast<double>(shape.seq_q), keys = static_cast<double>(shape.seq_kv);
-  require(batch * queries * keys <= kMostPairs, "attention shape: batch {} x seq_q {} x seq_kv {} are more than 2^62 pairs",
+  require(batch * queries * keys <= kMostPairs,
+          "attention shape: batch {} x seq_q {} x seq_kv {} are more than 2^62 pairs; use a smaller batch, in "
+          "several calls",
           shape.batch, shape.seq_q, shape.seq_kv);
   const double row = std::max(static_cast<double>(std::max(shape.dim_qk, shape.dim_v)), shape.bias ? keys : 0.0);
   require(batch * std::max(queries, keys) * heads * row * 8 <= kMostBytes,
-          "attention shape: batch {} x {} positions x {} heads of {} numbers are more than 2^50 numbers", shape.batch,
-          std::max(shape.seq_q, shape.seq_kv), shape.heads, row);
+          "attention shape: batch {} x {} positions x {} heads of {} numbers are more than 2^50 numbers; use a "
+          "smaller batch, in several calls",
+          shape.batch, std::max(shape.seq_q, shape.seq_kv), shape.heads, row);
 }
 
 void check_shape(const AttentionShape& shape) {
@@ -48,12 +51,13 @@ void check_terms(const AttentionShape& shape, const AttentionOptions& options) {
   require(options.alibi_slopes.empty() || static_cast<std::int64_t>(options.alibi_slopes.size()) == shape.heads,
           "attention.alibi_slopes has {} entries for {} query heads; give one for each", options.alibi_slopes.size(),
           shape.heads);
-  for (const double slope : options.alibi_slopes) require(std::isfinite(slope), "attention.alibi_slopes holds {}", slope);
+  for (const double slope : options.alibi_slopes)
+    require(std::isfinite(slope), "attention.alibi_slopes holds {}; use finite numbers", slope);
   require(options.dropout >= 0 && options.dropout < 1, "attention.dropout.p is {}; it must lie in [0, 1)", options.dropout);
   if (options.dropout == 0) return;
   require(std::max(shape.seq_q, shape.seq_kv) <= kDropoutPositions && shape.batch * shape.heads < std::int64_t{1} << 32,
           "attention dropout has room for {} positions and 2^32 rows of one head; the call has {} positions and {} rows of {} "
-          "heads",
+          "heads; use dropout p 0 or a smaller batch",
           kDropoutPositions, std::max(shape.seq_q, shape.seq_kv), shape.batch, shape.heads);
 }
 
@@ -133,14 +137,17 @@ Plan write_plan(const Strategy& strategy, std::shared_ptr<const Problem> problem
   return plan;
 }
 
+void tell_replaced_strategy(const AttentionOptions& options, const Plan& plan) {
+  if (options.strategy == "auto" || options.strategy == plan.strategy) return;
+  note_once(fmt::format("determinism: invariant replaces strategy {} by its own; with determinism: repeatable it is kept",
+                        options.strategy),
+            LogLevel::kInfo);
+}
+
 Plan make_plan(const MeshShape& mesh, const AttentionShape& shape, const AttentionOptions& options) {
   std::string name = options.strategy == "auto" ? choose_strategy(mesh) : options.strategy;
   find_strategy(name);
-  if (options.determinism == Determinism::kInvariant) {
-    if (options.strategy != "auto" && name != "invariant")
-      note_once(fmt::format("determinism invariant replaces strategy {}", name));
-    name = "invariant";
-  }
+  if (options.determinism == Determinism::kInvariant) name = "invariant";
   return write_plan(find_strategy(name), make_problem(mesh, shape, options));
 }
 

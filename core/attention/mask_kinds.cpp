@@ -75,10 +75,12 @@ std::vector<Region> compile_documents(const Mask& mask, std::int64_t seq_q, std:
           q_bounds.size(), k_bounds.size());
   // Shared boundaries may end with the longer side; the shorter one then has fewer positions in the last documents.
   const std::int64_t q_length = shared ? std::max(seq_q, seq_kv) : seq_q;
-  require(q_bounds.back() <= q_length, "mask documents: cu_seqlens ends at {} but the sequence has {} positions",
-          q_bounds.back(), q_length);
-  require(shared || k_bounds.back() <= seq_kv, "mask documents: cu_seqlens_kv ends at {} but there are {} keys",
-          k_bounds.back(), seq_kv);
+  require(q_bounds.back() <= q_length,
+          "mask documents: cu_seqlens ends at {} but the sequence has {} positions; end it at {} or before", q_bounds.back(),
+          q_length, q_length);
+  require(shared || k_bounds.back() <= seq_kv,
+          "mask documents: cu_seqlens_kv ends at {} but there are {} keys; end it at {} or before", k_bounds.back(), seq_kv,
+          seq_kv);
   const Mask within = mask.within ? *mask.within : Mask::full();
   std::vector<Region> all;
   for (std::size_t i = 1; i < q_bounds.size(); ++i) {
@@ -115,9 +117,11 @@ std::vector<Region> compile_blocks(const Mask& mask, std::int64_t seq_q, std::in
   const auto blocks_in = [&](std::int64_t length) { return (length + mask.size - 1) / mask.size; };
   for (std::size_t i = 0; i < mask.list.size(); ++i) {
     const auto [q, k] = mask.list[i];
-    require(q >= 0 && q < blocks_in(seq_q) && k >= 0 && k < blocks_in(seq_kv),
-            "mask blocks: entry {} is [{}, {}], but {} queries and {} keys have {} and {} blocks of size {}, counted from 0", i,
-            q, k, seq_q, seq_kv, blocks_in(seq_q), blocks_in(seq_kv), mask.size);
+    require(
+        q >= 0 && q < blocks_in(seq_q) && k >= 0 && k < blocks_in(seq_kv),
+        "mask blocks: entry {} is [{}, {}], but {} queries and {} keys have {} and {} blocks of size {}; use [0, 0] to [{}, "
+        "{}]",
+        i, q, k, seq_q, seq_kv, blocks_in(seq_q), blocks_in(seq_kv), mask.size, blocks_in(seq_q) - 1, blocks_in(seq_kv) - 1);
   }
   std::vector<Mask::BlockPair> sorted = mask.list;
   std::sort(sorted.begin(), sorted.end());

@@ -38,14 +38,14 @@ void log_line(LogLevel line_level, const std::string& text) {
   [[maybe_unused]] const auto written = ::write(STDERR_FILENO, line.data(), line.size());
 }
 
-void note_once(const std::string& text) {
+void note_once(const std::string& text, LogLevel level) {
   static std::mutex mutex;
   static std::set<std::string> seen;
   {
     const std::lock_guard lock(mutex);
     if (!seen.insert(text).second) return;
   }
-  log_line(LogLevel::kDebug, text);
+  log_line(level, text);
 }
 
 }  // namespace dattn

@@ -14,8 +14,8 @@ enum class LogLevel { kQuiet, kInfo, kDebug };
 LogLevel log_level();
 void set_log_level(LogLevel level);
 
-void log_line(LogLevel level, const std::string& text);  // one line, with the thread's error context
-void note_once(const std::string& text);                 // kDebug, at most once per process
+void log_line(LogLevel level, const std::string& text);                      // one line, with the thread's error context
+void note_once(const std::string& text, LogLevel level = LogLevel::kDebug);  // at most once per process
 
 template <class... Args>
 void info(fmt::format_string<Args...> format, Args&&... args) {

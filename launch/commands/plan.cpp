@@ -11,6 +11,7 @@
 #include "launch/commands/simulate.h"
 #include "parallel/lower_bound.h"
 #include "parallel/rank_plan.h"
+#include "parallel/simulate.h"
 #include "parallel/strategy.h"
 #include "parallel/verify.h"
 
@@ -54,7 +55,11 @@ Planned plan_config(const RunConfig& config) {
   planned.planning_s = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
   planned.forward = make_plan(mesh, shape, options);
   planned.gradient = backward(planned.forward);
-  if (!planned.is_choice) planned.time_s = assess(request, mesh, planned.forward.strategy).time_s;
+  tell_replaced_strategy(options, planned.forward);
+  if (planned.is_choice || !machine) return planned;
+  planned.simulated = mesh.ranks() <= kSimulatedRanks;
+  planned.time_s = planned.simulated ? simulate(planned.forward, *machine).time_s + simulate(planned.gradient, *machine).time_s
+                                     : assess(request, mesh, planned.forward.strategy).time_s;
   return planned;
 }
 

@@ -171,7 +171,7 @@ typedef struct dattn_mesh_options {
   int32_t data;       /* batch rows; takes no part in attention */
   int32_t ring_outer; /* sequence: rings of rings, between nodes */
   int32_t ring;       /* sequence: keys and values go around */
-  int32_t rows;       /* sequence: queries are gathered (strategies grid, tree, allgather) */
+  int32_t rows;       /* sequence: queries are gathered (strategies grid, grid_gather, tree, allgather) */
   int32_t ulysses;    /* sequence and, inside attention, heads */
   int32_t tensor;     /* heads */
 } dattn_mesh_options;

@@ -24,7 +24,7 @@ void PrintTo(const Group& group, std::ostream* out) { *out << group.strategy << 
 std::vector<Group> groups() {
   std::vector<Group> all;
   for (const Strategy& strategy : strategies()) {
-    for (const int ranks : {1, 2, 3, 4, 6, 8}) all.push_back({std::string(strategy.name), ranks});
+    for (const int ranks : {1, 2, 3, 4, 5, 6, 7, 8}) all.push_back({std::string(strategy.name), ranks});
   }
   return all;
 }

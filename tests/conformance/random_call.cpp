@@ -84,6 +84,11 @@ RandomCall RandomCalls::next() {
   call.options = some_options(shape);
   call.options.strategy = writer.strategy;
   call.mesh = some_mesh(writer);
+  if (limits_.planner && chance(10)) {
+    call.planned = true;
+    call.by_time = chance(50);
+    if (chance(70)) call.options.strategy = "auto";
+  }
   if (!nonsense_) return call;
   // The mask was made for the sizes that make sense.
   shape.batch = odd(shape.batch, 4);

@@ -14,8 +14,11 @@ struct RandomCall {
   MeshShape mesh;
   AttentionShape shape;
   AttentionOptions options;
+  bool planned = false;  // the planner shapes the sequence axes, of as many ranks as the mesh has, and picks a layout
+  bool by_time = false;  // for a machine
 
-  std::string yaml() const;  // the same as a config of the command: keys as an attacker might write them
+  // The same as a config of the command: keys as an attacker might write them. The machine's file is for planned calls by time.
+  std::string yaml(const std::string& machine_file = "") const;
 };
 
 struct CallLimits {
@@ -23,6 +26,7 @@ struct CallLimits {
   std::int64_t seq = 150;
   std::int64_t dim = 40;
   bool long_sequences = false;  // some of many documents, some of up to 10^9 positions, on few ranks
+  bool planner = false;         // a part leaves the mesh to the planner
   bool nonsense = false;        // a part of the calls has wrong numbers here and there
 };
 

@@ -60,6 +60,15 @@ std::string keys_of(const Mask& mask) {
   return keys;
 }
 
+// Ranks of a mesh that may make no sense: no overflow.
+std::int64_t product(const MeshShape& mesh) {
+  std::int64_t ranks = 1;
+  for (const Axis axis : kAxes) {
+    if (ranks < 1 << 20) ranks *= std::max(0, mesh.size(axis));
+  }
+  return ranks;
+}
+
 std::string_view name_of(Determinism determinism) {
   if (determinism == Determinism::kInvariant) return "invariant";
   return determinism == Determinism::kOff ? "off" : "repeatable";
@@ -67,21 +76,28 @@ std::string_view name_of(Determinism determinism) {
 
 }  // namespace
 
-std::string RandomCall::yaml() const {
+std::string RandomCall::yaml(const std::string& machine_file) const {
   std::string text = fmt::format("attention:\n  mask: {}\n", map_of(options.mask));
   if (options.softmax_scale) text += fmt::format("  softmax_scale: {}\n", *options.softmax_scale);
   if (options.softcap != 0) text += fmt::format("  softcap: {}\n", options.softcap);
   if (!options.alibi_slopes.empty()) text += fmt::format("  alibi_slopes: {}\n", options.alibi_slopes);
   text += fmt::format("  dropout: {{p: {}, seed: {}}}\n", options.dropout, options.dropout_seed);
   const auto size = [this](Axis axis) { return mesh.size(axis); };
-  text +=
-      fmt::format("mesh: {{data: {}, tensor: {}, ulysses: {}, rows: {}, ring: {{inner: {}, outer: {}}}}}\n", size(Axis::kData),
-                  size(Axis::kTensor), size(Axis::kUlysses), size(Axis::kRows), size(Axis::kRing), size(Axis::kRingOuter));
-  text += fmt::format("layout: {}\nstrategy: '{}'\ndtype: {}\ndeterminism: {}\n", dattn::name_of(options.layout),
-                      options.strategy, dattn::name_of(shape.dtype), name_of(options.determinism));
-  text += fmt::format("shape: {{batch: {}, seq: {}, seq_kv: {}, heads: {}, kv_heads: {}, dim: {}, dim_v: {}}}\n", shape.batch,
+  if (planned) {
+    text += fmt::format("mesh: {{data: {}, tensor: {}, ranks: {}}}\nobjective: {}\n", size(Axis::kData), size(Axis::kTensor),
+                        product(mesh), by_time ? "time" : "bytes");
+    if (by_time) text += "machine: " + machine_file + "\n";
+  } else {
+    text += fmt::format("mesh: {{data: {}, tensor: {}, ulysses: {}, rows: {}, ring: {{inner: {}, outer: {}}}}}\nlayout: {}\n",
+                        size(Axis::kData), size(Axis::kTensor), size(Axis::kUlysses), size(Axis::kRows), size(Axis::kRing),
+                        size(Axis::kRingOuter), dattn::name_of(options.layout));
+  }
+  text += fmt::format("strategy: '{}'\ndtype: {}\ndeterminism: {}\n", options.strategy, dattn::name_of(shape.dtype),
+                      name_of(options.determinism));
+  text += fmt::format("shape: {{batch: {}, seq: {}, seq_kv: {}, heads: {}, kv_heads: {}, dim: {}, dim_v: {}", shape.batch,
                       shape.seq_q, shape.seq_kv, shape.heads, shape.kv_heads, shape.dim_qk, shape.dim_v);
-  return text;
+  if (shape.bias) text += fmt::format(", bias: {{per_batch: {}, per_head: {}}}", shape.bias->per_batch, shape.bias->per_head);
+  return text + fmt::format(", sink: {}}}\n", shape.sink);
 }
 
 }  // namespace dattn::conformance

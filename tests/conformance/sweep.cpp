@@ -61,6 +61,7 @@ const std::vector<std::string> kTerms{"none", "alibi", "softcap", "dropout", "si
 // Choices by index: mesh, layout, mask, heads, lengths, dims, terms.
 using Choice = std::array<std::size_t, 7>;
 
+// Every mesh with every layout and mask; the rest in turn, since pairwise_choice has their pairs.
 std::vector<Choice> every_choice(const std::array<std::size_t, 7>& sizes) {
   std::vector<Choice> all;
   std::size_t turn = 0;
@@ -217,7 +218,12 @@ std::vector<Case> sweep(const std::string& strategy, int ranks, bool full) {
   const std::array<std::size_t, 7> sizes{accepted.size(), kLayouts.size(), kMasks.size(), kHeads.size(),
                                          kLengths.size(), kDims.size(),    kTerms.size()};
   std::vector<Case> cases;
-  for (const Choice& choice : full ? every_choice(sizes) : pairwise_choice(sizes)) {
+  std::vector<Choice> choices = pairwise_choice(sizes);
+  if (full) {
+    const std::vector<Choice> every = every_choice(sizes);
+    choices.insert(choices.end(), every.begin(), every.end());
+  }
+  for (const Choice& choice : choices) {
     const Heads& heads = kHeads[choice[3]];
     const Lengths& lengths = kLengths[choice[4]];
     const Dims& dims = kDims[choice[5]];

@@ -32,6 +32,14 @@ MASKS = {
     "window": ("{kind: window, left: 100, right: 7}", lambda q, k: (k >= q - 100) & (k <= q + 7)),
     "documents": ("{kind: documents, cu_seqlens: [0, 130, 130, 611, 1000], within: {kind: causal}}",
                   lambda q, k: (k <= q) & same_document(q, k, [0, 130, 130, 611, 1000])),
+    "causal_bottom_right": ("{kind: causal_bottom_right}", lambda q, k: k <= q),  # as many keys as queries
+    "prefix": ("{kind: prefix, length: 200}", lambda q, k: (k <= q) | (k < 200)),
+    "global": ("{kind: global, tokens: 5, window: {left: 60, right: 9}}",
+               lambda q, k: ((k >= q - 60) & (k <= q + 9)) | (k < 5) | (q < 5)),
+    "blocks": ("{kind: blocks, size: 400, list: [[0, 0], [1, 0], [1, 1], [2, 2]]}",
+               lambda q, k: (k // 400 == q // 400) | ((q // 400 == 1) & (k < 400))),
+    "padding": ("{kind: padding, lengths: [900], within: {kind: causal}}", lambda q, k: (k <= q) & (q < 900) & (k < 900)),
+    "per_row": ("{kind: per_row, masks: [{kind: window, left: 30, right: 0}]}", lambda q, k: (k >= q - 30) & (k <= q)),
     "regions": ("{kind: regions, regions: [{q: [0, 500], k: [0, 300], lo: -8, hi: 90}, {q: [500, 1021], k: [200, 900], lo: null, hi: 0},"
                 " {q: [10, 10], k: [0, 5]}, {q: [300, 500], k: [300, 1021], lo: 5, hi: null}]}",
                 lambda q, k: ((q < 500) & (k < 300) & (k - q >= -8) & (k - q <= 90))

@@ -139,6 +139,26 @@ Formulas grid() {
           }};
 }
 
+Formulas grid_gather() {
+  Formulas formulas = grid();
+  formulas.forward_memory = [](const Letters& l) { return Amount{l.a * l.h + 2 * l.k * l.b, l.a * l.h}; };
+  formulas.backward_memory = [](const Letters& l) { return Amount{2 * l.a * l.h + 2 * l.k * l.b, l.a * l.h + 2 * l.k * l.b}; };
+  return formulas;
+}
+
+Formulas invariant() {
+  return {[](const Letters& l) { return Amount{2 * l.k * (l.p() - 1)}; },
+          [](const Letters& l) {
+            return Amount{2 * l.k * (l.p() - 1) + 2 * l.h * (l.p() - 1), 0, 2 * l.h * (l.p() - 1)};
+          },
+          [](const Letters& l) {
+            return Amount{2 * l.k * l.p(), l.h};
+          },
+          [](const Letters& l) {
+            return Amount{2 * l.h * l.p(), l.h + 2 * l.k};
+          }};
+}
+
 Formulas tree() {
   return {[](const Letters& l) {
             return turn_forward(l) + Amount{2 * l.h * (l.t() - 1), 0, l.h * (l.t() - 1)};
@@ -202,6 +222,12 @@ std::vector<Case> cases() {
           {"grid", grid(), mesh(4, 1, 2), true},
           {"grid", grid(), mesh(4, 1, 4), true},
           {"grid", grid(), mesh(2, 4, 2, 2)},
+          {"grid_gather", grid_gather(), mesh(2, 1, 2)},
+          {"grid_gather", grid_gather(), mesh(4, 1, 4), true},
+          {"grid_gather", grid_gather(), mesh(2, 4, 2, 2)},
+          {"invariant", invariant(), mesh(4), true},
+          {"invariant", invariant(), mesh(1, 8), true},
+          {"invariant", invariant(), mesh(2, 2, 2)},
           {"tree", tree(), mesh(4), true},
           {"tree", tree(), mesh(8), true},
           {"tree", tree(), mesh(2, 2, 2, 2)}};

@@ -22,6 +22,7 @@ const std::vector<Setting> kSettings{{"ring", {1, 4, 1, 1}},        {"ring_q", {
                                      {"double_ring", {2, 3, 1, 1}}, {"allgather", {1, 3, 1, 2}},
                                      {"ulysses", {1, 1, 1, 3}},     {"hybrid", {1, 3, 1, 2}},
                                      {"grid", {1, 3, 2, 2}},        {"grid", {2, 2, 2, 1}},
+                                     {"grid_gather", {1, 3, 2, 2}}, {"invariant", {1, 2, 1, 2}},
                                      {"tree", {1, 2, 2, 1}},        {"tree", {2, 1, 1, 2}},
                                      {"halo", {1, 3, 1, 2}},        {"halo", {1, 4, 1, 2}, Mask::window(5, 4)},
                                      {"fetch", {1, 3, 1, 1}},       {"fetch", {1, 4, 1, 2}, Mask::window(9, 9)}};

@@ -70,6 +70,7 @@ INSTANTIATE_TEST_SUITE_P(
                     Scale{"double_ring", {16, 16, 1, 1}, 1 << 16, 10}, Scale{"grid", {1, 16, 4, 4}, 1 << 16, 10},
                     Scale{"halo", {1, 256, 1, 1}, 1 << 16, 10, Mask::window(100, 0)},
                     Scale{"fetch", {1, 64, 1, 4}, 1 << 16, 10, Mask::window(5000, 100)},
+                    Scale{"grid_gather", {1, 16, 4, 4}, 1 << 16, 10}, Scale{"invariant", {1, 16, 1, 4}, 1 << 16, 10},
                     Scale{"tree", {1, 64, 1, 4}, 1 << 16, 10}, Scale{"allgather", {1, 64, 1, 4}, 1 << 16, 10}),
     [](const auto& scale) { return scale.param.strategy; });
 

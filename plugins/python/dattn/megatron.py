@@ -26,7 +26,7 @@ __all__ = ["CoreAttention"]
 # cp_comm_type -> (strategy, axis of the context parallel ranks); then our strategies, by name
 COMM_TYPES = {"p2p": ("ring", "ring"), "a2a": ("ulysses", "ulysses"), "all_gather": ("allgather", "ring"),
               **{name: (name, "ring") for name in ("auto", "ring", "ring_q", "allgather", "fetch", "halo")},
-              "ulysses": ("ulysses", "ulysses"), **{name: (name, "rows") for name in ("grid", "tree")}}
+              "ulysses": ("ulysses", "ulysses"), **{name: (name, "rows") for name in ("grid", "grid_gather", "tree")}}
 WITH_AXES = re.compile(r"(\w+)\((\w+=\d+(?:, *\w+=\d+)*)\)")  # "grid(ring=4, rows=2)"
 CAUSAL = (AttnMaskType.causal, AttnMaskType.padding_causal)
 

@@ -73,7 +73,8 @@ TEST(Mask, BadOnesAreRefusedWithTheReason) {
   expect_refused(Mask::documents({1, 5}, Mask::causal()), 8, "got 2 entries starting at 1");
   expect_refused(Mask::documents({0}, Mask::causal()), 8, "at least 2 entries");
   expect_refused(Mask::documents({}, Mask::causal()), 8, "got 0 entries");
-  expect_refused(Mask::documents({0, 9}, Mask::causal()), 8, "cu_seqlens ends at 9 but the sequence has 8 positions");
+  expect_refused(Mask::documents({0, 9}, Mask::causal()), 8,
+                 "cu_seqlens ends at 9 but the sequence has 8 positions; end it at 8");
   expect_refused(Mask::documents({0, 8}, Mask::of_regions({})), 8, "mask kind 'regions' is no band");
   expect_refused(Mask::documents({0, 4, 8}, Mask::full(), {0, 8}), 8, "cu_seqlens has 3 entries and cu_seqlens_kv 2");
   expect_refused(Mask::documents({0, 4, 8}, Mask::full(), {0, 5, 4}), 8,
@@ -85,7 +86,7 @@ TEST(Mask, BadOnesAreRefusedWithTheReason) {
   expect_refused(Mask::global(1, 2, -2), 8, "mask global has left 2 and right -2");
   expect_refused(Mask::blocks(0, {}), 8, "mask blocks has size 0; use 1 to");
   expect_refused(Mask::blocks(3, {{0, 0}, {2, 3}}), 8,
-                 "entry 1 is [2, 3], but 8 queries and 8 keys have 3 and 3 blocks of size 3, counted from 0");
+                 "entry 1 is [2, 3], but 8 queries and 8 keys have 3 and 3 blocks of size 3; use [0, 0] to [2, 2]");
   expect_refused(Mask::blocks(3, {{-1, 0}}), 8, "entry 0 is [-1, 0]");
   expect_refused(Mask::blocks(3, {{1, 0}, {0, 0}, {1, 1}, {1, 0}}), 8, "mask blocks lists [1, 0] twice");
   expect_refused(Mask::padding({8, 8}), 8, "mask kind 'padding' differs between batch rows");

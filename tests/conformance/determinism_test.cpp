@@ -1,13 +1,15 @@
-// determinism: invariant gives the same bits on every mesh, layout and number of threads: out, lse and all gradients of one
-// call, put together from the shards of each mesh, equal those of one rank bit for bit.
+// determinism: invariant gives the same bits on every mesh, layout and number of threads, repeatable on one mesh for any number
+// of threads: out, lse, dq, dk and dv of one call, put together from the shards of the mesh, bit for bit.
 #include <cstring>
 #include <map>
 #include <mutex>
 
+#include <fmt/format.h>
 #include <gtest/gtest.h>
 
 #include "core/base/threads.h"
 #include "parallel/comm/thread.h"
+#include "parallel/strategy.h"
 #include "tests/conformance/expected.h"
 #include "tests/parallel/mesh_of.h"
 
@@ -30,12 +32,11 @@ struct Sharding {
 
 using Whole = std::map<std::string, Tensor>;
 
-Whole run(Case one, const Sharding& setup) {
+Whole run(Case one, const Sharding& setup, Determinism determinism = Determinism::kInvariant) {
   one.mesh = setup.mesh;
   one.layout = setup.layout;
   AttentionOptions options = options_of(one);
-  options.strategy = "auto";
-  options.determinism = Determinism::kInvariant;
+  options.determinism = determinism;
   Case alone = one;
   alone.mesh = {};
   const auto inputs = expected(alone, 0);
@@ -56,7 +57,14 @@ Whole run(Case one, const Sharding& setup) {
     const HeadRange heads = attention.heads();
     const Tensor q = shard_of(inputs->q, q_rows, heads.q), k = shard_of(inputs->k, kv_rows, heads.kv),
                  v = shard_of(inputs->v, kv_rows, heads.kv), dout = shard_of(inputs->dout, q_rows, heads.q);
-    const AttentionCall call{.dropout_stream = kDropoutStream};
+    AttentionCall call{.dropout_stream = kDropoutStream};
+    Tensor bias;
+    if (s.bias) {
+      const TensorView part = bias_part(inputs->bias, heads.q);
+      bias = shard_of(part, q_rows, {0, part.size(2)});
+      call.bias = bias;
+    }
+    if (s.sink) call.sink = inputs->sink->slice(0, heads.q.begin, heads.q.count());
     const AttentionResult result = attention.forward(q, k, v, call);
     const AttentionGradients gradients = attention.backward(q, k, v, result, dout, call);
     TensorView lse = result.lse->transpose(1, 2);
@@ -72,6 +80,13 @@ Whole run(Case one, const Sharding& setup) {
   return whole;
 }
 
+void expect_same_bits(const Whole& some, const Whole& wanted, const std::string& what) {
+  for (const auto& [name, tensor] : wanted) {
+    ASSERT_EQ(std::memcmp(some.at(name)->data, tensor->data, static_cast<std::size_t>(tensor->bytes())), 0)
+        << name << " on " << what;
+  }
+}
+
 class Invariant : public testing::TestWithParam<const char*> {};
 
 TEST_P(Invariant, SameBitsOnEveryMeshLayoutAndThreadCount) {
@@ -83,40 +98,66 @@ TEST_P(Invariant, SameBitsOnEveryMeshLayoutAndThreadCount) {
                                      {mesh_of(1, 2, 2, 1, 2), Layout::kZigzag},
                                      {mesh_of(1, 1, 1, 2), Layout::kZigzag, 2}};
   for (const DType dtype : {DType::kF32, DType::kBF16}) {
-    const Case one{"invariant", {}, Layout::kZigzag, GetParam(), {2, 301, 301, 4, 2, 24, 16, dtype}, "none"};
-    for (const std::string terms : {"none", "dropout"}) {
-      Case with = one;
-      with.terms = terms;
-      const Whole alone = run(with, {mesh_of(1, 1, 1, 1)});
+    for (const std::string terms : {"none", "all"}) {
+      AttentionShape shape{2, 301, 301, 4, 2, 24, 16, dtype};
+      if (terms == "none") shape.seq_kv = 257;
+      if (terms == "all") shape.bias = BiasShape{}, shape.sink = true;
+      const Case one{"auto", {}, Layout::kZigzag, GetParam(), shape, terms};
+      const Whole alone = run(one, {mesh_of(1, 1, 1, 1)});
       for (const Sharding& setup : setups) {
-        for (const auto& [name, tensor] : run(with, setup)) {
-          const Tensor& wanted = alone.at(name);
-          ASSERT_EQ(std::memcmp(tensor->data, wanted->data, static_cast<std::size_t>(wanted->bytes())), 0)
-              << name << " on " << setup.mesh.text() << ", layout " << name_of(setup.layout) << ", " << setup.threads
-              << " threads, " << name_of(dtype) << ", terms " << terms;
-        }
+        expect_same_bits(run(one, setup), alone,
+                         fmt::format("{}, layout {}, {} threads, {}, terms {}", setup.mesh.text(), name_of(setup.layout),
+                                     setup.threads, name_of(dtype), terms));
       }
     }
   }
+}
+
+class Repeatable : public testing::TestWithParam<std::string> {};
+
+// Every strategy, on a mesh that it takes: again, and with another number of threads.
+TEST_P(Repeatable, SameBitsEveryTimeForAnyNumberOfThreads) {
+  const MeshShape meshes[] = {mesh_of(1, 2, 2, 1, 2), mesh_of(1, 2, 2, 1), mesh_of(1, 4, 1, 1), mesh_of(1, 1, 4, 1),
+                              mesh_of(1, 2, 1, 1, 1, 2)};
+  int ran = 0;
+  for (const MeshShape& mesh : meshes) {
+    for (const DType dtype : {DType::kF32, DType::kBF16}) {
+      const Case one{GetParam(), {}, Layout::kZigzag, "documents_window", {2, 301, 301, 4, 2, 24, 16, dtype}, "softcap"};
+      if (!find_strategy(GetParam()).accepts(*make_problem(mesh, one.shape, options_of(one))).ok) continue;
+      ++ran;
+      const Whole first = run(one, {mesh}, Determinism::kRepeatable);
+      for (const int threads : {1, 2, 3}) {
+        expect_same_bits(run(one, {mesh, one.layout, threads}, Determinism::kRepeatable), first,
+                         fmt::format("{}, {} threads, {}", mesh.text(), threads, name_of(dtype)));
+      }
+    }
+  }
+  EXPECT_GT(ran, 0);
 }
 
 // Strides beside the whole sequence, however long: of each region one tile.
 TEST(InvariantStrides, LongOnesHaveTheSameBits) {
   constexpr std::int64_t kSeq = 70'001;
   for (const char* mask : {"window", "window_right"}) {
-    const Case one{"invariant", {}, Layout::kStriped, mask, {1, kSeq, kSeq, 1, 1, 8, 8, DType::kF32}, "none"};
+    const Case one{"auto", {}, Layout::kStriped, mask, {1, kSeq, kSeq, 1, 1, 8, 8, DType::kF32}, "none"};
     const Whole alone = run(one, {mesh_of(1, 1, 1, 1)});
-    for (const auto& [name, tensor] : run(one, {mesh_of(1, 3, 1, 1), Layout::kStriped})) {
-      const Tensor& wanted = alone.at(name);
-      EXPECT_EQ(std::memcmp(tensor->data, wanted->data, static_cast<std::size_t>(wanted->bytes())), 0) << name << ", " << mask;
-    }
+    expect_same_bits(run(one, {mesh_of(1, 3, 1, 1), Layout::kStriped}), alone, mask);
   }
 }
 
 INSTANTIATE_TEST_SUITE_P(Masks, Invariant,
-                         testing::Values("full", "causal", "window", "documents", "regions", "global", "padding", "blocks",
-                                         "per_row"),
+                         testing::Values("full", "causal", "causal_bottom_right", "window", "window_right", "documents",
+                                         "documents_end", "prefix", "regions", "global", "padding", "blocks", "per_row"),
                          [](const auto& mask) { return std::string(mask.param); });
+
+std::vector<std::string> repeatable_strategies() {
+  std::vector<std::string> names;
+  for (const Strategy& strategy : strategies()) names.emplace_back(strategy.name);
+  return names;
+}
+
+INSTANTIATE_TEST_SUITE_P(Strategies, Repeatable, testing::ValuesIn(repeatable_strategies()),
+                         [](const auto& strategy) { return strategy.param; });
 
 }  // namespace
 }  // namespace dattn::conformance
