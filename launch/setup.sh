@@ -10,7 +10,8 @@ usage: launch/setup.sh [--python] [--lint] [--help]
   there is a CUDA toolkit, the headers of cuDNN's front end into build/cudnn_frontend/.
   --python  also makes build/venv with PyTorch, Transformers, Megatron-Core and JAX (6 GB), and dattn of this tree in it: the
             plugins and their tests; and with ONNX Runtime and matplotlib: tests/bench/compare.py
-  --lint    also installs what .ci/run checks with: clang, clang-format and clang-tidy 14, shellcheck
+  --lint    also installs what .ci/run checks with: clang, clang-format and clang-tidy 14, shellcheck, and on Debian chromium,
+            which draws the simulator's page (Ubuntu has it as a snap alone; that test is skipped there)
   DATTN_SKIP_SETUP=1 skips all of it, for machines whose administrator provides the tools.
 exit codes: 0 everything is there, 2 something is missing and cannot be installed
 END
@@ -36,6 +37,7 @@ packages=(g++ cmake ninja-build ccache python3 gnuplot-nox
           libgtest-dev libgmock-dev librapidcheck-dev)
 [[ $want_python == no ]] || packages+=(python3-venv ca-certificates)
 [[ $want_lint == no ]] || packages+=(clang-14 clang-format-14 clang-tidy-14 libclang-rt-14-dev libomp-14-dev shellcheck)
+if [[ $want_lint == yes ]] && grep -qx 'ID=debian' /etc/os-release 2>/dev/null; then packages+=(chromium); fi
 cudnn_frontend=nvidia-cudnn-frontend==1.32.0  # from PyPI; the headers of its wheel, 3 MB
 python_packages=(torch==2.15.0 numpy==2.4.6 safetensors==0.8.0 pytest==9.2.0 scikit-build-core==1.1.2 jax==0.10.2
                  transformers==5.24.0 accelerate==1.15.0 megatron-core==0.16.1 einops==0.8.1

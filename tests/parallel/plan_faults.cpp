@@ -271,14 +271,18 @@ void append_order(std::vector<FaultKind>& all) {
                    return at_each_step(plan, [](Plan& p, std::size_t i) {
                      if (i + 1 >= p.steps.size()) return false;
                      const std::vector<ValueId>& reads = p.steps[i + 1].in;
-                     const bool needs = std::find(reads.begin(), reads.end(), p.steps[i].out[0]) != reads.end();
+                     const bool needs = std::any_of(p.steps[i].out.begin(), p.steps[i].out.end(), [&](ValueId out) {
+                       return out != kNoValue && std::find(reads.begin(), reads.end(), out) != reads.end();
+                     });
                      std::swap(p.steps[i], p.steps[i + 1]);
                      return needs;
                    });
                  }});
   all.push_back({"WritesTwice", "written twice|not placed as it is fetched", [](const Plan& plan) {
                    return at_each_step(plan, [](Plan& p, std::size_t i) {
+                     if (p.steps[i].out[0] == kNoValue) return false;
                      for (std::size_t before = 0; before < i; ++before) {
+                       if (p.steps[before].out[0] == kNoValue) continue;
                        if (what(p, p.steps[before].out[0]) != what(p, p.steps[i].out[0])) continue;
                        p.steps[i].out[0] = p.steps[before].out[0];
                        return true;
