@@ -73,7 +73,7 @@ class Planner {
     refuse_uneven_rows();
     sort();
     prefer_even();
-    if (by_time() && ranks() <= kSimulatedRanks) simulate_best();
+    if (by_time() && quick_to_simulate(request_.shape, ranks())) simulate_best();
     return pick();
   }
 

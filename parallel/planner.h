@@ -12,8 +12,6 @@
 
 namespace dattn {
 
-inline constexpr int kSimulatedRanks = 256;  // meshes of more ranks have a time in closed form alone
-
 enum class Objective { kBytes, kTime };
 
 struct PlanRequest {

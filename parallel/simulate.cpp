@@ -294,6 +294,12 @@ std::int64_t Simulation::sum(std::int64_t RankTimes::*member) const {
   return sum;
 }
 
+bool quick_to_simulate(const AttentionShape& shape, int ranks) {
+  constexpr int kMostRanks = 256;
+  constexpr double kMostRows = 0x1p28;  // of all ranks together
+  return ranks <= kMostRanks && static_cast<double>(std::max(shape.seq_q, shape.seq_kv)) * ranks <= kMostRows;
+}
+
 Simulation simulate(const Plan& plan, const Machine& machine, int timeline_ranks) {
   const int ranks = plan.problem->mesh.ranks();
   require(machine.links.between.has_value() || ranks <= machine.ranks_per_node,

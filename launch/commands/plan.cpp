@@ -57,7 +57,7 @@ Planned plan_config(const RunConfig& config) {
   planned.gradient = backward(planned.forward);
   tell_replaced_strategy(options, planned.forward);
   if (planned.is_choice || !machine) return planned;
-  planned.simulated = mesh.ranks() <= kSimulatedRanks;
+  planned.simulated = quick_to_simulate(shape, mesh.ranks());
   planned.time_s = planned.simulated ? simulate(planned.forward, *machine).time_s + simulate(planned.gradient, *machine).time_s
                                      : assess(request, mesh, planned.forward.strategy).time_s;
   return planned;

@@ -100,7 +100,10 @@ Expected compute(const Case& one, int tensor_index) {
   e.v = random_tensor(s.dtype, {s.batch, s.seq_kv, s.kv_heads, s.dim_v}, 3);
   e.dout = random_tensor(s.dtype, {s.batch, s.seq_q, s.heads, s.dim_v}, 4);
   if (s.bias) {
-    e.bias = random_tensor(s.dtype, {s.bias->per_batch ? s.batch : 1, s.seq_q, s.bias->per_head ? s.heads : 1, s.seq_kv}, 5);
+    e.bias = random_tensor(
+        s.dtype,
+        {s.bias->per_batch ? s.batch : std::min<std::int64_t>(1, s.batch), s.seq_q, s.bias->per_head ? s.heads : 1, s.seq_kv},
+        5);
   }
   if (s.sink) e.sink = random_tensor(DType::kF32, {s.heads}, 6);
   e.exact = attend_whole(reference_kernel(), DType::kF64, one, options, e);
