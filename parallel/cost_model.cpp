@@ -1,6 +1,7 @@
 #include "parallel/cost_model.h"
 
 #include <algorithm>
+#include <initializer_list>
 
 #include "parallel/rank_plan.h"
 #include "parallel/strategy.h"
@@ -60,6 +61,14 @@ class Lists {
     const double others = mesh_.size(axis) - 1;
     add(axis, others, others * share * forward, others * share * backward, false);
   }
+  // Over one axis after the other, each with what the axes before have brought.
+  void gathered(std::initializer_list<Axis> axes, double forward, double backward) {
+    double share = 1;
+    for (const Axis axis : axes) {
+      all(axis, forward, backward, share);
+      share *= mesh_.size(axis);
+    }
+  }
   void hops(Axis axis, double count, double forward, double backward) {
     add(axis, count, count * forward, count * backward, true);
   }
@@ -82,7 +91,7 @@ std::optional<TransferLists> transfers_of(std::string_view strategy, const Atten
   const Sizes s = sizes_of(shape, mesh);
   const double kv = (s.k + s.v) * s.storage, dkv = (s.k + s.v) * s.sum;
   const double q = s.q * s.storage, out = s.out * s.storage, dq = s.q * s.sum;
-  const int inner = mesh.size(Axis::kRing), outer = mesh.size(Axis::kRingOuter), rows = mesh.size(Axis::kRows);
+  const int inner = mesh.size(Axis::kRing), outer = mesh.size(Axis::kRingOuter);
   Lists lists(mesh);
   if (strategy == "invariant") {  // heads stay together
     MeshShape rows_alone = mesh;
@@ -90,11 +99,7 @@ std::optional<TransferLists> transfers_of(std::string_view strategy, const Atten
     rows_alone.set(Axis::kRows, mesh.size(Axis::kRows) * mesh.size(Axis::kUlysses));
     const Sizes whole = sizes_of(shape, rows_alone);
     const double keys = (whole.k + whole.v) * whole.storage, queries = (whole.q + whole.out) * whole.storage;
-    double share = 1;
-    for (const Axis axis : {Axis::kUlysses, Axis::kRows, Axis::kRing, Axis::kRingOuter}) {
-      lists.all(axis, keys, keys + queries, share);
-      share *= mesh.size(axis);
-    }
+    lists.gathered({Axis::kUlysses, Axis::kRows, Axis::kRing, Axis::kRingOuter}, keys, keys + queries);
     return std::move(lists).take();
   }
   lists.all(Axis::kUlysses, q + kv + out, q + kv + out + dq + dkv, 1.0 / mesh.size(Axis::kUlysses));
@@ -102,23 +107,17 @@ std::optional<TransferLists> transfers_of(std::string_view strategy, const Atten
     lists.hops(Axis::kRing, static_cast<double>(outer) * (inner - 1), forward, backward);
     lists.hops(Axis::kRingOuter, outer - 1, forward, backward);
   };
-  const auto gathered = [&](double forward, double backward) {
-    lists.all(Axis::kRows, forward, backward);
-    lists.all(Axis::kRing, forward, backward, rows);
-    lists.all(Axis::kRingOuter, forward, backward, static_cast<double>(rows) * inner);
-  };
   if (strategy == "ulysses") return std::move(lists).take();
   if (strategy == "ring" || strategy == "double_ring" || strategy == "hybrid" || strategy == "grid") {
     lists.all(Axis::kRows, q + out, q + out + dq);
     around(kv, kv + dkv);
   } else if (strategy == "grid_gather") {
     lists.all(Axis::kRows, q + out, q + out + dq);
-    lists.all(Axis::kRing, kv, kv + dkv);
-    lists.all(Axis::kRingOuter, kv, kv + dkv, inner);
+    lists.gathered({Axis::kRing, Axis::kRingOuter}, kv, kv + dkv);
   } else if (strategy == "allgather") {
-    gathered(kv, kv + dkv);
+    lists.gathered({Axis::kRows, Axis::kRing, Axis::kRingOuter}, kv, kv + dkv);
   } else if (strategy == "tree") {
-    gathered(q + out, q + out + dq);
+    lists.gathered({Axis::kRows, Axis::kRing, Axis::kRingOuter}, q + out, q + out + dq);
   } else if (strategy == "ring_q") {
     lists.hops(Axis::kRing, inner - 1, q + s.out * s.sum, q + out + dq);
   } else if (strategy == "fetch" || strategy == "halo") {

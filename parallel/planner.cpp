@@ -310,7 +310,7 @@ class Planner {
       Candidate& candidate = drafts_[count].candidate;
       const bool planned = attempt(candidate.text(), [&] {
         const Plan forward = plan_of(candidate);
-        candidate.time_s = simulate(forward, *request_.machine).time_s + simulate(backward(forward), *request_.machine).time_s;
+        candidate.time_s = simulated_time(forward, backward(forward), *request_.machine);
         candidate.simulated = true;
       });
       if (planned)

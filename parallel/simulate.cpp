@@ -294,6 +294,10 @@ std::int64_t Simulation::sum(std::int64_t RankTimes::*member) const {
   return sum;
 }
 
+double simulated_time(const Plan& forward, const Plan& gradient, const Machine& machine) {
+  return simulate(forward, machine).time_s + simulate(gradient, machine).time_s;
+}
+
 bool quick_to_simulate(const AttentionShape& shape, int ranks) {
   constexpr int kMostRanks = 256;
   constexpr double kMostRows = 0x1p28;  // of all ranks together

@@ -56,6 +56,7 @@ struct Simulation {
 // Spans are kept of ranks below `timeline_ranks`. Throws Error(kBadInput) where the mesh needs more nodes than the machine
 // has, or the machine has no rate for the storage type.
 Simulation simulate(const Plan& plan, const Machine& machine, int timeline_ranks = 0);
+double simulated_time(const Plan& forward, const Plan& gradient, const Machine& machine);  // seconds of both
 // Whether simulating a plan takes seconds at most: its work grows with ranks x rows (a million on 256 ranks are about the
 // most).
 bool quick_to_simulate(const AttentionShape& shape, int ranks);

@@ -27,9 +27,9 @@ const std::vector<Strategy>& strategies();           // made by the build from t
 std::string choose_strategy(const MeshShape& mesh);  // what "auto" stands for
 
 // Checks the shape, compiles the mask and lets the named strategy (or auto) write its plan. Throws Error(kBadInput).
+Plan make_plan(const MeshShape& mesh, const AttentionShape& shape, const AttentionOptions& options);
 // Tells the log, once, where the plan has another strategy than the options name.
 void tell_replaced_strategy(const AttentionOptions& options, const Plan& plan);
-Plan make_plan(const MeshShape& mesh, const AttentionShape& shape, const AttentionOptions& options);
 
 // The pieces of that: what is computed, whether the strategy takes it, and its plan.
 std::shared_ptr<const Problem> make_problem(const MeshShape& mesh, const AttentionShape& shape,

@@ -6,9 +6,9 @@
 #include <bit>
 #include <cstdlib>
 #include <deque>
+#include <iterator>
 #include <list>
 #include <mutex>
-#include <new>
 #include <unordered_map>
 
 #include "core/base/error.h"
@@ -24,13 +24,17 @@ constexpr bool kKeeps = false;  // so that the sanitizer sees what uses a freed 
 constexpr bool kKeeps = true;
 #endif
 
+bool is_kept(std::int64_t block) { return kKeeps && block >= kLeastKept; }
+
 std::int64_t round_up(std::int64_t bytes, std::int64_t step) { return (bytes + step - 1) / step * step; }
 
-// Sizes of blocks: eight between a power of two and the next, so that tensors of about one size share blocks.
+// Sizes of blocks that are kept: eight between a power of two and the next, so that tensors of about one size share blocks.
+// Others are as small as can be: a sanitizer sees what lies behind them.
 std::int64_t block_bytes(std::int64_t bytes) {
-  const std::int64_t least = std::max(bytes, kHostAlignment);
+  const std::int64_t least = round_up(std::max(bytes, kHostAlignment), kHostAlignment);
+  if (!is_kept(least)) return least;
   const auto power = std::bit_floor(static_cast<std::uint64_t>(least));
-  return round_up(least, std::max(kHostAlignment, static_cast<std::int64_t>(power / 8)));
+  return round_up(least, static_cast<std::int64_t>(power / 8));
 }
 
 // Blocks that fill some huge pages begin at one.
@@ -116,8 +120,6 @@ HostPool& pool() {
   static auto* const pool = new HostPool;  // NOLINT: see above
   return *pool;
 }
-
-bool is_kept(std::int64_t block) { return kKeeps && block >= kLeastKept; }
 
 }  // namespace
 

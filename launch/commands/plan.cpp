@@ -58,7 +58,7 @@ Planned plan_config(const RunConfig& config) {
   tell_replaced_strategy(options, planned.forward);
   if (planned.is_choice || !machine) return planned;
   planned.simulated = quick_to_simulate(shape, mesh.ranks());
-  planned.time_s = planned.simulated ? simulate(planned.forward, *machine).time_s + simulate(planned.gradient, *machine).time_s
+  planned.time_s = planned.simulated ? simulated_time(planned.forward, planned.gradient, *machine)
                                      : assess(request, mesh, planned.forward.strategy).time_s;
   return planned;
 }

@@ -10,8 +10,7 @@ Strategy allgather_strategy() {
   return {"allgather", "gathers kv over the ring and rows axes", [](const Problem&) { return Support{}; },
           [](PlanBuilder& plan) {
             return inside_ulysses(plan, [&](ValueId q, ValueId kv) {
-              for (const Axis axis : {Axis::kRows, Axis::kRing, Axis::kRingOuter}) kv = plan.gather(kv, axis);
-              return plan.attend(q, kv);
+              return plan.attend(q, gather_over(plan, kv, {Axis::kRows, Axis::kRing, Axis::kRingOuter}));
             });
           }};
 }

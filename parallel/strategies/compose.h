@@ -1,6 +1,8 @@
 // Parts that strategies share.
 #pragma once
 
+#include <initializer_list>
+
 #include "parallel/strategy.h"
 
 namespace dattn {
@@ -23,6 +25,12 @@ inline ValueId attend_around_both(PlanBuilder& plan, ValueId q, ValueId kv) {
     state = attend_around(plan, q, kv, Axis::kRing, state);
   }
   return state;
+}
+
+// The value with the rows of all ranks of the axes, one axis after the other.
+inline ValueId gather_over(PlanBuilder& plan, ValueId value, std::initializer_list<Axis> axes) {
+  for (const Axis axis : axes) value = plan.gather(value, axis);
+  return value;
 }
 
 // Runs inner(q, kv) -> state with whole stretches of the sequence and a share of the heads instead of the reverse.

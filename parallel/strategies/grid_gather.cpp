@@ -15,8 +15,8 @@ Strategy grid_gather_strategy() {
           [](const Problem&) { return Support{}; },
           [](PlanBuilder& plan) {
             return inside_ulysses(plan, [&](ValueId q, ValueId kv) {
-              for (const Axis axis : {Axis::kRing, Axis::kRingOuter}) kv = plan.gather(kv, axis);
-              return with_gathered_q(plan, q, Axis::kRows, [&](ValueId all) { return plan.attend(all, kv); });
+              const ValueId row = gather_over(plan, kv, {Axis::kRing, Axis::kRingOuter});
+              return with_gathered_q(plan, q, Axis::kRows, [&](ValueId all) { return plan.attend(all, row); });
             });
           }};
 }

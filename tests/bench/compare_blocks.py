@@ -173,21 +173,24 @@ def plugin_cases(lab):
                           "PyTorch": partial(lab.peer, "torch_attention", spec)})
 
 
-def both_passes(result, side):
-    passes = [milliseconds(result, side, which) for which in PASSES]
-    return None if None in passes else sum(passes)
+def beside(result, base, side):
+    """Cells of base, side and base / side: forward, then forward and backward together."""
+    cells = []
+    for passes in (PASSES[:1], PASSES):
+        times = [[milliseconds(result, name, which) for which in passes] for name in (base, side)]
+        over, under = (None if None in each else sum(each) for each in times)
+        cells += [number(over, 2), number(under, 2), ratio(over, under)]
+    return cells
 
 
 def plugin_table(results):
-    rows = []
-    for result in results:
-        what, cells = result["what"], []
-        for time in (lambda side, result=result: milliseconds(result, side, "forward"),
-                     lambda side, result=result: both_passes(result, side)):
-            cells += [number(time("PyTorch"), 2), number(time("ours"), 2), ratio(time("PyTorch"), time("ours"))]
-        rows.append([label(result, what["dtype"]), what["dim"], binary(what["seq"]), *cells])
+    rows = [[label(result, result["what"]["dtype"]), result["what"]["dim"], binary(result["what"]["seq"]),
+             *beside(result, "PyTorch", "ours")] for result in results]
     return "`dattn.torch.attention` on one rank, causal, 4 heads, one thread, ms.\n\n" + table(
         ["type", "D", "S", "forward: PyTorch", "ours", "ratio", "with backward: PyTorch", "ours", "ratio"], rows)
+
+
+GLOO_STRATEGIES = ("ring", "ulysses")
 
 
 def gloo_cases(lab):
@@ -195,17 +198,14 @@ def gloo_cases(lab):
         return
     spec = attention_spec(lab, "fp32", "causal", 4096 if lab.options.quick else 16384, 64, 4, threads=2) | {"enough_s": 600}
     sides = {"1 rank": partial(lab.peer, "torch_plugin", spec)}
-    for strategy in ("ring", "ulysses"):
+    for strategy in GLOO_STRATEGIES:
         sides[strategy] = partial(lab.peer, "torch_plugin", spec | {"threads": 1, "strategy": strategy}, ranks=2)
     yield Case(spec, sides, 2)
 
 
 def gloo_table(results):
-    rows = [[label(result, binary(result["what"]["seq"])), strategy,
-             *(cell for time in (lambda side, result=result: milliseconds(result, side, "forward"),
-                                 lambda side, result=result: both_passes(result, side))
-               for cell in (number(time("1 rank")), number(time(strategy)), ratio(time("1 rank"), time(strategy))))]
-            for result in results for strategy in ("ring", "ulysses")]
+    rows = [[label(result, binary(result["what"]["seq"])), strategy, *beside(result, "1 rank", strategy)]
+            for result in results for strategy in GLOO_STRATEGIES]
     return ("Two processes over gloo with a thread each beside one with two threads: causal, fp32, 4 heads, D 64, ms.\n\n"
             ) + table(["S", "strategy", "forward: 1 x 2", "2 x 1", "ratio", "with backward: 1 x 2", "2 x 1", "ratio"], rows)
 

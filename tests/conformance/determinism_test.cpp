@@ -60,8 +60,7 @@ Whole run(Case one, const Sharding& setup, Determinism determinism = Determinism
     AttentionCall call{.dropout_stream = kDropoutStream};
     Tensor bias;
     if (s.bias) {
-      const TensorView part = bias_part(inputs->bias, heads.q);
-      bias = shard_of(part, q_rows, {0, part.size(2)});
+      bias = bias_shard_of(inputs->bias, q_rows, heads.q);
       call.bias = bias;
     }
     if (s.sink) call.sink = inputs->sink->slice(0, heads.q.begin, heads.q.count());

@@ -148,4 +148,9 @@ TensorView bias_part(const TensorView& bias, Interval heads) {
                            : bias.slice(2, heads.begin, heads.count());
 }
 
+Tensor bias_shard_of(const TensorView& bias, const Positions& rows, Interval heads) {
+  const TensorView part = bias_part(bias, heads);
+  return shard_of(part, rows, {0, part.size(2)});
+}
+
 }  // namespace dattn::conformance

@@ -28,7 +28,8 @@ std::shared_ptr<const Expected> expected(const Case& one, int tensor_index);
 // Rows `rows` and heads `heads` of a whole tensor [B, S, H, X].
 Tensor shard_of(const TensorView& whole, const Positions& rows, Interval heads);
 
-// The heads of a bias [B or 1, S, H or 1, N] that serve the query heads `heads`.
+// The heads of a bias [B or 1, S, H or 1, N] that serve the query heads `heads`; of all rows, and of `rows`.
 TensorView bias_part(const TensorView& bias, Interval heads);
+Tensor bias_shard_of(const TensorView& bias, const Positions& rows, Interval heads);
 
 }  // namespace dattn::conformance

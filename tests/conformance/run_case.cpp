@@ -112,8 +112,7 @@ std::string run_case(const Case& one, Communicator& world) {
   AttentionCall call{.dropout_stream = kDropoutStream};
   Tensor bias, sink;
   if (one.shape.bias) {
-    const TensorView part = bias_part(e.bias, heads.q);
-    bias = there(shard_of(part, q_rows, {0, part.size(2)}));
+    bias = there(bias_shard_of(e.bias, q_rows, heads.q));
     call.bias = bias;
   }
   if (one.shape.sink) {
