@@ -42,6 +42,7 @@ struct Call {
   const Ops& ops;
   const AttendGradArgs& args;
   Interval hull;                          // key rows that any tile sees
+  std::int64_t keys;                      // of a chunk
   BandList bands;                         // keys counted from hull.begin
   std::vector<Interval> chunks_of_block;  // chunks that a block may touch; those take turns
   std::int64_t q_width, v_width;          // D and V, padded
@@ -137,7 +138,7 @@ void run_piece_in_turn(Call& call, const TaskMemory& memory, std::int64_t b, std
 
 void run_head(Call& call, const TaskMemory& memory, std::int64_t b, std::int64_t h, std::int64_t chunk) {
   const AttendGradArgs& args = call.args;
-  const std::int64_t begin = chunk * kBackwardKeys, end = std::min(begin + kBackwardKeys, call.hull.count());
+  const std::int64_t begin = chunk * call.keys, end = std::min(begin + call.keys, call.hull.count());
   std::vector<Band> bands;
   for (std::int64_t block = 0; block < call.bands.blocks(); ++block) {
     const Interval chunks = call.chunks_of_block[static_cast<std::size_t>(block)];
@@ -182,8 +183,8 @@ void run_chunk(Call& call, std::int64_t b, std::int64_t kv, std::int64_t chunk) 
   TaskMemory memory{};
   const std::int64_t bytes = lay_out(call, nullptr, memory);
   lay_out(call, scratch(bytes), memory);
-  const std::int64_t key = call.hull.begin + chunk * kBackwardKeys;
-  const std::int64_t count = std::min(kBackwardKeys, call.hull.end - key);
+  const std::int64_t key = call.hull.begin + chunk * call.keys;
+  const std::int64_t count = std::min(call.keys, call.hull.end - key);
   const Rows k = rows_of(args.k, b, key, count, kv), v = rows_of(args.v, b, key, count, kv);
   call.ops.pack_columns(k, args.scale < 0, memory.k_columns);
   call.ops.pack_columns(v, false, memory.v_columns);
@@ -200,11 +201,20 @@ void run_chunk(Call& call, std::int64_t b, std::int64_t kv, std::int64_t chunk) 
   if (wanted && !apart) add_key_sums(call, memory, b, kv, key, count, false);
 }
 
-Interval chunks_of(const std::vector<Band>& block) {
+// Half of the most where that leaves few chunks to share out over threads, or where theirs would be more than the second-level
+// cache holds. By the shape alone, and, for the same bits everywhere, by nothing.
+std::int64_t keys_of_chunk(const AttendGradArgs& args, std::int64_t keys) {
+  constexpr std::int64_t kFewChunks = 16, kWideHead = 128;
+  if (args.invariant) return kBackwardKeys;
+  const std::int64_t chunks = args.q.size(0) * args.k.size(2) * div_up(keys, kBackwardKeys);
+  return chunks < kFewChunks || std::max(args.q.size(3), args.v.size(3)) > kWideHead ? kBackwardKeys / 2 : kBackwardKeys;
+}
+
+Interval chunks_of(const std::vector<Band>& block, std::int64_t chunk) {
   if (block.empty()) return {0, 0};
   Interval keys{block.front().k_begin, block.front().k_end};
   for (const Band& band : block) keys = {std::min(keys.begin, band.k_begin), std::max(keys.end, band.k_end)};
-  return {keys.begin / kBackwardKeys, div_up(keys.end, kBackwardKeys)};
+  return {keys.begin / chunk, div_up(keys.end, chunk)};
 }
 
 }  // namespace
@@ -218,14 +228,17 @@ void attend_grad(const Path& path, const AttendGradArgs& args) {
   std::vector<Interval> chunks_of_block;
   const auto n_blocks = static_cast<std::size_t>(bands.blocks()), n_turns = n_blocks * static_cast<std::size_t>(batch * heads);
   chunks_of_block.reserve(n_blocks);
-  for (std::size_t i = 0; i < n_blocks; ++i) chunks_of_block.push_back(chunks_of(bands.block(static_cast<std::int64_t>(i))));
-  const std::int64_t n_chunks = div_up(hull.count(), kBackwardKeys), groups = batch * kv_heads;
+  const std::int64_t keys = keys_of_chunk(args, hull.count());
+  for (std::size_t i = 0; i < n_blocks; ++i)
+    chunks_of_block.push_back(chunks_of(bands.block(static_cast<std::int64_t>(i)), keys));
+  const std::int64_t n_chunks = div_up(hull.count(), keys), groups = batch * kv_heads;
   const std::int64_t shared = shares_dbias(args) ? n_chunks * args.dbias.size(0) * args.dbias.size(2) : 0;
   const auto first_chunk = [&](std::size_t i) { return chunks_of_block[i % n_blocks].begin; };
   Turns rows(n_turns, first_chunk), dbias(static_cast<std::size_t>(shared) * n_blocks, [](std::size_t) { return 0; });
   Call call{ops,
             args,
             hull,
+            keys,
             std::move(bands),
             chunks_of_block,
             padded_to(args.q.size(3), ops.lanes),

@@ -134,6 +134,21 @@ DATTN_INLINE void gradients_of_terms(const Terms& t, const Band& band, std::int6
   }
 }
 
+// From S to P; kFinite: no score is -inf. Keeps P where it is needed before dropout or before rounding.
+template <bool kTerms, bool kFinite, class Unit>
+DATTN_INLINE void exponentiate(const Backward<Unit>& b, float factor, std::int64_t row, const Between& between,
+                               Block<kVectors>& block) {
+#pragma GCC unroll 8
+  for (int r = 0; r < kBlock; ++r) {
+    const Floats minus_lse = splat(b.minus_lse[row + r]);
+#pragma GCC unroll 8
+    for (int c = 0; c < kVectors; ++c) {
+      block.v[r][c] = exp2<UnitOf<Unit>::kDegree, kFinite>(fused(block.v[r][c], splat(factor), minus_lse));
+      if constexpr (kTerms || Backward<Unit>::kPairs) store(between.p + r * kPanel + c * kLanes, block.v[r][c]);
+    }
+  }
+}
+
 // P of one strip and one panel.
 template <bool kTerms, class Unit>
 DATTN_INLINE void probability_block(const Backward<Unit>& b, const BackwardJob& job, const Band& band, std::int64_t strip,
@@ -146,16 +161,11 @@ DATTN_INLINE void probability_block(const Backward<Unit>& b, const BackwardJob& 
   if constexpr (kTerms) {
     if (job.terms->scores) true_scores(*job.terms, band, row, key, acc, between.slope);
   }
-  if (hidden) hide(acc, band, row, key, kMinusInfinity);
-  const Floats factor = splat(job.scale_log2);
-#pragma GCC unroll 8
-  for (int r = 0; r < kBlock; ++r) {
-    const Floats minus_lse = splat(b.minus_lse[row + r]);
-#pragma GCC unroll 8
-    for (int c = 0; c < kVectors; ++c) {
-      acc.v[r][c] = exp2(acc.v[r][c] * factor + minus_lse);
-      if constexpr (kTerms || Backward<Unit>::kPairs) store(between.p + r * kPanel + c * kLanes, acc.v[r][c]);
-    }
+  if (hidden) {
+    hide(acc, band, row, key, kMinusInfinity);
+    exponentiate<kTerms, false>(b, job.scale_log2, row, between, acc);
+  } else {
+    exponentiate<kTerms, !kTerms>(b, job.scale_log2, row, between, acc);
   }
   if constexpr (kTerms) {
     if (job.terms->drop_below != 0) keep_block(b, band, row, key, acc);
@@ -310,7 +320,7 @@ void backward(const BackwardJob& job) {
   for (std::int64_t row = 0; row < rows; ++row) {
     const bool inside = row < job.q.count;
     const float lse = inside ? job.lse[row * job.lse_stride] : kMinusInfinity;
-    b.minus_lse[row] = lse == kMinusInfinity ? kMinusInfinity : -lse * kLog2e;  // nothing seen: P = 0
+    b.minus_lse[row] = lse == kMinusInfinity ? kFarBelow : -lse * kLog2e;  // nothing seen: P = 0
     b.delta[row] = inside ? job.delta[row * job.delta_stride] : 0.0f;
     for (std::int64_t d = 0; d < b.q_width && job.dq != nullptr; d += kLanes) store(job.dq + row * b.q_width + d, Floats{});
   }

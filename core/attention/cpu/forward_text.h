@@ -1,9 +1,16 @@
-// Forward pass of one block of query rows against all its keys: FlashAttention's online softmax (Dao et al., 2022).
+// Forward pass of one block of query rows against all its keys: FlashAttention's online softmax (Dao et al., 2022), with a lazy
+// maximum: m is that of the first keys that a row sees and stays.
 //
-//   for each band, for each 256 keys:   S = Q K^T      96 x 256 floats, stays in the L2 cache; row maxima on the way
-//                                       P = 2^(c S - m), l += sum P      c = |scale| log2(e), m running maximum
-//                                       O = O 2^(m_old - m) + P V
+//   for each band, for each 256 keys:   P = 2^(c Q K^T - m), l += sum P      c = |scale| log2(e); S never leaves registers
+//                                       O += P V                             96 x 256 floats of P, in the L2 cache
 //   out = O / l, lse = ln2 (m + log2 l)
+//
+// Any m gives the same out and lse as long as nothing overflows. Where l or O did, or came near it (later scores lie far above
+// the first ones), the block is done again with a running maximum, as it is for invariant jobs:
+//
+//                                       S = Q K^T, row maxima on the way
+//                                       P = 2^(c S - m), l = l 2^(m_old - m) + sum P
+//                                       O = O 2^(m_old - m) + P V
 #pragma once
 
 #include "core/attention/cpu/bands.h"
@@ -20,7 +27,7 @@ struct Forward {
   std::int64_t q_units;   // units of D
   std::int64_t width;     // V padded
   float* scores;          // [rows][kScoreStride]: S, then P in place (as units)
-  float* row_top;         // [rows][kLanes]: maxima of S by lane
+  float* row_lanes;       // [rows][kLanes]: maxima of S by lane; l by lane with a lazy maximum
   float* top;             // [rows] m
   float* sum;             // [rows] l
   float* rescale;         // [rows] 2^(m_old - m)
@@ -37,7 +44,7 @@ DATTN_INLINE Forward<Unit> take_forward(Arena& arena, std::int64_t dim_qk, std::
   f.width = padded(dim_v);
   f.q = take<Unit>(arena, kForwardRows * f.q_stride);
   f.scores = take<float>(arena, kForwardRows * kScoreStride);
-  f.row_top = take<float>(arena, kForwardRows * kLanes);
+  f.row_lanes = take<float>(arena, kForwardRows * kLanes);
   f.top = take<float>(arena, kForwardRows);
   f.sum = take<float>(arena, kForwardRows);
   f.rescale = take<float>(arena, kForwardRows);
@@ -50,6 +57,20 @@ std::int64_t forward_scratch(std::int64_t dim_qk, std::int64_t dim_v) {
   Arena arena{0};
   take_forward<Unit>(arena, dim_qk, dim_v);
   return static_cast<std::int64_t>(arena.next);
+}
+
+// P of one row and panel as the units that P V reads.
+template <class Unit>
+DATTN_INLINE void store_probabilities(float* to, std::int64_t column, const Floats (&p)[kVectors]) {
+#if defined(__AVX512BF16__)
+  if constexpr (UnitOf<Unit>::kElements == 2) {
+#pragma GCC unroll 8
+    for (int c = 0; c < kVectors; c += 2) store(to + (column + c * kLanes) / 2, to_pairs(p[c], p[c + 1]));
+    return;
+  }
+#endif
+#pragma GCC unroll 8
+  for (int c = 0; c < kVectors; ++c) store(to + column + c * kLanes, p[c]);
 }
 
 // S of one strip and one panel, with the maxima of its rows.
@@ -67,7 +88,7 @@ DATTN_INLINE void score_block(const Forward<Unit>& f, const ForwardJob& job, con
 #pragma GCC unroll 8
   for (int r = 0; r < kBlock; ++r) {
     float* to = f.scores + (row + r) * kScoreStride + column;
-    float* tops = f.row_top + (row + r) * kLanes;
+    float* tops = f.row_lanes + (row + r) * kLanes;
     Floats top = first ? splat(kMinusInfinity) : load(tops);
 #pragma GCC unroll 8
     for (int c = 0; c < kVectors; ++c) {
@@ -78,6 +99,79 @@ DATTN_INLINE void score_block(const Forward<Unit>& f, const ForwardJob& job, con
   }
 }
 
+// m of the rows that had none, from S of the first panel that they see.
+DATTN_INLINE void begin_rows(float* top, const Block<kVectors>& scores, float factor) {
+#pragma GCC unroll 8
+  for (int r = 0; r < kBlock; ++r) {
+    if (top[r] != kMinusInfinity) continue;
+    Floats highest = scores.v[r][0];
+#pragma GCC unroll 8
+    for (int c = 1; c < kVectors; ++c) highest = at_least(highest, scores.v[r][c]);
+    top[r] = maximum_of(highest) * factor;
+  }
+}
+
+// Bits of dropout for a strip and a panel, [6][kPanelBits]; the first key's is number `bit`. Null: none.
+struct PanelBits {
+  const unsigned char* bits;
+  std::int64_t bit;
+};
+constexpr std::int64_t kPanelBits = keep_bytes(kPanel);
+
+// P of one strip and one panel with the rows' m, and their sums, to which dropped keys belong.
+template <bool kTerms, bool kHidden, class Unit>
+DATTN_INLINE void probability_panel(const Forward<Unit>& f, float factor, std::int64_t row, std::int64_t column,
+                                    const Block<kVectors>& scores, const PanelBits& keep) {
+  constexpr bool kFinite = !kHidden && !kTerms;  // no score is -inf
+#pragma GCC unroll 8
+  for (int r = 0; r < kBlock; ++r) {
+    const float top = f.top[row + r];
+    const Floats minus_top = splat(!kFinite && top == kMinusInfinity ? 0.0f : -top);  // (-inf) - (-inf) would be NaN
+    Floats p[kVectors];
+#pragma GCC unroll 8
+    for (int c = 0; c < kVectors; ++c)
+      p[c] = exp2<UnitOf<Unit>::kDegree, kFinite>(fused(scores.v[r][c], splat(factor), minus_top));
+    Floats sum = p[0];
+#pragma GCC unroll 8
+    for (int c = 1; c < kVectors; ++c) sum += p[c];
+    float* sums = f.row_lanes + (row + r) * kLanes;
+    store(sums, load(sums) + sum);
+    if constexpr (kTerms) {
+      if (keep.bits != nullptr) {
+#pragma GCC unroll 8
+        for (int c = 0; c < kVectors; ++c) p[c] = keep_lanes(p[c], keep.bits + r * kPanelBits, keep.bit + c * kLanes);
+      }
+    }
+    store_probabilities<Unit>(f.scores + (row + r) * kScoreStride, column, p);
+  }
+}
+
+template <bool kTerms, class Unit>
+DATTN_INLINE void lazy_block(const Forward<Unit>& f, const ForwardJob& job, const Unit* columns, const Band& band,
+                             std::int64_t strip, std::int64_t key, std::int64_t column, bool hidden) {
+  Block<kVectors> acc;
+  clear(acc);
+  const std::int64_t row = strip * kStrip;
+  unsigned char bits[kTerms ? kBlock * kPanelBits : 1];
+  PanelBits keep{nullptr, 0};
+  if constexpr (kTerms) {
+    if (job.terms->drop_below != 0) {
+      keep = {bits, first_bit(band, key)};
+      for (int r = 0; r < kBlock; ++r) keep_bits(*job.terms, band, row + r, key, kPanel, bits + r * kPanelBits);
+    }
+  }
+  multiply<false>(acc, f.q + row * f.q_stride, f.q_stride, columns, kPanel, f.q_units);
+  if constexpr (kTerms) {
+    if (job.terms->scores) true_scores(*job.terms, band, row, key, acc, nullptr);
+  }
+  if (hidden) hide(acc, band, row, key, kMinusInfinity);
+  begin_rows(f.top + row, acc, job.scale_log2);
+  if (hidden)
+    probability_panel<kTerms, true>(f, job.scale_log2, row, column, acc, keep);
+  else
+    probability_panel<kTerms, false>(f, job.scale_log2, row, column, acc, keep);
+}
+
 // P of columns [begin, end) of one row, in place. Returns its sum, to which dropped keys belong; their P becomes 0 then.
 // `bits` holds column begin's at number `bit`.
 template <bool kDropout, class Unit>
@@ -86,8 +180,8 @@ DATTN_INLINE float exponentiate(float* scores, std::int64_t begin, std::int64_t 
   const Floats c = splat(factor), m = splat(minus_top);
   Floats sum0{}, sum1{};
   for (std::int64_t i = begin; i < end; i += 2 * kLanes) {
-    Floats p0 = exp2(load(scores + i) * c + m);
-    Floats p1 = exp2(load(scores + i + kLanes) * c + m);
+    Floats p0 = exp2(fused(load(scores + i), c, m));
+    Floats p1 = exp2(fused(load(scores + i + kLanes), c, m));
     sum0 += p0;
     sum1 += p1;
     if constexpr (kDropout) {
@@ -113,7 +207,7 @@ DATTN_INLINE void softmax_strip(const Forward<Unit>& f, const ForwardJob& job, c
                                 std::int64_t key, std::int64_t begin, std::int64_t end) {
   const float factor = job.scale_log2;
   for (std::int64_t row = strip * kStrip; row < (strip + 1) * kStrip; ++row) {
-    const float seen = maximum_of(load(f.row_top + row * kLanes)) * factor;
+    const float seen = maximum_of(load(f.row_lanes + row * kLanes)) * factor;
     const float old = f.top[row];
     const float top = seen > old ? seen : old;
     const float finite = top == kMinusInfinity ? 0.0f : top;  // (-inf) - (-inf) would be NaN
@@ -133,8 +227,9 @@ DATTN_INLINE void softmax_strip(const Forward<Unit>& f, const ForwardJob& job, c
   }
 }
 
-// O = O * rescale + P V for one strip, columns [begin, end) of P, the first of which is key `key`, and all columns of V.
-template <class Unit>
+// O = O * rescale (1 with a lazy maximum) + P V for one strip, columns [begin, end) of P, the first of which is key `key`, and
+// all columns of V.
+template <bool kLazy, class Unit>
 DATTN_INLINE void accumulate_strip(const Forward<Unit>& f, const ForwardJob& job, std::int64_t strip, std::int64_t key,
                                    std::int64_t begin, std::int64_t end) {
   constexpr std::int64_t kElements = UnitOf<Unit>::kElements;
@@ -148,7 +243,8 @@ DATTN_INLINE void accumulate_strip(const Forward<Unit>& f, const ForwardJob& job
         for (int r = 0; r < kBlock; ++r) {
 #pragma GCC unroll 8
           for (int c = 0; c < decltype(width)::value; ++c) {
-            acc.v[r][c] = load(out + r * f.width + c * kLanes) * splat(f.rescale[row + r]);
+            acc.v[r][c] = load(out + r * f.width + c * kLanes);
+            if constexpr (!kLazy) acc.v[r][c] *= splat(f.rescale[row + r]);
           }
         }
         constexpr std::int64_t kGroup = decltype(width)::value * kLanes;
@@ -164,7 +260,7 @@ DATTN_INLINE void accumulate_strip(const Forward<Unit>& f, const ForwardJob& job
 
 // One band of a block: key blocks of kForwardKeys, aligned to panels, or, for invariant jobs, to their own size. What a
 // row gets then depends on its keys alone: hidden keys in its strip add exact zeros, and never move a sum to another lane.
-template <bool kTerms, class Unit>
+template <bool kTerms, bool kLazy, class Unit>
 DATTN_INLINE void forward_band(const Forward<Unit>& f, const ForwardJob& job, const Band& band) {
   const auto* k_columns = static_cast<const Unit*>(job.k_columns);
   const std::int64_t step = kForwardKeys / kPanel;  // panels of one key block
@@ -177,17 +273,23 @@ DATTN_INLINE void forward_band(const Forward<Unit>& f, const ForwardJob& job, co
       for (std::int64_t strip = first_strip(band); strip < end_strip(band); ++strip) {
         const StripRange range = keys_of_strip(band, strip * kStrip);
         if (!overlaps(range.any, key, key + kPanel)) continue;
-        const bool first = panel == block || !overlaps(range.any, key - kPanel, key);
-        score_block<kTerms>(f, job, k_columns + panel * f.q_units * kPanel, band, strip, key, (panel - block) * kPanel, first,
-                            !covers(range.all, key, key + kPanel));
+        const Unit* columns = k_columns + panel * f.q_units * kPanel;
+        const bool hidden = !covers(range.all, key, key + kPanel);
+        if constexpr (kLazy) {
+          lazy_block<kTerms>(f, job, columns, band, strip, key, (panel - block) * kPanel, hidden);
+        } else {
+          const bool first = panel == block || !overlaps(range.any, key - kPanel, key);
+          score_block<kTerms>(f, job, columns, band, strip, key, (panel - block) * kPanel, first, hidden);
+        }
       }
     }
     for (std::int64_t strip = first_strip(band); strip < end_strip(band); ++strip) {
       const KeyRange any = keys_of_strip(band, strip * kStrip).any;
       const std::int64_t begin = larger(any.begin / kPanel, block), end = smaller((any.end + kPanel - 1) / kPanel, block_end);
       if (any.begin >= any.end || begin >= end) continue;
-      softmax_strip<kTerms>(f, job, band, strip, begin * kPanel, (begin - block) * kPanel, (end - block) * kPanel);
-      accumulate_strip(f, job, strip, begin * kPanel, (begin - block) * kPanel, (end - block) * kPanel);
+      if constexpr (!kLazy)
+        softmax_strip<kTerms>(f, job, band, strip, begin * kPanel, (begin - block) * kPanel, (end - block) * kPanel);
+      accumulate_strip<kLazy>(f, job, strip, begin * kPanel, (begin - block) * kPanel, (end - block) * kPanel);
     }
   }
 }
@@ -211,23 +313,51 @@ DATTN_INLINE void finish_row(const float* from, float top, float sum, float kept
   for (std::int64_t d = 0; d < dim; ++d) out[d] = (keep == 0 ? 0.0f : keep * out[d]) + take * from[d];
 }
 
+// m, l and O of all rows.
+template <bool kTerms, bool kLazy, class Unit>
+DATTN_INLINE void forward_bands(const Forward<Unit>& f, const ForwardJob& job) {
+  const std::int64_t rows = round_up(job.q.count, kStrip);
+  for (std::int64_t row = 0; row < rows; ++row) {
+    f.top[row] = kMinusInfinity;
+    f.sum[row] = 0;
+    store(f.row_lanes + row * kLanes, Floats{});
+    for (std::int64_t d = 0; d < f.width; d += kLanes) store(f.out + row * f.width + d, Floats{});
+  }
+  for (std::int64_t i = 0; i < job.n_bands; ++i) forward_band<kTerms, kLazy>(f, job, job.bands[i]);
+}
+
+// Whether the lazy maxima were near enough to the true ones; l of all rows.
+template <class Unit>
+DATTN_INLINE bool settle_lazy(const Forward<Unit>& f, std::int64_t rows) {
+  constexpr float kLargest = 0x1p60f;  // of l: as far from overflow as that of O, in the square
+  Floats off{};
+  bool good = true;
+  for (std::int64_t row = 0; row < rows; ++row) {
+    f.sum[row] = sum_of(load(f.row_lanes + row * kLanes));
+    good = good && f.sum[row] < kLargest;                                                                  // not NaN
+    for (std::int64_t d = 0; d < f.width; d += kLanes) off += load(f.out + row * f.width + d) * Floats{};  // 0, or NaN
+  }
+  return good && sum_of(off) == 0;
+}
+
+template <bool kTerms, class Unit>
+DATTN_INLINE void forward_rows(const Forward<Unit>& f, const ForwardJob& job) {
+  if (!job.invariant) {
+    forward_bands<kTerms, true>(f, job);
+    if (settle_lazy(f, job.q.count)) return;
+  }
+  forward_bands<kTerms, false>(f, job);
+}
+
 template <class Storage, class Unit>
 void forward(const ForwardJob& job) {
   Arena arena{reinterpret_cast<std::uintptr_t>(job.scratch)};
   const Forward<Unit> f = take_forward<Unit>(arena, job.q.dim, job.dim_v);
   pack_broadcast<Storage, Unit>(job.q, f.q);
-  const std::int64_t rows = round_up(job.q.count, kStrip);
-  for (std::int64_t row = 0; row < rows; ++row) {
-    f.top[row] = kMinusInfinity;
-    f.sum[row] = 0;
-    for (std::int64_t d = 0; d < f.width; d += kLanes) store(f.out + row * f.width + d, Floats{});
-  }
-  for (std::int64_t i = 0; i < job.n_bands; ++i) {
-    if (job.terms == nullptr)
-      forward_band<false>(f, job, job.bands[i]);
-    else
-      forward_band<true>(f, job, job.bands[i]);
-  }
+  if (job.terms == nullptr)
+    forward_rows<false>(f, job);
+  else
+    forward_rows<true>(f, job);
   const float kept = job.terms == nullptr ? 1.0f : job.terms->keep;
   for (std::int64_t row = 0; row < job.q.count; ++row) {
     finish_row(f.out + row * f.width, f.top[row], f.sum[row], kept, job.dim_v, job.merge, job.out + row * job.out_stride,

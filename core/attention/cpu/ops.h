@@ -15,8 +15,8 @@ namespace dattn::cpu {
 inline constexpr std::int64_t kStrip = 6;           // query rows of one register block
 inline constexpr std::int64_t kForwardRows = 96;    // query rows of one forward task
 inline constexpr std::int64_t kForwardKeys = 256;   // keys between two updates of the running maximum
-inline constexpr std::int64_t kBackwardRows = 192;  // query rows of one backward piece
-inline constexpr std::int64_t kBackwardKeys = 192;  // keys of one backward task
+inline constexpr std::int64_t kBackwardRows = 96;   // query rows of one backward piece
+inline constexpr std::int64_t kBackwardKeys = 384;  // keys of one backward task at most; Q and dO are packed once for them
 inline constexpr std::int64_t kDecodeRows = 4;      // up to this many query rows, keys are read once and never packed
 
 struct KeyRange {

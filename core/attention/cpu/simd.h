@@ -1,10 +1,12 @@
 // A vector of floats for the instruction set this file is compiled for: the only place that knows one. Everything is
 // static and inside a namespace named after the instruction set (DATTN_ISA), see ops.h for why.
-// exp2: Cody-Waite reduction to [-1/2, 1/2] and a minimax polynomial of degree 6 (relative error 2e-9 before rounding).
+// exp2: Cody-Waite reduction to [-1/2, 1/2] and a minimax polynomial, of degree 6 (relative error 2e-9 before rounding), or 4
+// (2.6e-6) where the result becomes bf16.
 #pragma once
 
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC 12 warns inside its own AVX-512 header (GCC bug 105593)
+#pragma GCC diagnostic ignored "-Wuninitialized"
 #endif
 #include <cstdint>
 #if defined(__x86_64__)
@@ -23,7 +25,7 @@ constexpr int kLanes = 8, kVectors = 2;  // 6 x 2 of 16 registers
 constexpr int kLanes = 4, kVectors = 2;
 #endif
 constexpr int kPanel = kLanes * kVectors;
-constexpr float kMinusInfinity = -__builtin_inff();
+constexpr float kMinusInfinity = -__builtin_inff(), kFarBelow = -1e30f;
 
 using Floats __attribute__((vector_size(kLanes * 4))) = float;
 using Ints __attribute__((vector_size(kLanes * 4))) = std::int32_t;
@@ -100,7 +102,27 @@ DATTN_INLINE Floats at_least(Floats low, Floats value) {
 #endif
 }
 
+// a * b + c, rounded once on every path that can: compilers choose for themselves, here and there differently.
+DATTN_INLINE Floats fused(Floats a, Floats b, Floats c) {
+#if defined(__AVX512F__)
+  return _mm512_fmadd_ps(a, b, c);
+#elif defined(__FMA__)
+  return _mm256_fmadd_ps(a, b, c);
+#else
+  return a * b + c;
+#endif
+}
+
+template <int kDegree>
 DATTN_INLINE Floats polynomial(Floats f) {
+  if constexpr (kDegree == 4) {
+    Floats p = splat(9.570101911e-03f);
+    p = p * f + splat(5.591786032e-02f);
+    p = p * f + splat(2.402474483e-01f);
+    p = p * f + splat(6.931218147e-01f);
+    return p * f + splat(9.999992614e-01f);
+  }
+  static_assert(kDegree == 4 || kDegree == 6);
   Floats p = splat(1.535336199e-04f);
   p = p * f + splat(1.339887457e-03f);
   p = p * f + splat(9.618437359e-03f);
@@ -110,12 +132,14 @@ DATTN_INLINE Floats polynomial(Floats f) {
   return p * f + splat(1.0f);
 }
 
-// 2^x; 0 below -126 (-inf too), large but finite or inf above 127; NaN stays NaN.
+// 2^x; 0 below -126 (-inf too, unless kFinite says that it does not come: then NaN), large but finite or inf above 127; NaN
+// stays NaN.
+template <int kDegree = 6, bool kFinite = false>
 DATTN_INLINE Floats exp2(Floats x) {
 #if defined(__AVX512F__)
-  x = _mm512_max_ps(splat(-300.0f), x);
+  if constexpr (!kFinite) x = _mm512_max_ps(splat(-300.0f), x);
   const Floats n = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-  return _mm512_scalef_ps(polynomial(x - n), n);
+  return _mm512_scalef_ps(polynomial<kDegree>(x - n), n);
 #else
   const Floats low = splat(-126.0f), high = splat(127.0f),
                magic = splat(12582912.0f);  // 1.5 * 2^23: rounds, keeps n in low bits
@@ -123,7 +147,7 @@ DATTN_INLINE Floats exp2(Floats x) {
   x = x < low ? low : x;
   x = x > high ? high : x;
   const Floats shifted = x + magic;
-  const Floats p = polynomial(x - (shifted - magic));
+  const Floats p = polynomial<kDegree>(x - (shifted - magic));
   const Floats y = (Floats)((Ints)p + ((Ints)shifted << 23));
   return tiny ? Floats{} : (x == x ? y : x);
 #endif
@@ -204,11 +228,11 @@ template <class Unit>
 struct UnitOf;
 template <>
 struct UnitOf<float> {
-  static constexpr int kElements = 1;
+  static constexpr int kElements = 1, kDegree = 6;  // kDegree: of exp2, for probabilities
 };
 template <>
 struct UnitOf<Pair> {
-  static constexpr int kElements = 2;
+  static constexpr int kElements = 2, kDegree = 4;
 };
 
 DATTN_INLINE Floats broadcast(const float* from) { return splat(*from); }

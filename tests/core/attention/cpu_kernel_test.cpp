@@ -1,5 +1,7 @@
 // The cpu kernel against the reference in fp64, on every instruction set of this machine.
+#include <cmath>
 #include <cstring>
+#include <numbers>
 
 #include <gtest/gtest.h>
 
@@ -84,6 +86,25 @@ TEST_P(CpuKernel, HugeScoresAndOddScales) {
     const Inputs small = random_inputs(p, DType::kBF16);
     expect_close(run_kernel(cpu_kernel(), p, small, DType::kF32), run_kernel(reference_kernel(), p, small, DType::kF64),
                  3 * kFp32Tolerance, fmt::format("scale {}", scale));
+  }
+}
+
+// Scores that rise far above those of the first keys, which the maximum is taken from at first: up to what one number holds,
+// and beyond; also where only the output would not fit.
+TEST_P(CpuKernel, ScoresThatRiseLate) {
+  for (const float value : {1.0f, 1e30f}) {
+    for (const int rise : {10, 50, 59, 61, 100, 126, 130, 300, 2000}) {
+      Problem p = make_problem(100, 700, 1, 1, 32, 32, Mask::window(-1, 540));
+      p.scale = 0.125;
+      const Inputs inputs = random_inputs(p, DType::kBF16);
+      double *q = inputs.q.ptr<double>(), *k = inputs.k.ptr<double>(), *v = inputs.v.ptr<double>();
+      for (std::int64_t i = 0; i < inputs.v->elements(); ++i) v[i] *= static_cast<double>(value);
+      for (std::int64_t row = 0; row < 100; ++row) q[row * 32] = row % 7 == 3 ? 0.0 : 1.0;  // some rows of a strip see no rise
+      for (std::int64_t key = 0; key < 700; ++key)
+        k[key * 32] = key == 555 ? std::round(rise * std::numbers::ln2 / p.scale) : 0;
+      expect_close(run_kernel(cpu_kernel(), p, inputs, DType::kF32), run_kernel(reference_kernel(), p, inputs, DType::kF64),
+                   3 * kFp32Tolerance, fmt::format("values of {}, a rise of {}", value, rise));
+    }
   }
 }
 
