@@ -67,7 +67,7 @@ Tensor attention_forward(const TransformerBlock& block, int layer, const Pass& p
 
 void attention_backward(const TransformerBlock& block, int layer, const Pass& pass, Activations& keep, const TensorView& dx) {
   const Tensor dy = leave_half_backward(pass, at_site(pass, layer, 0), dx, block.out_bias);  // [N, M]
-  linear_backward_weights(block.out, as_rows(keep.o), dy, pass.rows.tree);
+  linear_backward_weights(block.out, as_rows(keep.o), dy, pass.rows.tree, !pass.first);
   Tensor dout = Tensor::uninitialized(DType::kF32, as_rows(keep.o).shape);  // [N, H D]
   linear_backward_input(block.out, dy, dout, false, pass.rows.tree);
   keep.o = {};
@@ -83,7 +83,7 @@ void attention_backward(const TransformerBlock& block, int layer, const Pass& pa
   Tensor dh = Tensor::uninitialized(DType::kF32, keep.h0->shape);  // [N, M]
   const auto through = [&](const Linear& linear, Tensor gradient, bool accumulate) {
     const Tensor rounded = to_compute(std::move(gradient), pass.compute);
-    linear_backward_weights(linear, keep.h0, as_rows(rounded), pass.rows.tree);
+    linear_backward_weights(linear, keep.h0, as_rows(rounded), pass.rows.tree, !pass.first);
     linear_backward_input(linear, as_rows(rounded), dh, accumulate, pass.rows.tree);
   };
   through(block.q, std::move(gradients.dq), false);
@@ -110,16 +110,16 @@ void mlp_backward(const TransformerBlock& block, int layer, const Pass& pass, Ac
   if (block.gated()) {
     const SwigluGradients g = swiglu_backward(keep.gate, keep.up, da);
     for (Tensor* done : {&keep.gate, &keep.up, &da}) *done = {};
-    linear_backward_weights(block.down, g.a, dy, pass.rows.tree);
-    linear_backward_weights(block.up, keep.h1, g.dup, pass.rows.tree);
-    linear_backward_weights(block.gate, keep.h1, g.dgate, pass.rows.tree);
+    linear_backward_weights(block.down, g.a, dy, pass.rows.tree, !pass.first);
+    linear_backward_weights(block.up, keep.h1, g.dup, pass.rows.tree, !pass.first);
+    linear_backward_weights(block.gate, keep.h1, g.dgate, pass.rows.tree, !pass.first);
     linear_backward_input(block.up, g.dup, dh, false, pass.rows.tree);
     linear_backward_input(block.gate, g.dgate, dh, true, pass.rows.tree);
   } else {
     const GeluGradients g = gelu_backward(keep.up, da);
     for (Tensor* done : {&keep.up, &da}) *done = {};
-    linear_backward_weights(block.down, g.a, dy, pass.rows.tree);
-    linear_backward_weights(block.up, keep.h1, g.du, pass.rows.tree);
+    linear_backward_weights(block.down, g.a, dy, pass.rows.tree, !pass.first);
+    linear_backward_weights(block.up, keep.h1, g.du, pass.rows.tree, !pass.first);
     linear_backward_input(block.up, g.du, dh, false, pass.rows.tree);
   }
   keep.h1 = {};

@@ -52,6 +52,7 @@ struct Pass {
   AttentionSite site;  // without its layer; dropout_stream is that of layer 0
   Tensor rope;         // rope_table, or undefined
   Tensor positions;    // what rows.on_device points to
+  bool first = false;  // products write the gradients of weights, not add to them
 };
 
 // x [R, M] -> [R, M]. Activations are left in `keep`; Attention holds what it saved for this layer.

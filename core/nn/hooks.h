@@ -78,6 +78,7 @@ struct TokenBatch {
   std::uint64_t step = 0;                   // keys dropout
   double loss_scale = 1.0;                  // 1 / number of targets in the whole job's step: the loss is a mean over those
   double gradient_scale = 1.0;              // what gradients are multiplied by, beside loss_scale
+  bool first = false;                       // of a step: gradients are written, whatever they were, not added
 };
 
 }  // namespace dattn

@@ -71,6 +71,11 @@ void for_weight_blocks(const Shape& weight, const Body& body) {
   parallel_blocks(weight[0], block, [&](std::int64_t begin, std::int64_t end) { body(begin, end - begin); });
 }
 
+TensorView weight_in(const Linear& layer, DType type, Tensor& storage) {
+  const Tensor& rounded = layer.weight->rounded;
+  return rounded.defined() && rounded->dtype == type ? rounded.view() : as_compute(layer.weight->value, type, storage);
+}
+
 }  // namespace
 
 TensorView as_compute(const TensorView& x, DType type, Tensor& storage) {
@@ -109,7 +114,7 @@ void leaf_product(const TensorView& dy, const TensorView& x, const TensorView& t
 
 Tensor linear_forward(const Linear& layer, const TensorView& x, DType result, const RowTree& tree) {
   Tensor rounded;
-  const TensorView weight = as_compute(layer.weight->value, x.dtype, rounded);
+  const TensorView weight = weight_in(layer, x.dtype, rounded);
   Tensor y = Tensor::uninitialized(result, {x.size(0), weight.size(0)});
   const MatmulOptions options{.bias = layer.bias != nullptr ? layer.bias->value.ptr<float>() : nullptr};
   if (tree.empty())
@@ -119,16 +124,17 @@ Tensor linear_forward(const Linear& layer, const TensorView& x, DType result, co
   return y;
 }
 
-void linear_backward_weights(const Linear& layer, const TensorView& x, const TensorView& dy, const RowTree& tree) {
+void linear_backward_weights(const Linear& layer, const TensorView& x, const TensorView& dy, const RowTree& tree,
+                             bool accumulate) {
   if (layer.bias != nullptr) add_column_sums(dy, layer.bias->gradient, tree);
   const TensorView& gradient = layer.weight->gradient;
-  if (tree.empty()) return matmul(dy.transpose(0, 1), x, gradient, {.accumulate = true});
+  if (tree.empty()) return matmul(dy.transpose(0, 1), x, gradient, {.accumulate = accumulate});
   for_weight_blocks(gradient.shape, [&](std::int64_t begin, std::int64_t count) {
     const Tensor total = Tensor::uninitialized(DType::kF32, {count, gradient.size(1)});
-    tree_sum(0, tree.leaves.size(), total, [&](std::size_t i, const TensorView& to, bool accumulate) {
+    tree_sum(0, tree.leaves.size(), total, [&](std::size_t i, const TensorView& to, bool onto) {
       const Interval rows = tree.leaves[i];
       matmul(dy.slice(0, rows.begin, rows.count()).slice(1, begin, count).transpose(0, 1), x.slice(0, rows.begin, rows.count()),
-             to, {.accumulate = accumulate, .one_thread = true});
+             to, {.accumulate = onto, .one_thread = true});
     });
     add_contiguous(total, gradient.slice(0, begin, count));
   });
@@ -137,7 +143,7 @@ void linear_backward_weights(const Linear& layer, const TensorView& x, const Ten
 void linear_backward_input(const Linear& layer, const TensorView& dy, const TensorView& dx, bool accumulate,
                            const RowTree& tree) {
   Tensor rounded;
-  const TensorView weight = as_compute(layer.weight->value, dy.dtype, rounded);
+  const TensorView weight = weight_in(layer, dy.dtype, rounded);
   if (tree.empty())
     matmul(dy, weight, dx, {.accumulate = accumulate});
   else

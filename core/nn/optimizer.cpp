@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <cmath>
 #include <numbers>
+#include <numeric>
+#include <vector>
 
 #include "core/base/error.h"
 #include "core/nn/on_cuda.h"
@@ -45,10 +47,11 @@ double squared_norm(const Parameter& parameter) {
   }
   double sum = 0.0;
   if (owned.contiguous()) {
-    for (std::int64_t i = 0; i < owned.elements(); i += kBlock) {
-      sum += sum_of_squares(owned.ptr<float>() + i, std::min(kBlock, owned.elements() - i));
-    }
-    return sum;
+    std::vector<double> blocks(static_cast<std::size_t>((owned.elements() + kBlock - 1) / kBlock));
+    parallel_blocks(owned.elements(), kBlock, [&](std::int64_t begin, std::int64_t end) {
+      blocks[static_cast<std::size_t>(begin / kBlock)] = sum_of_squares(owned.ptr<float>() + begin, end - begin);
+    });
+    return std::accumulate(blocks.begin(), blocks.end(), 0.0);
   }
   for (std::int64_t row = 0; row < owned.size(0); ++row) {
     sum += sum_of_squares(owned.ptr<float>() + row * owned.stride(0), owned.size(1));

@@ -19,16 +19,18 @@
 namespace dattn {
 
 struct Parameter {
-  std::string name;     // stable, e.g. "blocks.3.attention.q.weight"
-  Tensor value;         // fp32; this part's slice
-  Tensor gradient;      // fp32; same shape
-  Tensor gradient2;     // fp32; of a second use (a tied token table), where the sums of the two must be kept apart until each
-                        // is whole; else undefined
-  Shape global_shape;   // of the whole tensor, on every part
-  int cut_axis = 0;     // the axis that is cut over the tensor axis; whole tensors hold all of axis 0
-  Interval held;        // rows of cut_axis in `value`, numbered globally; may be empty, may overlap with other parts'
-  Interval owned;       // the part of `held` this part answers for: over all parts, every element is owned once
+  std::string name;    // stable, e.g. "blocks.3.attention.q.weight"
+  Tensor value;        // fp32; this part's slice
+  Tensor gradient;     // fp32; same shape
+  Tensor gradient2;    // fp32; of a second use (a tied token table), where the sums of the two must be kept apart until each
+                       // is whole; else undefined
+  Tensor rounded;      // value in the type of products, where one reads it and that is not fp32; the transformer's to keep true
+  Shape global_shape;  // of the whole tensor, on every part
+  int cut_axis = 0;    // the axis that is cut over the tensor axis; whole tensors hold all of axis 0
+  Interval held;       // rows of cut_axis in `value`, numbered globally; may be empty, may overlap with other parts'
+  Interval owned;      // the part of `held` this part answers for: over all parts, every element is owned once
   bool decays = false;  // weight decay applies: matrices, not norms and biases
+  bool factor = false;  // a linear layer's weight: its gradient is a product, which may be written as well as added
 
   // A gradient is always summed over the replicas (data, ring, ulysses), which hold other tokens. Where this is set it
   // is also summed over the tensor axis: what is learned in the residual stream when its rows are cut (sequence

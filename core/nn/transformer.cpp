@@ -159,6 +159,7 @@ struct Transformer::Impl {
   std::vector<TransformerBlock> blocks;
   Norm norm;
   Linear output;  // [V, M]; the token table when tied
+  bool frozen = false;
 
   Impl(const ModelConfig& c, const TransformerOptions& o, Attention& a, Boundary& b, VocabularyReduction& v)
       : config(resolve(c)), options(o), attention(a), boundary(b), vocabulary(v), ranges(ranges_of(config, o.part)) {
@@ -180,10 +181,18 @@ struct Transformer::Impl {
     ensure(o.leaves == 0 || o.part.count == 1, "sums in the order of a tree with {} model parts", o.part.count);
     if (o.leaves > 0 && config.tied) token_table->gradient2 = Tensor(DType::kF32, token_table->value->shape);
     for (Parameter& parameter : storage) parameters.push_back(&parameter);
+    for (const TransformerBlock& block : blocks) {
+      for (const Linear& linear : {block.q, block.k, block.v, block.out, block.gate, block.up, block.down}) {
+        if (linear.weight != nullptr) linear.weight->factor = true;
+      }
+    }
+    output.weight->factor = true;
   }
 
   void check(const TokenBatch& batch) const;
   Pass begin(const TokenBatch& batch, bool train) const;
+  void round_weights() const;
+  void zero_gradients(bool factors) const;
   Tensor embed(const TokenBatch& batch, const Pass& pass) const;
   Tensor blocks_without_gradient(const Pass& pass, Tensor x) const;
   Tensor enter_head(const Pass& pass, const TensorView& x, Tensor& stats) const;
@@ -218,6 +227,7 @@ void Transformer::Impl::check(const TokenBatch& batch) const {
 
 Pass Transformer::Impl::begin(const TokenBatch& batch, bool train) const {
   check(batch);
+  if (!frozen) round_weights();
   Pass pass(attention, boundary);
   pass.batch = batch.batch;
   pass.seq = static_cast<std::int64_t>(batch.positions.size());
@@ -237,6 +247,23 @@ Pass Transformer::Impl::begin(const TokenBatch& batch, bool train) const {
   }
   if (config.position == "rope") pass.rope = rope_table(batch.positions, config.head_dim, config.rope_base);
   return pass;
+}
+
+// Products read weights in their own type: rounded once a pass, not at each product.
+void Transformer::Impl::round_weights() const {
+  if (options.compute == DType::kF32) return;
+  for (Parameter* parameter : parameters) {
+    if (!parameter->factor) continue;
+    parameter->rounded = {};  // its memory serves the next one
+    as_compute(parameter->value, options.compute, parameter->rounded);
+  }
+}
+
+void Transformer::Impl::zero_gradients(bool factors) const {
+  for (Parameter* parameter : parameters) {
+    if (factors || !parameter->factor) fill_zero(parameter->gradient);
+    if (parameter->gradient2.defined()) fill_zero(parameter->gradient2);
+  }
 }
 
 // tokens [N] -> x [R, M]
@@ -273,12 +300,14 @@ Tensor Transformer::Impl::enter_head(const Pass& pass, const TensorView& x, Tens
 double Transformer::Impl::head(const TokenBatch& batch, const Pass& pass, const TensorView& h, const TensorView& dh) const {
   if (!pass.rows.tree.empty()) return head_by_tree(batch, pass.rows.tree, h, dh);
   const std::int64_t widest = split_evenly(config.vocab, options.part.count, 0).count();
-  const std::int64_t piece = std::max<std::int64_t>(1, kLogitsAtATime / widest);
+  const std::int64_t piece = std::max<std::int64_t>(1, options.logits_at_a_time / widest);
   double total = 0.0;
   for (std::int64_t begin = 0; begin < h.size(0); begin += piece) {
     const Interval rows{begin, std::min(begin + piece, h.size(0))};
-    total += head_piece(batch, rows, h, dh, {},
-                        [&](const TensorView& x, const TensorView& dlogits) { linear_backward_weights(output, x, dlogits); });
+    const bool accumulate = !pass.first || begin > 0;
+    total += head_piece(batch, rows, h, dh, {}, [&](const TensorView& x, const TensorView& dlogits) {
+      linear_backward_weights(output, x, dlogits, {}, accumulate);
+    });
   }
   return total;
 }
@@ -322,7 +351,9 @@ double Transformer::Impl::head_piece(const TokenBatch& batch, Interval rows, con
 
 double Transformer::Impl::forward_backward(const TokenBatch& batch) const {
   ensure(batch.targets.size() == batch.tokens.size(), "{} targets for {} tokens", batch.targets.size(), batch.tokens.size());
-  const Pass pass = begin(batch, true);
+  Pass pass = begin(batch, true);
+  pass.first = batch.first && pass.rows.tree.empty() && !batch.tokens.empty();
+  if (batch.first) zero_gradients(!pass.first);
   const bool recompute = options.recompute == Recompute::kBlock;
   std::vector<Activations> kept(blocks.size());
   Tensor x = embed(batch, pass);
@@ -370,11 +401,11 @@ Parameter& Transformer::parameter(std::string_view name) const {
        impl_->parameters.front()->name, impl_->parameters.back()->name);
 }
 
-void Transformer::zero_gradients() {
-  for (Parameter* parameter : impl_->parameters) {
-    fill_zero(parameter->gradient);
-    if (parameter->gradient2.defined()) fill_zero(parameter->gradient2);
-  }
+void Transformer::zero_gradients() { impl_->zero_gradients(true); }
+
+void Transformer::freeze() {
+  impl_->round_weights();
+  impl_->frozen = true;
 }
 
 double Transformer::forward_backward(const TokenBatch& batch) { return impl_->forward_backward(batch); }

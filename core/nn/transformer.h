@@ -33,13 +33,14 @@ enum class Recompute {
 Recompute recompute_from(std::string_view name);  // "none" | "block"; throws Error(kBadInput)
 std::string_view name_of(Recompute recompute);
 
-inline constexpr std::int64_t kLogitsAtATime = std::int64_t{1} << 23;  // held by the loss: 32 MiB
+inline constexpr std::int64_t kLogitsAtATime = std::int64_t{1} << 24;  // held by the loss: 64 MiB
 
 struct TransformerOptions {
   ModelPart part;
   DType compute = DType::kF32;  // kBF16, kF16: operands of matrix products and q, k, v are rounded to it; sums, the
                                 // residual stream, parameters and gradients stay fp32
   Recompute recompute = Recompute::kNone;
+  std::int64_t logits_at_a_time = kLogitsAtATime;
   std::uint64_t seed = 1;  // initial values and dropout
   int leaves = 0;          // here, of the kLeaves of a sequence, whose sums follow the tree of row_tree.h; one part and
                            // batches of one row then. 0: any fixed order
@@ -71,11 +72,14 @@ class Transformer {
   void zero_gradients();
 
   // The sum of the losses of this rank's targets, times batch.loss_scale; equal on every part (so sum it over the
-  // replicas only). Adds the gradients of that sum, times batch.gradient_scale, to the parameters' gradients. Throws
+  // replicas only). Adds the gradients of that sum, times batch.gradient_scale, to the parameters' gradients, or, with
+  // batch.first, writes them, which saves zero_gradients and a pass over those of weights. Throws
   // Error(kBadInput) for a token or target outside the vocabulary and a position that is not learned.
   double forward_backward(const TokenBatch& batch);
   // The same sum without dropout and without gradients.
   double loss(const TokenBatch& batch);
+  // From now on values do not change, so that products need not round them anew in every pass: for inference.
+  void freeze();
   // Logits of chosen token rows (numbered b * S + s): [rows, V] fp32, the vocabulary slice ranges().vocab. Without
   // dropout; targets are not read.
   Tensor logits(const TokenBatch& batch, std::span<const std::int64_t> rows);

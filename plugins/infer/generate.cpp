@@ -145,6 +145,7 @@ GenerateResult generate(Communicator& world, const MeshShape& shape, const std::
   std::vector<std::int32_t> tokens = encode_prompt(alphabet, prompt);
   Engine engine(mesh, reader);
   load_weights(world, reader, engine.transformer().parameters());
+  engine.transformer().freeze();
 
   GenerateResult result;
   auto start = Clock::now();

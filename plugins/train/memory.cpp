@@ -13,15 +13,22 @@ namespace {
 constexpr std::int64_t kFloat = 4;                // bytes
 constexpr std::int64_t kStatistics = 2 * kFloat;  // of a norm, for each row
 
+std::int64_t ups_of(const ModelConfig& model) { return model.activation == "swiglu" ? 2 : 1; }
+
+// Elements of the weights of linear layers, the output layer's among them.
+std::int64_t factors_held(const ModelConfig& model, const PartRanges& part) {
+  const std::int64_t q = part.heads.count() * model.head_dim, kv = part.kv_heads.count() * model.head_dim;
+  const std::int64_t of_block = (2 * q + 2 * kv + (ups_of(model) + 1) * part.hidden.count()) * model.dim;
+  return model.layers * of_block + part.vocab.count() * model.dim;
+}
+
 std::int64_t elements_held(const ModelConfig& model, const PartRanges& part) {
   const std::int64_t dim = model.dim, biases = model.bias ? 1 : 0, norm = model.norm == "layernorm" ? 2 * dim : dim;
   const std::int64_t q = part.heads.count() * model.head_dim, kv = part.kv_heads.count() * model.head_dim;
-  const std::int64_t hidden = part.hidden.count(), ups = model.activation == "swiglu" ? 2 : 1;
-  const std::int64_t attention = (2 * q + 2 * kv) * dim + biases * (q + 2 * kv + dim);
-  const std::int64_t mlp = (ups + 1) * hidden * dim + biases * (ups * hidden + dim);
-  const std::int64_t tables = (model.tied ? 1 : 2) * part.vocab.count() * dim;
+  const std::int64_t of_block = biases * (q + 2 * kv + dim + ups_of(model) * part.hidden.count() + dim) + 2 * norm;
+  const std::int64_t table = model.tied ? 0 : part.vocab.count() * dim;
   const std::int64_t positions = model.position == "learned" ? model.max_seq * dim : 0;
-  return tables + positions + model.layers * (attention + mlp + 2 * norm) + norm;
+  return factors_held(model, part) + table + positions + model.layers * of_block + norm;
 }
 
 // One rank's sizes in bytes, by the letters of core/nn/transformer.h, e = bytes of the compute type.
@@ -34,7 +41,6 @@ struct Sizes {
   std::int64_t hidden;      // e N F
   std::int64_t lse;         // 4 N H
   std::int64_t statistics;  // 8 R
-  std::int64_t rounding;    // e of the largest weight: its copy in the compute type; 0 where that is fp32
   std::int64_t logits;      // of a piece, with its copy in the compute type
   std::int64_t to_float;    // 4 / e
   std::int64_t ups;         // gate and up, or up
@@ -56,13 +62,11 @@ Sizes sizes_of(const ModelConfig& model, const PartRanges& part, const TrainConf
   is.hidden = e * rows * part.hidden.count();
   is.lse = kFloat * rows * part.heads.count();
   is.statistics = kStatistics * residual_rows;
-  const std::int64_t widest = std::max({part.hidden.count(), vocab, part.heads.count() * model.head_dim});
-  is.rounding = dtype == DType::kF32 ? 0 : e * widest * dim;
   const std::int64_t widest_vocab = div_up(model.vocab, tensor);
   is.logits = std::min(rows, std::max<std::int64_t>(1, kLogitsAtATime / widest_vocab)) * vocab *
               (kFloat + (dtype == DType::kF32 ? 0 : e));
   is.to_float = kFloat / e;
-  is.ups = model.activation == "swiglu" ? 2 : 1;
+  is.ups = ups_of(model);
   return is;
 }
 
@@ -76,8 +80,8 @@ std::int64_t mlp_half(const Sizes& is) { return is.residual + is.statistics + is
 // The most that a block holds beside its input and what earlier blocks keep, in its forward and its backward pass.
 std::int64_t block_forward_peak(const Sizes& is, const AttentionPeaks& attention) {
   const std::int64_t in_attention = is.statistics + is.operand + std::max(attention.forward, is.queries + 2 * is.keys);
-  const std::int64_t in_mlp = attention_half(is) - is.residual + mlp_half(is) + is.hidden + is.stream +
-                              std::max(is.rounding, is.gathers ? is.residual : 0);
+  const std::int64_t in_mlp =
+      attention_half(is) - is.residual + mlp_half(is) + is.hidden + is.stream + (is.gathers ? is.residual : 0);
   return std::max(in_attention, in_mlp);
 }
 
@@ -91,8 +95,7 @@ std::int64_t block_backward_peak(const Sizes& is, const AttentionPeaks& attentio
 }
 
 std::int64_t head_peak(const Sizes& is) {
-  const std::int64_t rounding = is.rounding;
-  return is.residual + is.operand + is.stream + is.logits + std::max(rounding, is.gathers ? is.residual : 0);
+  return is.residual + is.operand + is.stream + is.logits + (is.gathers ? is.residual : 0);
 }
 
 TrainingMemory memory_of_part(const ModelConfig& model, const PartRanges& part, const TrainConfig& train, const MeshShape& mesh,
@@ -101,7 +104,8 @@ TrainingMemory memory_of_part(const ModelConfig& model, const PartRanges& part, 
   const bool recomputes = train.recompute == Recompute::kBlock;
   TrainingMemory memory;
   memory.parameters = elements_held(model, part);
-  memory.weights = memory.gradients = kFloat * memory.parameters;
+  memory.gradients = kFloat * memory.parameters;
+  memory.weights = memory.gradients + (dtype == DType::kF32 ? 0 : size_of(dtype) * factors_held(model, part));
   memory.optimizer = 2 * kFloat * memory.parameters;
   const std::int64_t of_block = attention_half(is) + mlp_half(is);
   memory.kept = model.layers * (recomputes ? is.residual : of_block);

@@ -23,7 +23,7 @@ struct AttentionPeaks {
 // Bytes of the rank that holds most.
 struct TrainingMemory {
   std::int64_t parameters = 0;  // elements held, not bytes
-  std::int64_t weights = 0;     // fp32
+  std::int64_t weights = 0;     // fp32, and a copy of those of linear layers in the compute type where that is another
   std::int64_t gradients = 0;   // fp32
   std::int64_t optimizer = 0;   // AdamW's two moments, fp32
   std::int64_t kept = 0;        // what the blocks keep for backward: with recomputation their inputs

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <utility>
 #include <vector>
 
 #include "core/base/error.h"
@@ -116,16 +117,18 @@ std::array<double, 2> TrainStep::sum_over_world(LossSum& loss, const std::array<
 // (Summed gradients are equal over the replicas, of which one contributes their norm.)
 StepSums TrainStep::forward_backward(std::int64_t step, const BatchShare::Window& window, const Gradients& before_sum) {
   const std::int64_t sent_before = counter_.total().sent;
-  transformer_.zero_gradients();
+  bool first = true;
   LossSum loss(mesh_, job_.invariant(), job_.train.batch);
   share_.for_each_piece(job_.train.batch, pieces_of(job_.train.batch, job_.train.accumulate), [&](Interval rows) {
     TokenBatch batch = share_.tokens(rows, window);
     batch.step = static_cast<std::uint64_t>(step);
     batch.loss_scale = 1.0 / static_cast<double>(job_.train.batch * job_.train.seq_len);
     batch.gradient_scale = loss_scale_.scale();
+    batch.first = std::exchange(first, false);
     loss.add(rows, transformer_.forward_backward(batch));
     gradients_->piece_done();
   });
+  if (first) transformer_.zero_gradients();  // no rows on this rank
   if (before_sum) before_sum(transformer_.parameters());
   gradients_->sum();
   const auto sent = static_cast<double>(counter_.total().sent - sent_before);

@@ -1,5 +1,6 @@
 #include "core/nn/transformer.h"
 
+#include <algorithm>
 #include <cstring>
 #include <map>
 #include <optional>
@@ -84,6 +85,31 @@ TEST_P(TransformerCases, RecomputationChangesNothing) {
   for (Parameter* parameter : kept.transformer.parameters()) {
     EXPECT_EQ(testing::largest_difference(parameter->gradient, again.transformer.parameter(parameter->name).gradient), 0.0)
         << parameter->name;
+  }
+}
+
+// The bits of zeros and sums, whatever the gradients were; also where rows come to the output layer in several pieces.
+TEST_P(TransformerCases, TheFirstOfAStepWritesGradients) {
+  for (const DType type : {DType::kF32, DType::kBF16}) {
+    TransformerOptions options;
+    options.compute = type;
+    options.logits_at_a_time = 3 * 29;
+    Model added(config_of(GetParam()), options), written(config_of(GetParam()), options);
+    OwnedBatch batch(2, 5, 29);
+    for (Parameter* parameter : written.transformer.parameters()) {
+      std::fill_n(parameter->gradient.ptr<float>(), parameter->elements(), 1e3f);
+    }
+    added.transformer.zero_gradients();
+    for (const bool first : {true, false}) {
+      added.transformer.forward_backward(batch.view);
+      batch.view.first = first;
+      written.transformer.forward_backward(batch.view);
+      batch.view.first = false;
+    }
+    for (Parameter* parameter : added.transformer.parameters()) {
+      EXPECT_EQ(testing::largest_difference(parameter->gradient, written.transformer.parameter(parameter->name).gradient), 0.0)
+          << parameter->name << ", " << name_of(type);
+    }
   }
 }
 
@@ -233,6 +259,22 @@ TEST_P(TransformerInHalves, IsCloseToFp32) {
 
 INSTANTIATE_TEST_SUITE_P(Type, TransformerInHalves, ::testing::Values(DType::kBF16, DType::kF16),
                          [](const auto& type) { return std::string(name_of(type.param)); });
+
+TEST(Transformer, RoundsWeightsAnewUnlessFrozen) {
+  TransformerOptions options;
+  options.compute = DType::kBF16;
+  Model model(small_model("llama"), options);
+  const OwnedBatch batch(1, 5, 29);
+  const double before = model.transformer.loss(batch.view);
+  Parameter& weight = model.transformer.parameter("blocks.0.mlp.up.weight");
+  const Tensor kept = weight.value.clone();
+  fill_zero(weight.value);
+  EXPECT_GT(std::abs(model.transformer.loss(batch.view) - before), 1e-4);
+  copy(kept, weight.value);
+  model.transformer.freeze();
+  fill_zero(weight.value);
+  EXPECT_EQ(model.transformer.loss(batch.view), before);
+}
 
 TEST(Transformer, NoRowsAtAll) {
   Model model(small_model("gpt2"));
