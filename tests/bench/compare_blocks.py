@@ -3,6 +3,7 @@ peers) and a function from their results to markdown. A new comparison is a new 
 peers.py."""
 import dataclasses
 import itertools
+import json
 from functools import partial
 from typing import Callable
 
@@ -289,6 +290,42 @@ def sharded_table(results):
                 ["S", "ranks", "job", "forward: 1 x 2", "sharded", "ratio", "backward: 1 x 2", "sharded", "ratio"], rows)
 
 
+# --- masks -----------------------------------------------------------------------------------------------------------------
+
+def visible_masks(seq):
+    """Keys of attention.mask, by what the table calls them; of seq positions."""
+    documents = [0, seq // 8, seq // 2, seq]
+    blocks = [[row, key] for row in range(seq // 128) for key in range(seq // 128) if key in (0, row - 1, row) and key <= row]
+    return {"full": {"kind": "full"}, "causal": {"kind": "causal"},
+            "window of 512": {"kind": "window", "left": 511, "right": 0},
+            "3 documents, causal": {"kind": "documents", "cu_seqlens": documents, "within": {"kind": "causal"}},
+            "prefix of S / 4": {"kind": "prefix", "length": seq // 4},
+            "blocks of 128: first, before, own": {"kind": "blocks", "size": 128, "list": blocks}}
+
+
+def masks_cases(lab):
+    for dtype in lab.dtypes:
+        spec = attention_spec(lab, dtype, "full", 1024 if lab.options.quick else 8192, 64, 2)
+        yield Case(spec, {name: partial(lab.attention, spec, ["--set", f"attention.mask={json.dumps(mask)}"])
+                          for name, mask in visible_masks(spec["seq"]).items()})
+
+
+def masks_table(results):
+    rows = []
+    for result in results:
+        for name in visible_masks(result["what"]["seq"]):
+            cells = []
+            for which in PASSES:
+                whole, mine = (median(result, side, lambda printed, _, which=which: printed[f"{which}_gflops"])
+                               for side in ("full", name))
+                cells += [number(mine), ratio(whole, mine)]
+            rows.append([label(result, result["what"]["dtype"]), name, *cells])
+    what = results[0]["what"]
+    return (f"GFLOP/s by visible pairs, S {what['seq']}, D {what['dim']}, {what['heads']} heads, one thread; the price is the time "
+            "of a visible pair over that of the full mask.\n\n") + table(
+                ["type", "mask", "forward", "price", "backward", "price"], rows)
+
+
 BLOCKS = {"attention": Block("attention", attention_cases, attention_table),
           "scaling": Block("attention", scaling_cases, scaling_table),
           "onnxruntime": Block("attention", onnx_cases, onnx_table),
@@ -298,6 +335,7 @@ BLOCKS = {"attention": Block("attention", attention_cases, attention_table),
           "gloo": Block("plugin", gloo_cases, gloo_table),
           "train": Block("train", train_cases, train_table),
           "product": Block("product", product_cases, product_table),
-          "sharded": Block("sharded", sharded_cases, sharded_table)}
+          "sharded": Block("sharded", sharded_cases, sharded_table),
+          "masks": Block("masks", masks_cases, masks_table)}
 SECTIONS = list(dict.fromkeys(block.section for block in BLOCKS.values()))
 ON_PROCESSOR_TIME = ("attention", "small", "decode")  # blocks of one thread whose sides can measure it
