@@ -92,16 +92,21 @@ class Lab:
         flags = [part for key in keys for part in (f"--{key}", spec[key.replace("-", "_")])]
         queries = spec.get("queries", spec["seq"])
         if spec["cpu_time"]:
-            done = self.run([self.bin / "dattn_attention_bench", "--seq", spec["seq"], "--queries", queries, "--cpu-time", *flags],
-                            spec["threads"])
-            if "error" in done:
-                return done
-            return done | {"milliseconds": {which: {"p50": done[f"{which}_ms"]} for which in ("forward", "backward")}}
+            return self.kernel(spec, ["--queries", queries])
         command = [self.bin / "dattn", "bench", "attention", "--seq", queries, "--seq-kv", spec["seq"], *flags, *more, "--json"]
         command += ["--backward"] * spec["backward"]
         if mpi:
             return self.run([*MPIRUN, ranks, *command], spec["threads"])
         return self.run(command + ["--ranks", ranks], spec["threads"])
+
+    def kernel(self, spec, more=()):
+        """The program of the kernel alone."""
+        keys = ["seq", "heads", "kv-heads", "dim", "dtype", "mask", "threads", "repeat"]
+        flags = [part for key in keys for part in (f"--{key}", spec[key.replace("-", "_")])] + ["--cpu-time"] * spec["cpu_time"]
+        done = self.run([self.bin / "dattn_attention_bench", *flags, *more], spec["threads"])
+        if "error" in done:
+            return done
+        return done | {"milliseconds": {which: {"p50": done[f"{which}_ms"]} for which in ("forward", "backward")}}
 
     def train(self, spec):
         settings = {"train.batch": spec["batch"], "train.seq_len": spec["seq_len"], "dtype": spec["dtype"],

@@ -326,6 +326,32 @@ def masks_table(results):
                 ["type", "mask", "forward", "price", "backward", "price"], rows)
 
 
+# --- terms -----------------------------------------------------------------------------------------------------------------
+
+TERMS = {"plain": [], "invariant": ["--invariant"], "dropout 0.1": ["--dropout", 0.1], "softcap": ["--softcap", 30],
+         "ALiBi": ["--alibi"]}  # flags of dattn_attention_bench
+
+
+def terms_cases(lab):
+    for dtype in lab.dtypes:
+        spec = attention_spec(lab, dtype, "causal", 1024 if lab.options.quick else 2048, 64, 4)
+        yield Case(spec, {term: partial(lab.kernel, spec, flags) for term, flags in TERMS.items()})
+
+
+def terms_table(results):
+    rows = []
+    for result, term in itertools.product(results, TERMS):
+        cells = []
+        for which in PASSES:
+            plain, priced = (milliseconds(result, side, which) for side in ("plain", term))
+            cells += [number(priced, 1), "" if term == "plain" else ratio(priced, plain)]
+        rows.append([label(result, result["what"]["dtype"]), term, *cells])
+    what = results[0]["what"]
+    return (f"Our kernel beside itself: causal, S {what['seq']}, D {what['dim']}, {what['heads']} heads, one thread, ms; the price "
+            "is the time over that of the plain call.\n\n") + table(
+                ["type", "", "forward", "price", "backward", "price"], rows)
+
+
 BLOCKS = {"attention": Block("attention", attention_cases, attention_table),
           "scaling": Block("attention", scaling_cases, scaling_table),
           "onnxruntime": Block("attention", onnx_cases, onnx_table),
@@ -336,6 +362,7 @@ BLOCKS = {"attention": Block("attention", attention_cases, attention_table),
           "train": Block("train", train_cases, train_table),
           "product": Block("product", product_cases, product_table),
           "sharded": Block("sharded", sharded_cases, sharded_table),
-          "masks": Block("masks", masks_cases, masks_table)}
+          "masks": Block("masks", masks_cases, masks_table),
+          "terms": Block("terms", terms_cases, terms_table)}
 SECTIONS = list(dict.fromkeys(block.section for block in BLOCKS.values()))
-ON_PROCESSOR_TIME = ("attention", "small", "decode")  # blocks of one thread whose sides can measure it
+ON_PROCESSOR_TIME = ("attention", "small", "decode", "terms")  # blocks of one thread whose sides can measure it
