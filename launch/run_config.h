@@ -62,10 +62,9 @@ void describe(V& v, RunConfig& c) {
   v("attention", c.attention, "the mask and the terms of the scores");
   v("mesh", c.mesh, "ranks along each axis; the product equals the ranks of the job");
   v("layout", c.layout, "which positions each part of the sequence holds; absent = zigzag, or the planner's");
-  v("strategy", c.strategy, "how keys and values travel: auto, or a file of parallel/strategies");
+  v("strategy", c.strategy, "how keys and values travel: a file of parallel/strategies, or auto: the planner's choice");
   v("objective", c.objective,
-    "what the planner makes least: bytes received, or time on the machine; absent = time where a machine is named, but "
-    "strategy auto on a mesh given by its axes is then not planned");
+    "what the planner makes least: bytes received, or time on the machine; absent = time where a machine is named");
   v("machine", c.machine, "machine file for the planner (configs/machines); relative to this file");
   v("dtype", c.dtype, "storage type; sums are kept in fp32");
   v("tf32", c.tf32, "CUDA devices may round the factors of fp32 matrix products to TF32; attention in fp32 stays as it is");

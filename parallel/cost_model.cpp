@@ -10,7 +10,9 @@ namespace dattn {
 namespace {
 
 constexpr int kSampledRanks = 16;
-constexpr int kExactRanks = 64;  // meshes up to this size are not sampled
+constexpr int kExactRanks = 64;  // meshes up to this size are not sampled,
+constexpr int kFewRanks = 8;     // but for masks of many regions, that planning a call of 64 ranks takes about a millisecond
+constexpr std::size_t kMostRegions = 1 << 13;  // of all ranks looked at together
 
 // Elements of a mean rank's share of each tensor, and bytes of an element.
 struct Sizes {
@@ -212,11 +214,23 @@ Positions rows_along(const Problem& problem, bool key_side, int first, int count
 
 }  // namespace
 
+namespace {
+
+// Of the places along the sequence.
+std::vector<int> looked_at(const Problem& problem, int places) {
+  std::size_t regions = 0;
+  for (const BatchRegions& part : problem.mask) regions += part.regions.size();
+  if (regions * static_cast<std::size_t>(std::min(places, kExactRanks)) > kMostRegions) return sample(places, kFewRanks);
+  return sample(places, places <= kExactRanks ? kExactRanks : kSampledRanks);
+}
+
+}  // namespace
+
 SeenRows seen_rows(const Problem& problem) {
   const int parts = problem.mesh.size(Axis::kRing), ulysses = problem.mesh.size(Axis::kUlysses);
   SeenRows seen;
   if (parts == 1) return seen;
-  const std::vector<int> places = sample(parts, parts <= kExactRanks ? parts : kSampledRanks);
+  const std::vector<int> places = looked_at(problem, parts);
   for (const int place : places) {
     const std::vector<Interval> wanted = seen_keys(problem.mask, rows_of_places(problem, false, place * ulysses, ulysses));
     const auto held = [&](int other) {
@@ -251,7 +265,7 @@ double row_balance(std::string_view strategy, const Problem& problem, double pai
   const int rows = strategy.starts_with("grid") ? mesh.size(Axis::kRows) : 1;
   const bool keeps_keys = strategy == "tree" || strategy == "ring_q";
   double most = 0;
-  for (const int place : sample(places, places <= kExactRanks ? places : kSampledRanks)) {
+  for (const int place : looked_at(problem, places)) {
     const int first = place * ulysses, group = place / rows * rows * ulysses;  // first place of its column of the grid
     const Positions own =
         rows_of_places(problem, keeps_keys, keeps_keys ? first : group, keeps_keys ? ulysses : rows * ulysses);

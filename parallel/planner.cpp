@@ -2,13 +2,14 @@
 
 #include <algorithm>
 #include <cmath>
+#include <map>
 #include <set>
 #include <tuple>
 
 #include <fmt/format.h>
 
 #include "core/base/error.h"
-#include "parallel/cost_model.h"
+#include "parallel/candidates.h"
 #include "parallel/lower_bound.h"
 #include "parallel/rank_plan.h"
 #include "parallel/simulate.h"
@@ -20,205 +21,53 @@ constexpr double kIdleShare = 0.5;      // a balance below this share of the bes
 constexpr double kEvenEnough = 0.95;    // a balance that ends the search for a layout
 constexpr double kNearlyAsGood = 1.02;  // times the best cost: there a balance that is kMoreEven times better decides
 constexpr double kMoreEven = 1.05;
-constexpr double kClearlyFewer = 0.7;  // of the bytes: what fetched keys, all held at once, must come down to
+constexpr double kClearlyFewer = 0.7;                                // of the bytes: what is held all at once must come down to
 constexpr std::size_t kLookedAtForBytes = 8, kLookedAtForTime = 32;  // candidates whose layouts are compared
 constexpr std::size_t kSimulated = 4;                                // candidates that are simulated
-constexpr int kBalancedParts = 512;  // layouts striped and balanced are tried on meshes of at most so many parts
 
-// A candidate on the way: costs in closed form first; layout, memory and a simulation when it comes to that.
-struct Draft {
-  Candidate candidate;
-  TransferLists transfers;
-  SeenRows seen;
-  double heads = 1;  // balance of the heads alone
-  int order = 0;     // lower first where costs are equal
-  bool settled = false;
-};
+// Holds everything it is sent at once, where those that pass blocks around hold two.
+bool holds_all(const Draft& draft) { return fetches(draft) || draft.candidate.strategy == "tree"; }
 
-bool fetches(const Draft& draft) { return draft.candidate.strategy == "fetch" || draft.candidate.strategy == "halo"; }
-
-std::vector<int> divisors(int number) {
-  std::vector<int> all;
-  for (int i = 1; i <= number; ++i) {
-    if (number % i == 0) all.push_back(i);
-  }
-  return all;
-}
-
-// Fewer axes first, then what auto stands for on the mesh, then the order of the names.
-int order_of(const MeshShape& mesh, std::size_t number, std::string_view strategy) {
-  int axes = 0;
-  for (const Axis axis : kSequenceAxes) axes += mesh.size(axis) > 1 ? 1 : 0;
-  return axes * 100 + (strategy == choose_strategy(mesh) ? 0 : 1 + static_cast<int>(number));
-}
-
-class Planner {
+// Compares candidates and takes the best.
+class Planner : private Candidates {
  public:
-  explicit Planner(const PlanRequest& request) : request_(request) {
-    AttentionOptions options = request.options;
-    options.layout = Layout::kZigzag;  // layout balanced is computed when it is needed, for the right number of parts
-    problem_ = std::make_shared<Problem>(*make_problem(request.mesh, request.shape, options));
-    wanted_ = options.determinism == Determinism::kInvariant ? "invariant" : request.options.strategy;
-    pairs_ = visible_pairs(problem_->mask);
-    sees_all_ = pairs_ == static_cast<double>(request.shape.batch) * static_cast<double>(request.shape.seq_q) *
-                              static_cast<double>(request.shape.seq_kv);
-  }
+  explicit Planner(const PlanRequest& request) : Candidates(request) {}
 
   Choice choose() {
-    for (const MeshShape& mesh : with_heads(meshes())) add_mesh(mesh);
-    sort();
-    const std::size_t looked_at = by_time() ? kLookedAtForTime : kLookedAtForBytes;
-    refuse_fetches();
-    for (std::size_t i = 0; i < drafts_.size() && i < looked_at; ++i) settle(drafts_[i]);
-    refuse_uneven_rows();
-    sort();
-    prefer_even();
+    order_drafts();
     if (by_time() && quick_to_simulate(request_.shape, ranks())) simulate_best();
     return pick();
   }
 
+  Plan best_plan() {
+    order_drafts();
+    for (Draft& draft : drafts_) {
+      if (!draft.settled) settle(draft);
+      std::optional<Plan> plan;
+      if (reaches(draft.candidate) && attempt(draft.candidate.text(), [&] { plan = plan_of(draft.candidate); })) return *plan;
+    }
+    refuse();
+  }
+
   Candidate assess(const MeshShape& mesh, const Strategy& strategy) {
     Draft draft = draft_of(mesh, strategy, request_.options.layout);
-    draft.candidate.balance = draft.heads * row_balance(strategy.name, *problem_, pairs_);
+    draft.candidate.balance = draft.heads * balance_of(strategy.name);
     set_time(draft);
     return draft.candidate;
   }
 
  private:
-  bool by_time() const { return request_.objective == Objective::kTime; }
-  int ranks() const { return request_.ranks.value_or(request_.mesh.ranks()); }
-  int outside() const { return request_.mesh.size(Axis::kData) * request_.mesh.size(Axis::kTensor); }
-
-  // The one problem that all candidates share, put on a mesh with a layout.
-  void place(const MeshShape& mesh, Layout layout) {
-    problem_->mesh = mesh;
-    problem_->layout = layout;
-    if (layout == Layout::kBalanced && problem_->balanced.empty())
-      problem_->balanced = balanced_positions(problem_->mask, problem_->shape.seq_q, mesh.sequence_parts());
+  // Candidates, the best first.
+  void order_drafts() {
+    add_all();
+    sort();
+    refuse_what_holds_all();
+    for (std::size_t i = 0; i < drafts_.size() && i < looked_at(); ++i) settle(drafts_[i]);
+    refuse_uneven_rows();
+    sort();
+    prefer_even();
   }
-
-  std::vector<Layout> layouts(int parts) const {
-    if (request_.fixed_layout) return {request_.options.layout};
-    if (parts > kBalancedParts) return {Layout::kZigzag, Layout::kContiguous};
-    return {Layout::kZigzag, Layout::kContiguous, Layout::kStriped, Layout::kBalanced};
-  }
-
-  std::vector<MeshShape> meshes() const {
-    if (!request_.ranks) return {request_.mesh};
-    require(ranks() % outside() == 0, "mesh.ranks {} is no multiple of data {} x tensor {}; use one, for example {}", ranks(),
-            request_.mesh.size(Axis::kData), request_.mesh.size(Axis::kTensor), (ranks() / outside() + 1) * outside());
-    std::vector<MeshShape> all;
-    const int parts = ranks() / outside();
-    for (const int ulysses : divisors(parts)) {
-      for (const int rows : divisors(parts / ulysses)) {
-        MeshShape mesh = request_.mesh;
-        mesh.set(Axis::kUlysses, ulysses);
-        mesh.set(Axis::kRows, rows);
-        mesh.set(Axis::kRing, parts / ulysses / rows);
-        all.push_back(mesh);
-        const int inner = inner_ring(mesh);
-        if (inner == 0) continue;
-        mesh.set(Axis::kRingOuter, mesh.size(Axis::kRing) / inner);
-        mesh.set(Axis::kRing, inner);
-        all.push_back(mesh);
-      }
-    }
-    return all;
-  }
-
-  // Those on which every rank has a head, where there are some.
-  std::vector<MeshShape> with_heads(std::vector<MeshShape> all) {
-    const std::int64_t heads = request_.shape.heads;
-    const auto idles = [&](const MeshShape& mesh) {
-      return mesh.size(Axis::kUlysses) * mesh.size(Axis::kTensor) > heads && mesh.size(Axis::kUlysses) > 1;
-    };
-    if (std::all_of(all.begin(), all.end(), idles)) return all;
-    std::set<int> told;
-    for (const MeshShape& mesh : all) {
-      const int ulysses = mesh.size(Axis::kUlysses), tensor = mesh.size(Axis::kTensor);
-      if (!idles(mesh) || !told.insert(ulysses).second) continue;
-      const std::string inside = tensor == 1 ? "" : fmt::format(" for it and tensor {}", tensor);
-      rejected_.push_back({fmt::format("ulysses {}", ulysses),
-                           fmt::format("only {} query heads{}; ranks without heads would idle", heads, inside)});
-    }
-    all.erase(std::remove_if(all.begin(), all.end(), idles), all.end());
-    return all;
-  }
-
-  // Ranks of the ring that share a node, where that cuts the ring into rings; else 0.
-  int inner_ring(const MeshShape& mesh) const {
-    if (request_.machine == nullptr) return 0;
-    const int stride = mesh.size(Axis::kRows) * mesh.size(Axis::kUlysses) * mesh.size(Axis::kTensor);
-    const int per_node = request_.machine->ranks_per_node, ring = mesh.size(Axis::kRing), inner = per_node / stride;
-    return per_node % stride == 0 && inner > 1 && inner < ring && ring % inner == 0 ? inner : 0;
-  }
-
-  void add_mesh(const MeshShape& mesh) {
-    for (const Strategy& strategy : strategies()) {
-      if (wanted_ == "auto" ? !strategy.automatic : wanted_ != strategy.name) continue;
-      if (strategy.name != "halo") {  // whose reach is looked at below, layout by layout
-        place(mesh, Layout::kContiguous);
-        const Support support = strategy.accepts(*problem_);
-        if (!support.ok && !request_.ranks) rejected_.push_back({fmt::format("strategy {}", strategy.name), support.why});
-        if (!support.ok) continue;
-      }
-      attempt(fmt::format("{} on {}", strategy.name, mesh.text()), [&] {
-        if (strategy.name == "fetch" || strategy.name == "halo") {
-          add_fetches(mesh, strategy);
-        } else {
-          drafts_.push_back(draft_of(mesh, strategy, layouts(mesh.sequence_parts())[0]));
-        }
-      });
-    }
-  }
-
-  // Does what may find out that a candidate cannot be planned; then that is a reason to reject it.
-  template <class Body>
-  bool attempt(const std::string& what, const Body& body) {
-    try {
-      body();
-      return true;
-    } catch (const Error& error) {
-      if (error.code() != ErrorCode::kBadInput) throw;
-      rejected_.push_back({what, error.what()});
-      return false;
-    }
-  }
-
-  // What these move depends on the layout. Strides of positions see every key that one of them sees.
-  void add_fetches(const MeshShape& mesh, const Strategy& strategy) {
-    const bool named = request_.options.strategy == strategy.name;
-    if (sees_all_ && !named) return;
-    if (!uses(*problem_, strategy.name, {Axis::kRing, Axis::kUlysses}).ok) return;
-    for (const Layout layout : layouts(mesh.sequence_parts())) {
-      if (layout == Layout::kStriped && !request_.fixed_layout && !named) continue;
-      Draft draft = draft_of(mesh, strategy, layout);
-      if (strategy.name != "halo" || draft.seen.neighbours_only) drafts_.push_back(std::move(draft));
-    }
-  }
-
-  Draft draft_of(const MeshShape& mesh, const Strategy& strategy, Layout layout) {
-    place(mesh, layout);
-    Draft draft;
-    draft.candidate.strategy = strategy.name;
-    draft.candidate.mesh = mesh;
-    draft.candidate.layout = layout;
-    if (fetches(draft)) draft.seen = seen_rows(*problem_);
-    auto transfers = transfers_of(strategy.name, request_.shape, mesh, draft.seen);
-    draft.transfers = transfers ? std::move(*transfers) : counted_transfers(strategy, *problem_);
-    draft.candidate.forward_bytes = bytes_of(draft.transfers.forward);
-    draft.candidate.backward_bytes = bytes_of(draft.transfers.backward);
-    draft.candidate.balance = draft.heads = head_balance(request_.shape, mesh);
-    draft.order = order_of(mesh, static_cast<std::size_t>(&strategy - strategies().data()), strategy.name);
-    set_time(draft);
-    return draft;
-  }
-
-  void set_time(Draft& draft) const {
-    if (request_.machine == nullptr) return;
-    const Work work{pairs_, draft.candidate.balance};
-    draft.candidate.time_s = estimated_time(draft.transfers, request_.shape, draft.candidate.mesh, work, *request_.machine);
-  }
+  std::size_t looked_at() const { return by_time() ? kLookedAtForTime : kLookedAtForBytes; }
 
   auto key(const Draft& draft) const {
     const Candidate& c = draft.candidate;
@@ -239,24 +88,24 @@ class Planner {
     drafts_.erase(std::remove_if(drafts_.begin(), drafts_.end(), bad), drafts_.end());
   }
 
-  // With bytes as objective, fetched keys must be clearly fewer than whole blocks, on the rank with most work. Drafts are
-  // sorted.
-  void refuse_fetches() {
+  // With bytes as objective, what is held all at once must be clearly less than whole blocks, on the rank with most work.
+  // Drafts are sorted.
+  void refuse_what_holds_all() {
     if (by_time() || request_.options.strategy != "auto") return;
-    const auto whole = std::find_if(drafts_.begin(), drafts_.end(), [](const Draft& draft) { return !fetches(draft); });
-    if (whole == drafts_.end()) return;
+    const auto whole = std::find_if(drafts_.begin(), drafts_.end(), [](const Draft& draft) { return !holds_all(draft); });
+    if (whole == drafts_.end() || cost(*whole) == 0) return;
     const double most = kClearlyFewer * cost(*whole);
-    bool told = false;
+    std::set<std::string> told;
     for (Draft& draft : drafts_) {
-      if (fetches(draft) && cost(draft) <= most) settle(draft);
+      if (holds_all(draft) && cost(draft) <= most) settle(draft);
     }
     drop([&](const Draft& draft) {
-      if (!fetches(draft) || (draft.settled && draft.candidate.forward_bytes <= most * draft.candidate.balance)) return false;
-      if (std::exchange(told, true)) return true;
+      if (!holds_all(draft) || (draft.settled && draft.candidate.forward_bytes <= most * draft.candidate.balance)) return false;
+      if (!told.insert(draft.candidate.strategy).second) return true;
       const std::string uneven = draft.settled ? fmt::format(" at balance {:.2f}", draft.candidate.balance) : "";
       rejected_.push_back({draft.candidate.text(),
-                           fmt::format("receives {:.0f} % of the bytes of the best that moves whole blocks{}, and holds all "
-                                       "fetched keys at once; name the strategy to have it",
+                           fmt::format("receives {:.0f} % of the bytes of the best that moves whole blocks{}, and holds all it "
+                                       "receives at once; name the strategy to have it",
                                        cost(draft) / most * kClearlyFewer * 100, uneven)});
       return true;
     });
@@ -270,13 +119,22 @@ class Planner {
     double best = -1;
     for (const Layout layout : all) {
       place(candidate.mesh, layout);
-      const double balance = row_balance(candidate.strategy, *problem_, pairs_);
+      const double balance = balance_of(candidate.strategy);
       if (balance > best) best = balance, candidate.layout = layout;
       if (balance >= kEvenEnough) break;
     }
     candidate.balance = draft.heads * best;
     draft.settled = true;
     set_time(draft);
+  }
+
+  // Of the problem as it is placed. Strategies share it, but for those that keep their keys and the grids.
+  double balance_of(std::string_view strategy) {
+    const bool keeps_keys = strategy == "tree" || strategy == "ring_q", grid = strategy.starts_with("grid");
+    const auto key = std::tuple(problem_->mesh.sizes, problem_->layout, keeps_keys, grid);
+    const auto known = balances_.find(key);
+    if (known != balances_.end()) return known->second;
+    return balances_[key] = row_balance(strategy, *problem_, pairs_);
   }
 
   void refuse_uneven_rows() {
@@ -322,6 +180,13 @@ class Planner {
                      [this](const Draft& a, const Draft& b) { return key(a) < key(b); });
   }
 
+  // Whether halo's edges hold all that is seen; other strategies were asked when they became candidates.
+  bool reaches(const Candidate& candidate) {
+    if (candidate.strategy != "halo") return true;
+    place(candidate.mesh, candidate.layout);
+    return find_strategy("halo").accepts(*problem_).ok;
+  }
+
   void set_memory(Candidate& candidate) {
     const Plan forward = plan_of(candidate);
     for (const Plan& plan : {forward, backward(forward)}) {
@@ -339,10 +204,7 @@ class Planner {
       if (!draft.settled) settle(draft);
       Candidate& candidate = draft.candidate;
       if (!best.empty() && request_.ranks && candidate.mesh == best[0].mesh) continue;
-      if (candidate.strategy == "halo") {
-        place(candidate.mesh, candidate.layout);
-        if (!find_strategy("halo").accepts(*problem_).ok) continue;
-      }
+      if (!reaches(candidate)) continue;
       if (!attempt(candidate.text(), [&] { set_memory(candidate); })) continue;
       if (request_.memory_bytes > 0 && candidate.peak_memory > request_.memory_bytes) {
         rejected_.push_back({candidate.text(), fmt::format("needs {} bytes of memory, a rank has {}", candidate.peak_memory,
@@ -353,10 +215,34 @@ class Planner {
       if (best.size() == 2) break;
     }
     if (best.empty()) refuse();
-    Choice choice{best[0], std::nullopt, std::move(rejected_), lower_bound_bytes(request_.shape, best[0].mesh), 1};
+    tell_costlier(best);
+    Choice choice{
+        request_.objective, best[0], std::nullopt, std::move(rejected_), lower_bound_bytes(request_.shape, best[0].mesh), 1};
     if (best.size() > 1) choice.runner_up = best[1];
     choice.ratio = ratio_over(choice.chosen.forward_bytes, choice.lower_bound_bytes);
     return choice;
+  }
+
+  // Of all that could run and was not taken, as one.
+  void tell_costlier(const std::vector<Candidate>& best) {
+    std::size_t count = 0;
+    const Draft* cheapest = nullptr;
+    for (const Draft& draft : drafts_) {
+      const std::string text = draft.candidate.text();
+      if (std::any_of(best.begin(), best.end(), [&](const Candidate& taken) { return taken.text() == text; })) continue;
+      if (count++ == 0) cheapest = &draft;
+    }
+    if (cheapest == nullptr) return;
+    const Candidate& next = cheapest->candidate;
+    const std::string costs =
+        by_time() ? fmt::format("would take {:.4g} ms, the best {:.4g}", next.time_s * 1e3, best[0].time_s * 1e3)
+                  : fmt::format("receives {:.0f} bytes forward and {:.0f} backward, the best {:.0f} and {:.0f}",
+                                next.forward_bytes, next.backward_bytes, best[0].forward_bytes, best[0].backward_bytes);
+    rejected_.push_back(
+        {fmt::format("{} more candidates", count),
+         fmt::format("no better: the first of them, {}, {}; layouts were compared for the best {} in closed form{}",
+                     next.text(), costs, looked_at(),
+                     best[0].simulated ? fmt::format(", and the best {} simulated", kSimulated) : "")});
   }
 
   [[noreturn]] void refuse() const {
@@ -367,13 +253,7 @@ class Planner {
          all.empty() ? " no mesh suits the strategy; use strategy auto" : all);
   }
 
-  const PlanRequest& request_;
-  std::shared_ptr<Problem> problem_;
-  std::string wanted_;  // strategy: auto, or the only one to consider
-  double pairs_ = 0;
-  bool sees_all_ = false;
-  std::vector<Draft> drafts_;
-  std::vector<Rejected> rejected_;
+  std::map<std::tuple<std::array<int, kAxes.size()>, Layout, bool, bool>, double> balances_;
 };
 
 void check_request(const PlanRequest& request) {
@@ -395,6 +275,17 @@ std::string Candidate::text() const { return fmt::format("{} on {}, layout {}", 
 Choice plan_attention(const PlanRequest& request) {
   check_request(request);
   return Planner(request).choose();
+}
+
+Plan make_auto_plan(const MeshShape& mesh, const AttentionShape& shape, const AttentionOptions& options) {
+  mesh.require_valid();
+  if (mesh.sequence_parts() == 1) return write_plan(find_strategy(plainest_strategy(mesh)), make_problem(mesh, shape, options));
+  PlanRequest request;
+  request.shape = shape;
+  request.options = options;
+  request.mesh = mesh;
+  request.fixed_layout = true;
+  return Planner(request).best_plan();
 }
 
 Candidate assess(const PlanRequest& request, const MeshShape& mesh, const std::string& strategy) {

@@ -45,6 +45,7 @@ struct Rejected {
 };
 
 struct Choice {
+  Objective objective = Objective::kBytes;
   Candidate chosen;
   std::optional<Candidate> runner_up;
   std::vector<Rejected> rejected;
@@ -54,6 +55,10 @@ struct Choice {
 
 // Deterministic. Throws Error(kBadInput) where nothing is left, with what was refused.
 Choice plan_attention(const PlanRequest& request);
+
+// What strategy auto runs on a given mesh and layout: the plan of the strategy that plan_attention chooses there by bytes,
+// whatever its memory.
+Plan make_auto_plan(const MeshShape& mesh, const AttentionShape& shape, const AttentionOptions& options);
 
 // The costs of one mesh and strategy, in the request's layout; memory left out.
 Candidate assess(const PlanRequest& request, const MeshShape& mesh, const std::string& strategy);

@@ -77,7 +77,9 @@ Json plan_costs(const Plan& forward, const Plan& gradient) {
 }
 
 std::string explain(const Choice& choice) {
-  std::string text = fmt::format("best      {}\n          {}\n", choice.chosen.text(), costs_text(choice.chosen));
+  const bool by_time = choice.objective == Objective::kTime;
+  std::string text = fmt::format("by        {}\n", by_time ? "time on the machine" : "bytes received");
+  text += fmt::format("best      {}\n          {}\n", choice.chosen.text(), costs_text(choice.chosen));
   text += fmt::format("          {:.3f} times the lower bound of {:.0f} bytes for full attention\n", choice.ratio,
                       choice.lower_bound_bytes);
   if (choice.runner_up)
@@ -87,7 +89,8 @@ std::string explain(const Choice& choice) {
 }
 
 Json to_json(const Choice& choice) {
-  Json json{{"chosen", to_json(choice.chosen)},
+  Json json{{"objective", choice.objective == Objective::kTime ? "time" : "bytes"},
+            {"chosen", to_json(choice.chosen)},
             {"runner_up", choice.runner_up ? to_json(*choice.runner_up) : Json()},
             {"rejected", Json::array()}};
   for (const Rejected& one : choice.rejected) json["rejected"].push_back({{"what", one.what}, {"why", one.why}});

@@ -8,6 +8,7 @@
 #include "core/attention/dropout.h"
 #include "core/base/error.h"
 #include "core/base/log.h"
+#include "parallel/planner.h"
 
 namespace dattn {
 namespace {
@@ -61,21 +62,6 @@ void check_terms(const AttentionShape& shape, const AttentionOptions& options) {
           kDropoutPositions, std::max(shape.seq_q, shape.seq_kv), shape.batch, shape.heads);
 }
 
-// Windows narrower than the layout's step leave gaps between the keys that a rank fetches: a range of keys for each of its
-// rows, of which rank 0 has as many as any.
-void check_fetched_ranges(const Plan& plan) {
-  const Problem& problem = *plan.problem;
-  if (problem.layout != Layout::kStriped || problem.mesh.sequence_parts() == 1) return;
-  for (const Step& step : plan.steps) {
-    if (step.verb != Verb::kFetch) continue;
-    const Positions queries = plan.rows(plan.placing(step.out[0]).wanted, 0);
-    require(queries.count() <= kMostSeenRanges || !has_narrow_windows(problem.mask, queries.runs()[0].step),
-            "strategy {}: layout striped gives {} positions of step {} to a rank, and windows narrower than it, whose keys are "
-            "fetched one by one, at most {} may have; use layout contiguous or zigzag, or strategy ring",
-            plan.strategy, queries.count(), problem.mesh.sequence_parts(), kMostSeenRanges);
-  }
-}
-
 }  // namespace
 
 const Strategy& find_strategy(std::string_view name) {
@@ -87,17 +73,7 @@ const Strategy& find_strategy(std::string_view name) {
   fail(ErrorCode::kBadInput, "unknown strategy '{}'; known: {}auto", name, known);
 }
 
-Support uses(const Problem& problem, std::string_view strategy, std::initializer_list<Axis> axes) {
-  for (const Axis axis : kSequenceAxes) {
-    const bool used = std::find(axes.begin(), axes.end(), axis) != axes.end();
-    if (used || problem.mesh.size(axis) == 1) continue;
-    return {false, fmt::format("strategy {} has no use for the {} ranks of mesh.{}; use {}, or move them to mesh.{}", strategy,
-                               problem.mesh.size(axis), name_of(axis), choose_strategy(problem.mesh), name_of(*axes.begin()))};
-  }
-  return {};
-}
-
-std::string choose_strategy(const MeshShape& mesh) {
+std::string plainest_strategy(const MeshShape& mesh) {
   const bool ulysses = mesh.size(Axis::kUlysses) > 1, outer = mesh.size(Axis::kRingOuter) > 1;
   if (mesh.size(Axis::kRows) > 1) return "grid";
   if (!ulysses) return outer ? "double_ring" : "ring";
@@ -132,9 +108,7 @@ Plan write_plan(const Strategy& strategy, std::shared_ptr<const Problem> problem
   require(support.ok, "{} (mesh {})", support.why, problem->mesh.text());
   PlanBuilder builder(std::string(strategy.name), std::move(problem));
   const ValueId result = strategy.write(builder);
-  Plan plan = std::move(builder).build(result);
-  check_fetched_ranges(plan);
-  return plan;
+  return std::move(builder).build(result);
 }
 
 void tell_replaced_strategy(const AttentionOptions& options, const Plan& plan) {
@@ -145,10 +119,10 @@ void tell_replaced_strategy(const AttentionOptions& options, const Plan& plan) {
 }
 
 Plan make_plan(const MeshShape& mesh, const AttentionShape& shape, const AttentionOptions& options) {
-  std::string name = options.strategy == "auto" ? choose_strategy(mesh) : options.strategy;
-  find_strategy(name);
-  if (options.determinism == Determinism::kInvariant) name = "invariant";
-  return write_plan(find_strategy(name), make_problem(mesh, shape, options));
+  const bool automatic = options.strategy == "auto", invariant = options.determinism == Determinism::kInvariant;
+  if (automatic && !invariant) return make_auto_plan(mesh, shape, options);
+  if (!automatic) find_strategy(options.strategy);
+  return write_plan(find_strategy(invariant ? "invariant" : options.strategy), make_problem(mesh, shape, options));
 }
 
 }  // namespace dattn

@@ -2,7 +2,6 @@
 // by the build; the conformance suite sweeps all of them.
 #pragma once
 
-#include <initializer_list>
 #include <memory>
 #include <string>
 #include <string_view>
@@ -20,11 +19,9 @@ struct Strategy {
   bool automatic = true;                                 // whether the planner may choose it
 };
 
-// Refuses a mesh with ranks on a sequence axis that the strategy has no use for.
-Support uses(const Problem& problem, std::string_view strategy, std::initializer_list<Axis> axes);
-
-const std::vector<Strategy>& strategies();           // made by the build from the files of parallel/strategies
-std::string choose_strategy(const MeshShape& mesh);  // what "auto" stands for
+const std::vector<Strategy>& strategies();  // made by the build from the files of parallel/strategies
+// The plainest strategy that has a use for all axes of the mesh; the planner's where costs are equal.
+std::string plainest_strategy(const MeshShape& mesh);
 
 // Checks the shape, compiles the mask and lets the named strategy (or auto) write its plan. Throws Error(kBadInput).
 Plan make_plan(const MeshShape& mesh, const AttentionShape& shape, const AttentionOptions& options);

@@ -158,8 +158,14 @@ std::int64_t area(const RegionList& mask, const Positions& queries, Interval key
 
 std::int64_t area(const RegionList& mask, Interval queries, const Positions& keys) {
   std::int64_t sum = 0;
-  for (const Run& run : keys.runs()) {
-    for (const Region& region : mask) sum += strided_area(run, region.k, overlap(region.q, queries), -region.hi, -region.lo);
+  const std::vector<Run>& runs = keys.runs();
+  const auto meets_next = [](const Run& run, const Run& next) { return run.last() >= next.begin; };
+  const bool ascending = std::adjacent_find(runs.begin(), runs.end(), meets_next) == runs.end();
+  for (const Region& region : mask) {
+    const auto ends_before = [](const Run& run, std::int64_t key) { return run.last() < key; };
+    auto run = ascending ? std::lower_bound(runs.begin(), runs.end(), region.k.begin, ends_before) : runs.begin();
+    for (; run != runs.end() && !(ascending && run->begin >= region.k.end); ++run)
+      sum += strided_area(*run, region.k, overlap(region.q, queries), -region.hi, -region.lo);
   }
   return sum;
 }
@@ -172,21 +178,15 @@ bool leaves_gaps(const Region& region, std::int64_t step) {
 
 // The keys that rows first, first + step, .., last see of a region that cuts none of these rows off.
 void append_seen(const Region& region, std::int64_t first, std::int64_t last, std::int64_t step, std::vector<Interval>& seen) {
-  const auto append = [&](std::int64_t from, std::int64_t to) {
-    const std::int64_t begin = bounded(region.lo) ? std::max(region.k.begin, from + region.lo) : region.k.begin;
-    const std::int64_t end = bounded(region.hi) ? std::min(region.k.end, to + region.hi + 1) : region.k.end;
-    if (begin < end) seen.push_back({begin, end});
-  };
-  if (!leaves_gaps(region, step)) return append(first, last);
-  const std::int64_t rows = (last - first) / step + 1, width = region.hi - region.lo + 1;
-  require(rows <= 2 * kMostSeenRanges,  // twice what a plan may have (strategy.cpp), so that all ranks are refused there alike
-          "{} positions of step {} see windows of {} keys apart, at most {} may; use layout contiguous or zigzag", rows, step,
-          width, 2 * kMostSeenRanges);
-  seen.reserve(seen.size() + static_cast<std::size_t>(rows));
-  for (std::int64_t row = first; row <= last; row += step) append(row, row);
+  const std::int64_t begin = bounded(region.lo) ? std::max(region.k.begin, first + region.lo) : region.k.begin;
+  const std::int64_t end = bounded(region.hi) ? std::min(region.k.end, last + region.hi + 1) : region.k.end;
+  if (begin >= end) return;
+  if (!leaves_gaps(region, step)) return seen.push_back({begin, end});
+  for (std::int64_t row = first; row <= last; row += step) append_seen(region, row, row, 1, seen);
 }
 
 void append_seen(const RegionList& mask, const Positions& queries, std::vector<Interval>& seen) {
+  const bool joins_gaps = queries.count() > kMostSeenRanges;
   for (const Run& run : queries.runs()) {
     const Interval met = mask.meeting({run.begin, run.last() + 1});
     for (std::int64_t r = met.begin; r < met.end; ++r) {
@@ -195,7 +195,7 @@ void append_seen(const RegionList& mask, const Positions& queries, std::vector<I
       const auto part = restrict_to(region, {run.begin, run.last() + 1}, region.k);
       if (!part) continue;
       const Interval rows = run.rows_inside(part->q);
-      if (rows.count() > 0) append_seen(*part, run.at(rows.begin), run.at(rows.end - 1), run.step, seen);
+      if (rows.count() > 0) append_seen(*part, run.at(rows.begin), run.at(rows.end - 1), joins_gaps ? 1 : run.step, seen);
     }
   }
 }
@@ -212,12 +212,6 @@ std::vector<Interval> seen_keys(const CompiledMask& mask, const Positions& queri
   std::vector<Interval> seen;
   for (const BatchRegions& part : mask) append_seen(part.regions, queries, seen);
   return join(std::move(seen));
-}
-
-bool has_narrow_windows(const CompiledMask& mask, std::int64_t step) {
-  return std::any_of(mask.begin(), mask.end(), [step](const BatchRegions& part) {
-    return std::any_of(part.regions.begin(), part.regions.end(), [step](const Region& r) { return leaves_gaps(r, step); });
-  });
 }
 
 }  // namespace dattn

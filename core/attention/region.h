@@ -79,14 +79,13 @@ std::int64_t area(std::span<const Region> mask);
 std::int64_t area(const RegionList& mask, const Positions& queries, Interval keys);
 std::int64_t area(const RegionList& mask, Interval queries, const Positions& keys);
 
-// Queries whose windows are narrower than their step leave gaps between the keys they see: so many ranges of keys are listed,
-// more are refused.
+// Queries whose windows are narrower than their step leave gaps between the keys they see. The ranges of up to so many queries
+// are listed one by one; those of more are joined across the gaps, of each region.
 inline constexpr std::int64_t kMostSeenRanges = std::int64_t{1} << 20;
 
-// The smallest ascending disjoint ranges of positions that hold every key which one of the queries sees.
+// Ascending disjoint ranges of positions that hold every key which one of the queries sees; the smallest ones, but for the gaps
+// that kMostSeenRanges joins.
 std::vector<Interval> seen_keys(const RegionList& mask, const Positions& queries);
 std::vector<Interval> seen_keys(const CompiledMask& mask, const Positions& queries);  // by any batch row
-// Whether some region has a window between whose keys queries of that step leave gaps.
-bool has_narrow_windows(const CompiledMask& mask, std::int64_t step);
 
 }  // namespace dattn

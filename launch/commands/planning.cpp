@@ -26,7 +26,10 @@ std::optional<Machine> machine_of(const RunConfig& config) {
   return load_machine(config.machine);
 }
 
-bool is_planned(const RunConfig& config) { return config.mesh.ranks || config.objective; }
+bool is_planned(const RunConfig& config) {
+  const bool automatic = config.strategy == "auto" && determinism_of(config) != Determinism::kInvariant;
+  return config.mesh.ranks || config.objective || automatic;
+}
 
 PlanRequest plan_request(const RunConfig& config, const AttentionShape& shape, const std::optional<Machine>& machine) {
   PlanRequest request = planner_request(config, shape, machine);

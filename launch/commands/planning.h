@@ -15,7 +15,8 @@ AttentionShape planned_shape(const RunConfig& config);
 
 std::optional<Machine> machine_of(const RunConfig& config);
 
-// Whether the planner chooses: where the ranks alone are given, or an objective is.
+// Whether the planner chooses: where the ranks alone are given, an objective is, or strategy auto (which determinism: invariant
+// replaces).
 bool is_planned(const RunConfig& config);
 
 // `machine` must outlive the request. The mask is cut to the batch rows of `shape`, those of the first data coordinate.

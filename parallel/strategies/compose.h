@@ -2,7 +2,9 @@
 #pragma once
 
 #include <initializer_list>
+#include <vector>
 
+#include "parallel/requirements.h"
 #include "parallel/strategy.h"
 
 namespace dattn {
@@ -31,6 +33,20 @@ inline ValueId attend_around_both(PlanBuilder& plan, ValueId q, ValueId kv) {
 inline ValueId gather_over(PlanBuilder& plan, ValueId value, std::initializer_list<Axis> axes) {
   for (const Axis axis : axes) value = plan.gather(value, axis);
   return value;
+}
+
+// The keys that q sees on the rank before and on the rank after this one, where there are such.
+inline std::vector<ValueId> fetch_from_neighbours(PlanBuilder& plan, ValueId kv, ValueId q, Axis axis) {
+  std::vector<ValueId> edges;
+  if (plan.size(axis) > 1) edges.push_back(plan.fetch(kv, q, axis, 1));
+  if (plan.size(axis) > 2) edges.push_back(plan.fetch(kv, q, axis, -1));
+  return edges;
+}
+
+// Attends to one after the other.
+inline ValueId attend_each(PlanBuilder& plan, ValueId q, const std::vector<ValueId>& keys, ValueId state) {
+  for (const ValueId kv : keys) state = plan.attend(q, kv, state);
+  return state;
 }
 
 // Runs inner(q, kv) -> state with whole stretches of the sequence and a share of the heads instead of the reverse.

@@ -14,19 +14,7 @@ namespace dattn {
 
 Strategy invariant_strategy() {
   return {"invariant", "gathers kv (backward: q) in global order, for the same bits on every mesh",
-          [](const Problem& problem) -> Support {
-            const AttentionShape& shape = problem.shape;
-            const std::int64_t group = shape.heads / shape.kv_heads;
-            const int parts = problem.mesh.size(Axis::kTensor);
-            for (int part = 0; part < parts; ++part) {
-              const Interval heads = heads_of(shape.heads, shape.kv_heads, parts, part).q;
-              if (heads.count() == 0 || (heads.begin % group == 0 && heads.end % group == 0)) continue;
-              return {false, fmt::format("determinism invariant: mesh.tensor {} cuts through a group of {} query heads, whose "
-                                         "gradients would be added in another order; use at most {} tensor ranks",
-                                         parts, group, shape.kv_heads)};
-            }
-            return {};
-          },
+          [](const Problem& problem) { return keeps_head_groups(problem, "determinism invariant"); },
           [](PlanBuilder& plan) { return plan.finish(plan.attend(plan.q(), plan.gather_sequence(plan.kv()))); }, false};
 }
 

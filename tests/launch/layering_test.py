@@ -9,6 +9,7 @@ ORDER = ["core", "parallel", "plugins", "launch"]  # each may include itself and
 CODE = {".cpp", ".h", ".cu", ".cuh", ".in"}
 TEXT = CODE | {".py", ".sh", ".txt", ".md", ".yaml", ".cmake"}
 MAX_LINES = 500
+MAX_LOGIC = 15  # of a strategy's file
 FOLDERS = {"core", "parallel", "plugins", "launch", "configs", "tests", "docs", "cmake", ".ci", ".git", "build", "runs", "shared"}
 FILES = {"CMakeLists.txt", "CMakePresets.json", "README.md", "CHANGELOG.md", "LICENSE", "NOTICE", "CONTRIBUTING.md",
          "pyproject.toml", ".clang-format", ".clang-tidy", ".gitignore", ".gitattributes", ".git"}
@@ -48,6 +49,13 @@ def type_definitions(text):
     return re.findall(r"^(?:struct|class|enum class) (\w+)(?: final)?(?: :[^:{;][^{;]*)? \{", text, flags=re.M)
 
 
+def lines_of_logic(text):
+    """Lines of a C++ file that say something: no comments, includes, namespaces, nor brackets alone."""
+    text = re.sub(r"//[^\n]*", "", text)
+    return [line for line in text.splitlines()
+            if re.search(r"\w", line) and not re.match(r"\s*#\s*include|namespace |using namespace ", line)]
+
+
 class Layering(unittest.TestCase):
     def test_includes_point_from_launch_to_core(self):
         bad = [f"{path.relative_to(ROOT)}:{number}: {line}" for folder in ORDER for path in files_of(folder, CODE)
@@ -82,6 +90,13 @@ class Layering(unittest.TestCase):
                     long.append(f"{path.relative_to(ROOT)}: {lines} lines")
         self.assertFalse(long, f"longer than {MAX_LINES} lines; cut them along a seam:\n" + "\n".join(long))
 
+    def test_a_strategy_is_fifteen_lines_of_logic(self):
+        files = list(files_of("parallel/strategies", {".cpp"}))
+        self.assertGreaterEqual(len(files), 12)
+        long = [f"{path.name}: {len(logic)}" for path in files if len(logic := lines_of_logic(path.read_text())) > MAX_LOGIC]
+        self.assertFalse(long, f"more than {MAX_LOGIC} lines of logic; what is generic belongs into strategies/compose.h or "
+                               f"requirements.h: {long}")
+
     def test_top_level_holds_only_the_known_folders(self):
         unknown = [entry.name for entry in ROOT.iterdir()
                    if entry.name not in (FOLDERS if entry.is_dir() else FILES) and not entry.name.endswith(".swp")]
@@ -95,6 +110,8 @@ class Layering(unittest.TestCase):
         self.assertEqual(words, ["rank", "num_ranks", "rank_"])
         self.assertEqual(type_definitions("struct A {\nclass B final : public A {\nstruct C<int> {\nstruct D;\nenum class E : int {\n"),
                          ["A", "B", "E"])
+        self.assertEqual(lines_of_logic('// a\n#include "b.h"\nnamespace c {\n\nint d() {  // e\n  return 1;\n}\n}  // namespace c\n'),
+                         ["int d() {  ", "  return 1;"])
 
 
 if __name__ == "__main__":

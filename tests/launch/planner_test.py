@@ -4,6 +4,7 @@ import json
 import os
 import pathlib
 import shutil
+import struct
 import subprocess
 import tempfile
 import unittest
@@ -51,7 +52,42 @@ class Planner(unittest.TestCase):
     def test_a_given_mesh_stays_as_it_is(self):
         done = self.plan(SHAPE + "mesh: {ulysses: 2, ring: 4}\n")
         self.assertEqual((done["strategy"], done["layout"]), ("hybrid", "zigzag"))
-        self.assertIn("chosen", done["planner_prefers"])
+        self.assertEqual({axis: size for axis, size in done["mesh"].items() if size > 1}, {"ulysses": 2, "ring": 4})
+        self.assertEqual((done["planned"]["objective"], done["planned"]["chosen"]["strategy"]), ("bytes", "hybrid"))
+        self.assertIn("no use for", next(one["why"] for one in done["rejected"] if one["what"] == "strategy ring"))
+
+    def test_a_given_layout_stays_as_it_is(self):
+        window = "attention: {mask: {kind: window, left: 100, right: 0}}\nmesh: {ring: 8}\n"
+        self.assertEqual(self.plan(SHAPE + window)["layout"], "contiguous")
+        self.assertEqual(self.plan(SHAPE + window + "layout: zigzag\n")["layout"], "zigzag")
+
+    def test_a_named_strategy_stays_as_it_is(self):
+        done = self.plan(SHAPE + "mesh: {ulysses: 2, ring: 4}\nstrategy: allgather\n")
+        self.assertEqual(done["strategy"], "allgather")
+        self.assertEqual(done["planner_prefers"]["chosen"]["strategy"], "hybrid")
+
+    def test_a_run_takes_what_plan_shows(self):
+        sizes = {"q": [1, 512, 4, 8], "k": [1, 512, 2, 8], "v": [1, 512, 2, 8]}
+        header, offset = {}, 0
+        for name, shape in sizes.items():
+            length = 4 * shape[1] * shape[2] * shape[3]
+            header[name] = {"dtype": "F32", "shape": shape, "data_offsets": [offset, offset + length]}
+            offset += length
+        text = json.dumps(header).encode()
+        text += b" " * (-len(text) % 8)
+        (self.folder / "x.safetensors").write_bytes(struct.pack("<Q", len(text)) + text + bytes(offset))
+        taken = set()
+        for mask, more in (("causal", ""), ("window, left: 9, right: 3", ""), ("full", "layout: striped\n"),
+                           ("window, left: 9, right: 3", "layout: balanced\n"), ("causal", "determinism: invariant\n")):
+            config = (f"shape: {{seq: 512, heads: 4, kv_heads: 2, dim: 8}}\nmesh: {{ring: 4}}\nattention: {{mask: {{kind: {mask}}}}}\n"
+                      + more)
+            planned = self.plan(config)
+            ran = json.loads(self.run_dattn(["attention"], config, "--in", "x.safetensors", "--out", "y.safetensors", "--ranks",
+                                            "4", "--threads", "1", "--json").stdout.splitlines()[-1])
+            for key in ("strategy", "layout", "mesh", "bytes_per_rank"):
+                self.assertEqual(ran[key], planned[key], (config, key))
+            taken.add((planned["strategy"], planned["layout"]))
+        self.assertGreaterEqual(len(taken), 4, taken)
 
     def test_thousands_of_ranks(self):
         done = self.plan(SHAPE + "mesh: {ranks: 4096}\n")
@@ -60,7 +96,7 @@ class Planner(unittest.TestCase):
 
     def test_the_text_explains(self):
         text = self.run_dattn(["plan"], SHAPE + "mesh: {ranks: 64}\n").stdout
-        for part in ("planned\nbest ", "\nrunner-up ", "\nrefused   ulysses 64: ", "times the lower bound of "):
+        for part in ("planned\nby        bytes received\nbest ", "\nrunner-up ", "\nrefused   ulysses 64: ", "times the lower bound of "):
             self.assertIn(part, text)
         self.assertNotIn("rank 0: ", text)
         self.assertIn("rank 5: ", self.run_dattn(["plan"], SHAPE + "mesh: {ranks: 64}\n", "--rank", "5").stdout)

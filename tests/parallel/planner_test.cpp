@@ -53,6 +53,14 @@ std::string refusal(const PlanRequest& request) {
   return "accepted";
 }
 
+// Why the first candidate or strategy whose text begins so was refused.
+std::string reason_of(const Choice& choice, const std::string& what) {
+  for (const Rejected& one : choice.rejected) {
+    if (one.what.find(what) == 0) return one.why;
+  }
+  return "not refused";
+}
+
 struct Means {
   double forward = 0, backward = 0, balance = 0;
 };
@@ -192,23 +200,21 @@ TEST(Planner, RefusesWhatItCannotPlan) {
   EXPECT_THAT(refusal(request), HasSubstr("unknown strategy 'rings'"));
 }
 
-// Strides of a long sequence have gaps between the keys of narrow windows: too many ranges to fetch. The ring takes them whole.
+// Strides of a long sequence have gaps between the keys of narrow windows, which fetch takes along: then the ring moves no
+// more.
 TEST(Planner, TriesWhatElseFitsAFixedLayout) {
   PlanRequest request = request_of(32, 8, 8);
   request.shape.seq_q = request.shape.seq_kv = 32 * kMostSeenRanges;
   request.options.mask = Mask::window(3, 0);
   request.options.layout = Layout::kStriped;
   request.fixed_layout = true;
-  const Choice choice = plan_attention(request);
-  EXPECT_EQ(choice.chosen.layout, Layout::kStriped);
-  bool told = false;
-  for (const Rejected& one : choice.rejected)
-    told = told || (one.what.find("fetch") == 0 && one.why.find("keys apart") != std::string::npos);
-  EXPECT_TRUE(told);
   request.ranks.reset();
   request.mesh.set(Axis::kRing, 8);
+  const Choice choice = plan_attention(request);
+  EXPECT_EQ(choice.chosen.text(), "ring on ring 8, layout striped");
+  EXPECT_THAT(reason_of(choice, "fetch"), HasSubstr("receives 100 % of the bytes"));
   request.options.strategy = "fetch";
-  EXPECT_THAT(refusal(request), HasSubstr("keys apart"));
+  EXPECT_EQ(plan_attention(request).chosen.text(), "fetch on ring 8, layout striped");
 }
 
 TEST(Planner, KeepsWhatIsGiven) {
@@ -223,20 +229,69 @@ TEST(Planner, KeepsWhatIsGiven) {
   EXPECT_FALSE(choice.runner_up.has_value());
 }
 
-// On a mesh that is given, auto is what it stands for without a planner.
-TEST(Planner, AgreesWithAutoOnAGivenMesh) {
+// On a mesh that is given, full attention is for the plainest strategy that uses its axes, and the rest is refused with
+// reasons.
+TEST(Planner, TakesThePlainestOfEquals) {
   for (const MeshShape& mesh : {mesh_of(1, 8, 1, 1), mesh_of(1, 1, 8, 1), mesh_of(1, 4, 2, 1), mesh_of(1, 4, 1, 1, 2),
                                 mesh_of(1, 2, 1, 1, 1, 4), mesh_of(1, 1, 1, 1)}) {
-    PlanRequest request = request_of(32, 8, 0);
-    request.ranks.reset();
-    request.mesh = mesh;
-    const Choice choice = plan_attention(request);
-    EXPECT_EQ(choice.chosen.strategy, choose_strategy(mesh)) << mesh.text();
-    EXPECT_EQ(choice.chosen.mesh, mesh);
-    if (mesh.size(Axis::kRing) > 1) {
-      EXPECT_FALSE(choice.rejected.empty());
+    for (const std::int64_t kv_heads : {8, 32}) {
+      PlanRequest request = request_of(32, kv_heads, 0);
+      request.ranks.reset();
+      request.mesh = mesh;
+      const Choice choice = plan_attention(request);
+      EXPECT_EQ(choice.chosen.strategy, plainest_strategy(mesh)) << mesh.text();
+      EXPECT_EQ(choice.chosen.mesh, mesh);
+      EXPECT_NE(reason_of(choice, mesh.size(Axis::kRing) > 1 ? "strategy ulysses" : "strategy ring_q"), "");
     }
   }
+}
+
+// A call with strategy auto runs what the planner chooses for its mesh and layout, by bytes.
+RC_GTEST_PROP(Planner, AutoRunsTheChoice, ()) {
+  const MeshShape mesh = mesh_of(1, *rc::gen::inRange(1, 9), *rc::gen::element(1, 1, 2, 3), *rc::gen::element(1, 2),
+                                 *rc::gen::element(1, 1, 2), *rc::gen::element(1, 1, 2));
+  const std::int64_t kv_heads = *rc::gen::inRange(1, 5), seq_kv = *rc::gen::inRange<std::int64_t>(1, 700);
+  PlanRequest request;
+  request.mesh = mesh;
+  request.fixed_layout = true;
+  request.shape = {1,  *rc::gen::element<std::int64_t>(1, seq_kv),  seq_kv, kv_heads * *rc::gen::inRange(1, 4), kv_heads, 16,
+                   16, *rc::gen::element(DType::kF32, DType::kBF16)};
+  request.options.mask = *rc::gen::element(Mask::full(), Mask::causal(), Mask::window(9, 2), Mask::global(1, 5, 0, true));
+  request.options.layout = *rc::gen::element(Layout::kZigzag, Layout::kContiguous, Layout::kStriped, Layout::kBalanced);
+  const Choice choice = plan_attention(request);
+  const Plan plan = make_plan(mesh, request.shape, request.options);
+  RC_LOG() << choice.chosen.text() << "\n";
+  RC_ASSERT(plan.strategy == choice.chosen.strategy);
+  RC_ASSERT(plan.problem->layout == request.options.layout);
+}
+
+TEST(Planner, AutoFetchesWindowsAndKeepsKeysOfOneQuery) {
+  AttentionOptions options;
+  options.layout = Layout::kContiguous;
+  options.mask = Mask::window(100, 0);
+  EXPECT_THAT(make_plan(mesh_of(1, 8, 1, 1), {.seq_q = 4096, .seq_kv = 4096}, options).strategy,
+              testing::AnyOf("fetch", "halo"));
+  options.mask = Mask::full();
+  EXPECT_EQ(make_plan(mesh_of(1, 8, 1, 1), {.seq_q = 1, .seq_kv = 4096, .dtype = DType::kBF16}, options).strategy, "tree");
+  options.mask = Mask::causal();
+  options.layout = Layout::kZigzag;
+  EXPECT_EQ(make_plan(mesh_of(1, 8, 1, 1), {.seq_q = 4096, .seq_kv = 4096, .dtype = DType::kBF16}, options).strategy, "ring");
+}
+
+// What is not looked at is named too.
+TEST(Planner, SaysWhatItDidNotTry) {
+  const Choice large = plan_attention(request_of(32, 8, 4096));
+  EXPECT_THAT(reason_of(large, "layouts striped and balanced"),
+              HasSubstr("not tried for more than 512 parts of the sequence, here 4096"));
+  const Choice choice = plan_attention(request_of(32, 8, 64));
+  EXPECT_THAT(reason_of(choice, "strategies fetch and halo in layout striped"), HasSubstr("name strategy and layout"));
+  EXPECT_THAT(reason_of(choice, "strategy ring on "), HasSubstr("has no use for the 2 ranks of mesh.rows"));
+  const auto more = std::find_if(choice.rejected.begin(), choice.rejected.end(),
+                                 [](const Rejected& one) { return one.what.find("more candidates") != std::string::npos; });
+  ASSERT_NE(more, choice.rejected.end());
+  EXPECT_THAT(more->why, HasSubstr("layouts were compared for the best 8"));
+  EXPECT_THAT(reason_of(plan_attention(request_of(32, 8, 64, Mask::full())), "strategies fetch and halo"),
+              HasSubstr("hides nothing"));
 }
 
 TEST(Planner, FetchesWhereTheMaskHidesMost) {

@@ -97,13 +97,12 @@ TEST(RegionList, FindsWhatAStretchOfQueriesMeets) {
   EXPECT_GE(met.end, 51);
 }
 
-TEST(Region, TooManySeenRangesAreRefused) {
-  EXPECT_TRUE(has_narrow_windows({{{0, 1}, RegionList({{{0, 9}, {0, 9}, -1, 0}})}}, 3));
-  EXPECT_FALSE(has_narrow_windows({{{0, 1}, RegionList({{{0, 9}, {0, 9}, -1, 0}, {{0, 9}, {0, 2}}})}}, 2));
-  const std::int64_t rows = 3 * kMostSeenRanges;
-  const std::vector<Region> window{{{0, 8 * rows}, {0, 8 * rows}, -1, 0}};
-  EXPECT_THROW(seen_keys(window, Positions({{0, rows, 8}})), Error);
-  EXPECT_EQ(seen_keys(window, Positions({{0, 1000, 8}})).size(), 1000u);
+TEST(Region, SeenRangesOfManyQueriesAreJoined) {
+  const std::int64_t rows = kMostSeenRanges + 1;
+  const std::vector<Region> window{{{0, 8 * rows}, {0, 8 * rows}, -1, 0}}, wide{{{0, 8 * rows}, {0, 8 * rows}, -7, 0}};
+  EXPECT_EQ(seen_keys(window, Positions({{3, kMostSeenRanges, 8}})).size(), static_cast<std::size_t>(kMostSeenRanges));
+  EXPECT_EQ(seen_keys(window, Positions({{3, rows, 8}})), (std::vector<Interval>{{2, 8 * (rows - 1) + 4}}));
+  EXPECT_EQ(seen_keys(wide, Positions({{3, rows, 8}})), (std::vector<Interval>{{0, 8 * (rows - 1) + 4}}));
 }
 
 RC_GTEST_PROP(Area, OfRunsAndARangeIsThatOfTheirPairs, ()) {
