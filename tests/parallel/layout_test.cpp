@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include <gtest/gtest.h>
+#include <rapidcheck/gtest.h>
 
 #include "core/attention/mask.h"
 #include "core/base/error.h"
@@ -46,6 +47,7 @@ TEST(Layout, BalancedSharesOutTheVisibleArea) {
   for (std::int64_t size = 37; bounds.back() < length; size = size * 7 % 2311 + 20)
     bounds.push_back(std::min(length, bounds.back() + size));
   for (const Mask& mask : {Mask::causal(), Mask::window(512, 0), Mask::documents(bounds, Mask::causal()),
+                           Mask::global(64, 128, 0), Mask::global(700, 5, 5), Mask::global(40, 100, 0, true),
                            Mask::of_regions({{{0, length}, {0, 4000}, -kUnbounded, kUnbounded},
                                              {{4000, length}, {4000, length}, -kUnbounded, 0}})}) {
     const CompiledMask compiled = compile_batch(mask, 2, length, length);
@@ -66,6 +68,47 @@ TEST(Layout, BalancedSharesOutTheVisibleArea) {
       EXPECT_LE(static_cast<double>(most), 1.02 * static_cast<double>(sum) / parts) << mask.text() << " on " << parts;
     }
   }
+}
+
+// Mean over most of the pairs that the parts of layout balanced see.
+double evenness(const CompiledMask& mask, std::int64_t length, int parts) {
+  std::int64_t most = 0, sum = 0;
+  for (const Positions& share : balanced_positions(mask, length, parts)) {
+    const std::int64_t seen = area(mask[0].regions, share, {0, length});
+    most = std::max(most, seen);
+    sum += seen;
+  }
+  return most == 0 ? 1.0 : static_cast<double>(sum) / parts / static_cast<double>(most);
+}
+
+// Any mask is shared out to 2 % where there are more rows a part than blocks and none of them is 2 % of a share: parts hold
+// equally many rows, so one may have a heavy row more than another.
+RC_GTEST_PROP(Layout, BalancedIsEvenWhereNoRowIsHeavy, ()) {
+  const int parts = *rc::gen::inRange(2, 13);
+  const std::int64_t length = parts * *rc::gen::inRange<std::int64_t>(64, 600);
+  const auto pick = [](std::int64_t from, std::int64_t to) { return *rc::gen::inRange(from, to); };
+  const std::int64_t tokens = pick(0, length / 8), left = pick(0, length / 2), right = pick(0, 40);
+  std::vector<std::int64_t> bounds{0, pick(0, length), pick(0, length), pick(0, length)};
+  std::sort(bounds.begin(), bounds.end());
+  const Mask mask = *rc::gen::element(
+      Mask::global(tokens, left, right), Mask::global(tokens, left, 0, true), Mask::prefix(tokens), Mask::window(left, right),
+      Mask::documents(bounds, Mask::causal()), Mask::documents(bounds, Mask::window(left, right)),
+      Mask::of_regions({{{0, tokens}, {0, length}, -left, right}, {{tokens, length}, {0, tokens}, -length, -left}}));
+  const CompiledMask compiled = compile_batch(mask, 1, length, length);
+  std::int64_t heaviest = 0;
+  for (std::int64_t row = 0; row < length; ++row)
+    heaviest = std::max(heaviest, area(compiled[0].regions, Positions::range(row, row + 1), {0, length}));
+  const double mean = static_cast<double>(area(compiled[0].regions)) / parts;
+  RC_PRE(static_cast<double>(heaviest) * 50 <= mean);
+  const double reached = evenness(compiled, length, parts);
+  RC_LOG() << mask.text() << " of " << length << " positions on " << parts << " parts: " << reached << "\n";
+  RC_ASSERT(reached >= 0.98);
+}
+
+// A row that sees more than a part's share can be held by one part only, which holds as many other rows as the others do.
+TEST(Layout, BalancedIsAsEvenAsTheHeaviestRowAllows) {
+  const CompiledMask mask = compile_batch(Mask::global(1, 3, 0), 1, 4096, 4096);  // row 0 sees 4096, the others 5
+  EXPECT_NEAR(evenness(mask, 4096, 16), static_cast<double>(area(mask[0].regions)) / 16 / (4096 + 255 * 5), 0.01);
 }
 
 TEST(Layout, UnknownNamesAreRefused) {
