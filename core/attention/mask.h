@@ -69,8 +69,8 @@ bool is_band(Mask::Kind kind);         // full, causal, causal_bottom_right, win
 bool depends_on_row(Mask::Kind kind);  // padding, per_row
 
 // The mask as disjoint trimmed regions inside [0, seq_q) x [0, seq_kv); empty where nothing is visible.
-// Throws Error(kBadInput) for kinds that depend on the batch row, unsorted boundaries, positions, blocks or a prefix
-// outside the sequence, negative sizes, a `within` that is no band, blocks listed twice, and user regions that overlap
+// Throws Error(kBadInput) for kinds that depend on the batch row, unsorted boundaries, positions, blocks, a prefix or global
+// tokens outside the sequence, negative sizes, a `within` that is no band, blocks listed twice, and user regions that overlap
 // (naming both).
 std::vector<Region> compile(const Mask& mask, std::int64_t seq_q, std::int64_t seq_kv);
 

@@ -100,7 +100,9 @@ std::vector<Region> compile_prefix(const Mask& mask, std::int64_t seq_q, std::in
 }
 
 std::vector<Region> compile_global(const Mask& mask, std::int64_t seq_q, std::int64_t seq_kv) {
-  require(mask.tokens >= 0, "mask global has tokens {}; use a number >= 0", mask.tokens);
+  const std::int64_t most = mask.past_only ? seq_kv : std::max(seq_q, seq_kv);  // the side that they name
+  require(mask.tokens >= 0 && mask.tokens <= most, "mask global has tokens {} but the sequence has {} positions; use 0 to {}",
+          mask.tokens, most, most);
   const Sides sides = window_sides(mask);
   const std::int64_t keys = std::min(mask.tokens, seq_kv);
   const std::int64_t queries = mask.past_only ? 0 : std::min(mask.tokens, seq_q);  // that see everything
@@ -177,9 +179,11 @@ std::vector<Region> compile_regions(const Mask& mask, std::int64_t seq_q, std::i
   for (std::size_t i = 0; i < mask.regions.size(); ++i) {
     const Region& region = mask.regions[i];
     require(region.q.begin >= 0 && region.q.begin <= region.q.end && region.q.end <= seq_q,
-            "mask region {} has q [{}, {}] but the queries are [0, {}]", i, region.q.begin, region.q.end, seq_q);
+            "mask region {} has q [{}, {}] but the queries are [0, {}]; write 0 <= begin <= end <= {}", i, region.q.begin,
+            region.q.end, seq_q, seq_q);
     require(region.k.begin >= 0 && region.k.begin <= region.k.end && region.k.end <= seq_kv,
-            "mask region {} has k [{}, {}] but the keys are [0, {}]", i, region.k.begin, region.k.end, seq_kv);
+            "mask region {} has k [{}, {}] but the keys are [0, {}]; write 0 <= begin <= end <= {}", i, region.k.begin,
+            region.k.end, seq_kv, seq_kv);
     append(all, region);
   }
   if (mask.overlap == Mask::Overlap::kFirst) {

@@ -37,7 +37,7 @@ Mask RandomCalls::row_mask(std::int64_t seq_q, std::int64_t seq_kv) {
   const auto side = [&] { return odd(chance(25) ? -1 : pick(0, chance(50) ? 12 : std::max(seq_q, seq_kv)), seq_kv); };
   switch (pick(0, 8)) {
     case 0: return Mask::prefix(odd(pick(0, seq_kv), seq_kv));
-    case 1: return Mask::global(odd(pick(0, 20), 0), side(), side(), chance(50));
+    case 1: return Mask::global(odd(pick(0, std::min<std::int64_t>(20, seq_kv)), seq_kv), side(), side(), chance(50));
     case 2: return blocks(seq_q, seq_kv);
     case 3: return regions(seq_q, seq_kv);
     case 4:

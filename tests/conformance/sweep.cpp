@@ -35,6 +35,12 @@ const std::vector<Lengths> kLengths{{1, 61, 61},   {2, 96, 96}, {1, 1, 1},   {3,
                                     {1, 127, 127}, {1, 31, 75}, {2, 75, 31}, {1, 128, 128}};
 const std::vector<Dims> kDims{
     {DType::kF32, 16, 16}, {DType::kF32, 24, 8}, {DType::kBF16, 32, 32}, {DType::kF16, 24, 40}, {DType::kF64, 8, 12}};
+// What models have, the largest (MLA among them) and the smallest, on short sequences: beside the pairs of the other
+// dimensions. One number a head is for fp32: in bf16 single products are off by anything up to a unit, and no mean is a bound.
+const std::vector<Dims> kModelDims{{DType::kF32, 64, 64},    {DType::kBF16, 64, 64},   {DType::kF32, 128, 128},
+                                   {DType::kBF16, 128, 128}, {DType::kF32, 192, 128},  {DType::kBF16, 192, 128},
+                                   {DType::kF32, 256, 256},  {DType::kBF16, 256, 256}, {DType::kF32, 1, 1}};
+constexpr std::size_t kModelLengths = 5;  // of kLengths: short, and unequal
 
 // Every way to share out the ranks over the axes, tensor on at most 2.
 std::vector<MeshShape> meshes(int ranks) {
@@ -121,6 +127,16 @@ std::vector<Choice> pairwise_choice(const std::array<std::size_t, 7>& sizes) {
   return all;
 }
 
+// One choice for each of kModelDims, whose numbers follow those of kDims; every strategy and number of ranks has others.
+std::vector<Choice> model_choices(const std::array<std::size_t, 7>& sizes, std::size_t turn) {
+  std::vector<Choice> all;
+  for (std::size_t i = 0; i < kModelDims.size(); ++i, ++turn) {
+    all.push_back({turn % sizes[0], (turn / 2 + i) % sizes[1], (5 * turn + i) % sizes[2], (turn + turn / 6) % sizes[3],
+                   kModelLengths, kDims.size() + i, (3 * turn + i) % sizes[6]});
+  }
+  return all;
+}
+
 AttentionShape with_terms(const std::string& terms, AttentionShape shape) {
   shape.sink = terms == "sink" || terms == "all";
   if (terms == "bias" || terms == "all") shape.bias = BiasShape{true, true};
@@ -182,8 +198,8 @@ Mask mask_named(const std::string& name, const AttentionShape& shape) {
   }
   if (name == "causal_bottom_right") return Mask::causal_bottom_right();
   if (name == "prefix") return Mask::prefix(seq_kv / 3);
-  if (name == "global") return Mask::global(3, 6, 2);
-  if (name == "global_causal") return Mask::global(2, 9, 0, true);
+  if (name == "global") return Mask::global(std::min<std::int64_t>(3, seq_kv), 6, 2);
+  if (name == "global_causal") return Mask::global(std::min<std::int64_t>(2, seq_kv), 9, 0, true);
   if (name == "blocks") {
     std::vector<Mask::BlockPair> list;
     const std::int64_t size = 12, q_blocks = (seq_q + size - 1) / size, k_blocks = (seq_kv + size - 1) / size;
@@ -219,6 +235,8 @@ std::vector<Case> sweep(const std::string& strategy, int ranks, bool full) {
                                          kLengths.size(), kDims.size(),    kTerms.size()};
   std::vector<Case> cases;
   std::vector<Choice> choices = pairwise_choice(sizes);
+  const std::vector<Choice> models = model_choices(sizes, strategy.size() * 8 + static_cast<std::size_t>(ranks));
+  choices.insert(choices.end(), models.begin(), models.end());
   if (full) {
     const std::vector<Choice> every = every_choice(sizes);
     choices.insert(choices.end(), every.begin(), every.end());
@@ -226,7 +244,7 @@ std::vector<Case> sweep(const std::string& strategy, int ranks, bool full) {
   for (const Choice& choice : choices) {
     const Heads& heads = kHeads[choice[3]];
     const Lengths& lengths = kLengths[choice[4]];
-    const Dims& dims = kDims[choice[5]];
+    const Dims& dims = choice[5] < kDims.size() ? kDims[choice[5]] : kModelDims[choice[5] - kDims.size()];
     const Case one{strategy,
                    accepted[choice[0]],
                    kLayouts[choice[1]],

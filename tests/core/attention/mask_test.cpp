@@ -29,7 +29,10 @@ RC_GTEST_PROP(Mask, PrefixMeansWhatItSays, ()) {
   assert_means(some_prefix(seq_kv), seq_q, seq_kv);
 }
 
-RC_GTEST_PROP(Mask, GlobalMeansWhatItSays, ()) { assert_means(some_global(), some_length(), some_length()); }
+RC_GTEST_PROP(Mask, GlobalMeansWhatItSays, ()) {
+  const auto seq_q = some_length(), seq_kv = some_length();
+  assert_means(some_global(seq_q, seq_kv), seq_q, seq_kv);
+}
 
 RC_GTEST_PROP(Mask, BlocksMeanWhatTheySay, ()) {
   const auto seq_q = some_length(), seq_kv = some_length();
@@ -82,7 +85,8 @@ TEST(Mask, BadOnesAreRefusedWithTheReason) {
   expect_refused(Mask::documents({0, 4}, Mask::full(), {0, 9}), 8, "cu_seqlens_kv ends at 9 but there are 8 keys");
   expect_refused(Mask::prefix(9), 8, "mask prefix has length 9 but there are 8 keys");
   expect_refused(Mask::prefix(-1), 8, "mask prefix has length -1");
-  expect_refused(Mask::global(-1, 2, 0), 8, "mask global has tokens -1; use a number >= 0");
+  expect_refused(Mask::global(-1, 2, 0), 8, "mask global has tokens -1 but the sequence has 8 positions; use 0 to 8");
+  expect_refused(Mask::global(9, 2, 0), 8, "mask global has tokens 9 but the sequence has 8 positions; use 0 to 8");
   expect_refused(Mask::global(1, 2, -2), 8, "mask global has left 2 and right -2");
   expect_refused(Mask::blocks(0, {}), 8, "mask blocks has size 0; use 1 to");
   expect_refused(Mask::blocks(3, {{0, 0}, {2, 3}}), 8,
@@ -91,7 +95,8 @@ TEST(Mask, BadOnesAreRefusedWithTheReason) {
   expect_refused(Mask::blocks(3, {{1, 0}, {0, 0}, {1, 1}, {1, 0}}), 8, "mask blocks lists [1, 0] twice");
   expect_refused(Mask::padding({8, 8}), 8, "mask kind 'padding' differs between batch rows");
   expect_refused(Mask::per_row({Mask::full()}), 8, "mask kind 'per_row' differs between batch rows");
-  expect_refused(Mask::of_regions({{{0, 9}, {0, 8}}}), 8, "mask region 0 has q [0, 9] but the queries are [0, 8]");
+  expect_refused(Mask::of_regions({{{0, 9}, {0, 8}}}), 8,
+                 "mask region 0 has q [0, 9] but the queries are [0, 8]; write 0 <= begin <= end <= 8");
   expect_refused(Mask::of_regions({{{0, 8}, {0, 8}, 1, 2}, {{0, 8}, {3, 2}}}), 8, "mask region 1 has k [3, 2]");
   expect_refused(Mask::of_regions({{{-1, 8}, {0, 8}}}), 8, "mask region 0 has q [-1, 8]");
   expect_refused(Mask::of_regions({{{0, 8}, {0, 8}, -2, 2}, {{5, 6}, {0, 8}}}), 8,
@@ -99,6 +104,19 @@ TEST(Mask, BadOnesAreRefusedWithTheReason) {
   expect_refused(Mask::of_regions({{{4, 8}, {0, 8}}, {{0, 5}, {0, 8}}}), 8, "overlap, first at query 4; make them disjoint");
   expect_refused(Mask::full(), kMaxPosition + 1, "must lie in [0,");
   expect_refused(Mask::full(), -1, "must lie in [0,");
+}
+
+// What lies outside is measured by the side that it names, or by the longer one where it names both.
+TEST(Mask, PositionsOutsideOneSide) {
+  EXPECT_EQ(area(compile(Mask::global(8, 0, 0), 3, 8)), 24);
+  EXPECT_EQ(area(compile(Mask::global(8, 0, 0), 8, 3)), 24);
+  EXPECT_THROW(compile(Mask::global(9, 0, 0), 3, 8), Error);
+  EXPECT_EQ(area(compile(Mask::global(3, 0, 0, true), 8, 3)), 1 + 2 + 6 * 3);
+  EXPECT_THROW(compile(Mask::global(4, 0, 0, true), 8, 3), Error);
+  EXPECT_EQ(area(compile(Mask::window(100, 100), 3, 8)), 24);  // a reach is no position: models have windows longer than a text
+  EXPECT_EQ(area(compile(Mask::documents({0, 2, 5}, Mask::full()), 8, 8)), 4 + 9);  // positions 5, 6, 7 see nothing
+  EXPECT_THROW(compile_batch(Mask::padding({8, 9}), 2, 8, 8), Error);
+  EXPECT_THROW(compile_batch(Mask::per_row({Mask::full(), Mask::prefix(9)}), 2, 8, 8), Error);
 }
 
 TEST(Mask, AlignOfKindsThatHaveNoneIsRefused) {
@@ -140,7 +158,7 @@ TEST(Mask, LongestSequencesDoNotOverflow) {
   EXPECT_EQ(compile(Mask::window(0, 0, Mask::Align::kEnd), n, 1), (Regions{{{n - 1, n}, {0, 1}}}));
   EXPECT_EQ(compile(Mask::window(INT64_MAX, INT64_MAX, Mask::Align::kEnd), 1, n), (Regions{{{0, 1}, {0, n}}}));
   EXPECT_EQ(compile(Mask::prefix(n), n, n), (Regions{{{0, n}, {0, n}}}));
-  EXPECT_EQ(compile(Mask::global(INT64_MAX, 0, 0), n, n), (Regions{{{0, n}, {0, n}}}));
+  EXPECT_EQ(compile(Mask::global(n, 0, 0), n, n), (Regions{{{0, n}, {0, n}}}));
   EXPECT_EQ(compile(Mask::global(1, INT64_MAX, 0, true), n, n), (Regions{{{0, n}, {0, 1}}, {{1, n}, {1, n}, -kUnbounded, 0}}));
   EXPECT_EQ(compile(Mask::blocks(size, {{1, 0}, {1, 1}}), n, n), (Regions{{{size, n}, {0, n}}}));
   EXPECT_EQ(compile(Mask::documents({0, n}, Mask::causal_bottom_right(), {0, 1}), n, 1), (Regions{{{n - 1, n}, {0, 1}}}));

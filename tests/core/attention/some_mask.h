@@ -73,9 +73,10 @@ inline MaskCase some_prefix(std::int64_t seq_kv) {
   return {Mask::prefix(length), [=](auto q, auto k, auto, auto) { return k <= q || k < length; }};
 }
 
-inline MaskCase some_global() {
-  const auto tokens = pick(0, kLongest + 2), left = pick(-1, kLongest), right = pick(-1, kLongest);
+inline MaskCase some_global(std::int64_t seq_q, std::int64_t seq_kv) {
   const bool past_only = pick(0, 2) == 1;
+  const auto tokens = pick(0, (past_only ? seq_kv : std::max(seq_q, seq_kv)) + 1);
+  const auto left = pick(-1, kLongest), right = pick(-1, kLongest);
   return {Mask::global(tokens, left, right, past_only), [=](auto q, auto k, auto, auto) {
             if (past_only && k > q) return false;
             const bool near = (left < 0 || q - k <= left) && (right < 0 || k - q <= right);
@@ -120,7 +121,7 @@ inline MaskCase some_mask(std::int64_t seq_q, std::int64_t seq_kv) {
     case 0: return some_band();
     case 1: return some_documents(seq_q, seq_kv);
     case 2: return some_prefix(seq_kv);
-    case 3: return some_global();
+    case 3: return some_global(seq_q, seq_kv);
     case 4: return some_blocks(seq_q, seq_kv);
     default: return some_union_of_regions(seq_q, seq_kv);
   }
