@@ -125,6 +125,7 @@ class Costs {
       const int from = mesh.neighbour(mine.rank, step.axis, pieces[0].peer);
       const bool inside = machine_.node_of(from) == machine_.node_of(mine.rank);
       (inside ? times.bytes_inside : times.bytes_between) += bytes;
+      times.over(step.axis).bytes += bytes;
       steps_[i].messages.push_back({from, mine.rank, (own - pieces[0].peer + parts) % parts, bytes});
     }
     const bool rotates = step.verb == Verb::kRotate;  // in place but for what the caller gave as separate tensors
@@ -243,6 +244,7 @@ class Simulator {
         double& last = ended[static_cast<std::size_t>(rank)];
         last = std::max(last, end);
       }
+      times(message.to).over(plan_.steps[step].axis).busy_s += passage.arrived_s - passage.begin_s;
       note({passage.kind, message.to, step, passage.begin_s, passage.arrived_s - passage.begin_s, message.bytes, message.from});
     }
     cost.messages = {};
@@ -292,6 +294,19 @@ std::int64_t Simulation::sum(std::int64_t RankTimes::*member) const {
   std::int64_t sum = 0;
   for (const RankTimes& rank : ranks) sum += rank.*member;
   return sum;
+}
+
+std::vector<AxisUse> Simulation::axes() const {
+  std::vector<AxisUse> all;
+  for (const Axis axis : kAxes) {
+    AxisUse use{axis};
+    for (const RankTimes& rank : ranks) {
+      use.bytes += static_cast<double>(rank.over(axis).bytes) / static_cast<double>(ranks.size());
+      use.busiest_s = std::max(use.busiest_s, rank.over(axis).busy_s);
+    }
+    if (use.bytes > 0) all.push_back(use);
+  }
+  return all;
 }
 
 double simulated_time(const Plan& forward, const Plan& gradient, const Machine& machine) {

@@ -13,6 +13,7 @@
 // rank when all its messages have arrived and all it sends have left.
 #pragma once
 
+#include <array>
 #include <vector>
 
 #include "parallel/machine.h"
@@ -32,6 +33,12 @@ struct Span {
   int peer = -1;           // messages: the rank it comes from
 };
 
+// What a rank receives over one axis of the mesh.
+struct AxisTimes {
+  std::int64_t bytes = 0;  // statistics included
+  double busy_s = 0;       // for which these messages held the rank's way in
+};
+
 struct RankTimes {
   double end_s = 0;
   double compute_s = 0;  // computing and copying
@@ -40,6 +47,17 @@ struct RankTimes {
   std::int64_t bytes_inside = 0;  // received, statistics included
   std::int64_t bytes_between = 0;
   std::int64_t peak_memory = 0;  // inputs and the plan's own values
+  std::array<AxisTimes, kAxes.size()> axes{};
+
+  AxisTimes& over(Axis axis) { return axes[static_cast<std::size_t>(axis)]; }
+  const AxisTimes& over(Axis axis) const { return axes[static_cast<std::size_t>(axis)]; }
+};
+
+// The links of one axis, over all ranks.
+struct AxisUse {
+  Axis axis = Axis::kRing;
+  double bytes = 0;      // received by a mean rank
+  double busiest_s = 0;  // for which the busiest rank's way in was held
 };
 
 struct Simulation {
@@ -51,6 +69,7 @@ struct Simulation {
   double most(double RankTimes::*member) const;
   std::int64_t most(std::int64_t RankTimes::*member) const;
   std::int64_t sum(std::int64_t RankTimes::*member) const;
+  std::vector<AxisUse> axes() const;  // over which anything travelled, slowest first
 };
 
 // Spans are kept of ranks below `timeline_ranks`. Throws Error(kBadInput) where the mesh needs more nodes than the machine

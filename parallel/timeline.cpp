@@ -117,11 +117,15 @@ std::string timeline_html(const std::string& title, const std::vector<Phase>& ph
   for_each_phase(phases, [&](std::size_t number, const Phase& phase, double start_s) {
     Json verbs = Json::array();
     for (const Step& step : phase.plan->steps) verbs.push_back(name_of(step.verb));
+    Json axes = Json::array();
+    for (const AxisUse& use : phase.simulation->axes())
+      axes.push_back({name_of(use.axis), use.bytes, use.busiest_s / phase.simulation->time_s});
     data["phases"].push_back({{"name", phase.name},
                               {"begin", microseconds(start_s)},
                               {"end", microseconds(start_s + phase.simulation->time_s)},
                               {"verbs", std::move(verbs)},
-                              {"steps", step_texts(*phase.plan)}});
+                              {"steps", step_texts(*phase.plan)},
+                              {"axes", std::move(axes)}});
     for (const Span& span : phase.simulation->spans) {
       data["spans"].push_back({span.rank, static_cast<int>(span.kind), number, span.step, microseconds(start_s + span.begin_s),
                                microseconds(span.seconds), span.bytes, span.peer});

@@ -2,7 +2,8 @@
 
 namespace dattn {
 
-// Data: {ranks, phases: [{name, begin, end, verbs, steps}], spans: [[rank, kind, phase, step, begin, length, bytes, peer]]},
+// Data: {ranks, phases: [{name, begin, end, verbs, steps, axes: [[name, bytes of a mean rank, share of the time that its busiest
+// link is held]]}], spans: [[rank, kind, phase, step, begin, length, bytes, peer]]},
 // times in microseconds, kinds as in Span. Each rank's lane is a canvas; only what the window shows is drawn.
 const char* const kTimelinePage = R"page(<!doctype html>
 <html lang="en">
@@ -20,6 +21,7 @@ header { position: sticky; top: 0; z-index: 1; padding: 12px 16px 0; background:
 h1 { margin: 0 0 6px; font-size: 16px; font-weight: 600; }
 #legend span { margin-right: 18px; white-space: nowrap; }
 #legend i { display: inline-block; width: 12px; height: 12px; margin-right: 6px; border-radius: 2px; vertical-align: -1px; }
+#links { color: var(--faint); }
 #legend em { color: var(--faint); font-style: normal; float: right; }
 .row, .lane { display: flex; }
 .label { flex: 0 0 76px; padding: 0 8px 0 0; text-align: right; color: var(--faint); font-variant-numeric: tabular-nums; }
@@ -39,6 +41,7 @@ h1 { margin: 0 0 6px; font-size: 16px; font-weight: 600; }
   <div id="legend"><span><i style="background:var(--k0)"></i>computing</span><span><i style="background:var(--k1)"></i>copying
     messages</span><span><i style="background:var(--k2)"></i>receiving inside the node</span><span><i
     style="background:var(--k3)"></i>receiving from other nodes</span><em>wheel: zoom, drag: move, double click: all</em></div>
+  <div id="links"></div>
   <div class="row"><div class="label"></div><canvas id="axis"></canvas></div>
 </header>
 <div id="lanes"></div>
@@ -72,6 +75,12 @@ function size(bytes) {
   let i = 0;
   while (bytes >= 1000 && i < 4) { bytes /= 1000; ++i; }
   return `${+bytes.toPrecision(4)} ${names[i]}`;
+}
+for (const phase of data.phases) {
+  const axes = phase.axes.map(([name, bytes, share]) => `${name} ${size(bytes)}, busiest link ${(share * 100).toFixed(1)} %`);
+  const line = document.createElement("div");
+  line.textContent = `${phase.name}, received by a rank: ${axes.join(" · ") || "nothing"}`;
+  document.getElementById("links").append(line);
 }
 function prepared(canvas) {
   const scale = window.devicePixelRatio || 1, width = canvas.clientWidth, height = canvas.clientHeight;

@@ -12,10 +12,24 @@
 namespace dattn {
 namespace {
 
+std::vector<AxisUse> together(std::vector<AxisUse> all, const std::vector<AxisUse>& more) {
+  for (const AxisUse& use : more) {
+    const auto same = std::find_if(all.begin(), all.end(), [&](const AxisUse& one) { return one.axis == use.axis; });
+    if (same == all.end()) {
+      all.push_back(use);
+    } else {
+      same->bytes += use.bytes;
+      same->busiest_s += use.busiest_s;
+    }
+  }
+  return all;
+}
+
 struct Times {
   double time_s = 0, flops = 0, compute_s = 0, exposed_mean_s = 0, exposed_max_s = 0;  // means over ranks but for the maximum
   double bytes_inside = 0, bytes_between = 0;
   std::int64_t peak_memory = 0;
+  std::vector<AxisUse> axes;
 
   // The one after the other.
   Times operator+(const Times& next) const {
@@ -26,7 +40,8 @@ struct Times {
             exposed_max_s + next.exposed_max_s,
             bytes_inside + next.bytes_inside,
             bytes_between + next.bytes_between,
-            std::max(peak_memory, next.peak_memory)};
+            std::max(peak_memory, next.peak_memory),
+            together(axes, next.axes)};
   }
 };
 
@@ -41,10 +56,14 @@ Times times_of(const Simulation& simulation) {
           simulation.most(&RankTimes::exposed_s),
           mean(&RankTimes::bytes_inside),
           mean(&RankTimes::bytes_between),
-          simulation.most(&RankTimes::peak_memory)};
+          simulation.most(&RankTimes::peak_memory),
+          simulation.axes()};
 }
 
 Json to_json(const Times& times, const Machine& machine) {
+  Json axes = Json::object();
+  for (const AxisUse& use : times.axes)
+    axes[std::string(name_of(use.axis))] = {{"bytes", std::llround(use.bytes)}, {"busiest_link_s", use.busiest_s}};
   return {{"time_s", times.time_s},
           {"tflops_per_rank", times.time_s > 0 ? times.flops / times.time_s * 1e-12 : 0.0},
           {"compute_s", times.compute_s},
@@ -52,6 +71,7 @@ Json to_json(const Times& times, const Machine& machine) {
           {"exposed_max_s", times.exposed_max_s},
           {"bytes_inside_node", std::llround(times.bytes_inside)},
           {"bytes_between_nodes", std::llround(times.bytes_between)},
+          {"axes", std::move(axes)},
           {"peak_memory_bytes", times.peak_memory},
           {"fits_memory", times.peak_memory <= machine.memory_bytes}};
 }
@@ -134,6 +154,16 @@ void print_simulation(const Json& simulated, const Plan& forward) {
   row("  most of any rank", quantity("exposed_max_s", "s"));
   row("received inside the node", quantity("bytes_inside_node", "B"));
   row("received from other nodes", quantity("bytes_between_nodes", "B"));
+  for (const auto& [name, unused] : simulated["both"]["axes"].items()) {
+    const auto of_axis = [&name = name](const Json& phase, const char* key) {
+      return phase["axes"].contains(name) ? phase["axes"][name][key].get<double>() : 0.0;
+    };
+    row(fmt::format("received over {}", name).c_str(), [&](const Json& phase) { return scaled(of_axis(phase, "bytes"), "B"); });
+    row("  its busiest link is held", [&](const Json& phase) {
+      const double whole = phase["time_s"].get<double>();
+      return fmt::format("{:.1f} %", whole > 0 ? of_axis(phase, "busiest_link_s") / whole * 100 : 0.0);
+    });
+  }
   row("peak memory", quantity("peak_memory_bytes", "B"));
   row(fmt::format("  of {}", scaled(simulated["memory_bytes"].get<double>(), "B")).c_str(),
       [](const Json& phase) { return std::string(phase["fits_memory"].get<bool>() ? "fits" : "does not fit"); });

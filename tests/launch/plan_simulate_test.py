@@ -43,11 +43,18 @@ class PlanSimulate(unittest.TestCase):
         simulated = done["simulate"]["forward"]
         self.assertEqual(simulated["bytes_inside_node"] + simulated["bytes_between_nodes"],
                          done["bytes_per_rank"]["forward"] + done["stats_bytes"]["forward"])
+        axes = simulated["axes"]
+        self.assertEqual(set(axes), {axis for axis, size in done["mesh"].items() if size > 1 and axis not in ("data", "tensor")})
+        self.assertAlmostEqual(sum(axis["bytes"] for axis in axes.values()),
+                               simulated["bytes_inside_node"] + simulated["bytes_between_nodes"], delta=len(axes))
+        for axis in axes.values():
+            self.assertTrue(0 < axis["busiest_link_s"] <= simulated["time_s"], axis)
 
     def test_the_table(self):
         text = self.plan(ROOT / "configs/meshes/laptop.yaml", "--simulate", MACHINE).stdout
         self.assertIn("simulated on two_cpu_hosts: 4 ranks on 2 nodes\n", text)
-        for row in ("time", "TFLOP/s per rank", "exposed communication, mean", "received from other nodes", "peak memory"):
+        for row in ("time", "TFLOP/s per rank", "exposed communication, mean", "received from other nodes", "received over ring",
+                    "  its busiest link is held", "peak memory"):
             self.assertRegex(text, rf"(?m)^{re.escape(row)} +\S+.*\S+.*\S+$")
 
     def test_a_machine_too_small(self):
@@ -97,6 +104,7 @@ class PlanSimulate(unittest.TestCase):
         page = (self.folder / "out.html").as_uri()
         command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={self.folder / 'browser'}"]
         dom = subprocess.run([*command, "--dump-dom", page], capture_output=True, text=True, timeout=120).stdout
+        self.assertRegex(dom, r"<div>backward, received by a rank: [a-z_]+ [0-9.]+ [kMG]?B, busiest link [0-9.]+ %")
         self.assertEqual(re.findall(r'class="lane" data-rank="(\d+)"', dom), ["0", "1", "2", "3"])
         self.assertIn(f'<body data-drawn="{sum(event["ph"] == "X" for event in events)}">', dom)
         picture = self.folder / "page.png"

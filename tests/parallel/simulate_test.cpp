@@ -120,6 +120,24 @@ TEST(Simulate, LinkClassesFollowTheNodes) {
   }
 }
 
+// Rank 0's way in: from ulysses' other rank q, k, v and out with lse, then a block of kv over the ring.
+TEST(Simulate, BytesAndLinksByAxis) {
+  Machine machine = free_machine();
+  machine.links.inside = {0.5, 1000, std::nullopt};
+  const Simulation simulation = simulate(plan_of("hybrid", mesh_of(3, 2), 48), machine);
+  const std::vector<AxisUse> axes = simulation.axes();
+  ASSERT_EQ(axes.size(), 2U);
+  EXPECT_EQ(axes[0].axis, Axis::kRing);
+  EXPECT_EQ(axes[1].axis, Axis::kUlysses);
+  const double row = 2 * 16 * 4;                               // of one tensor, half of the heads
+  EXPECT_DOUBLE_EQ(axes[0].bytes, 2 * 16 * 2 * row);           // two hops of k and v of 16 rows
+  EXPECT_DOUBLE_EQ(axes[1].bytes, 8 * 4 * row + 8 * 2 * 4.0);  // 8 rows of q, k, v and out, and lse of two heads
+  for (const AxisUse& use : axes) {
+    EXPECT_NEAR(use.busiest_s, use.bytes / 1000, 1e-9);  // latencies hold no link
+    EXPECT_LT(use.busiest_s, simulation.time_s);
+  }
+}
+
 // Both ranks of a node rotate to the other node at once.
 TEST(Simulate, RanksOfANodeShareItsBandwidth) {
   Machine machine = free_machine(2);
@@ -161,6 +179,9 @@ TEST(Simulate, BytesFlopsAndMemoryAreThePlans) {
       std::int64_t inputs = 0;
       for (const ValueId value : plan.inputs) inputs += bytes_of(plan, value, mine.blocks[static_cast<std::size_t>(value)]);
       EXPECT_EQ(times.bytes_inside + times.bytes_between, mine.cost.bytes_received + mine.cost.stats_bytes);
+      std::int64_t over_axes = 0;
+      for (const AxisTimes& axis : times.axes) over_axes += axis.bytes;
+      EXPECT_EQ(over_axes, times.bytes_inside + times.bytes_between);
       EXPECT_EQ(times.flops, mine.flops());
       EXPECT_EQ(times.peak_memory, mine.cost.peak_memory + inputs);
       EXPECT_NEAR(times.end_s, times.compute_s + times.exposed_s, 1e-9);

@@ -86,6 +86,9 @@ TEST(Timeline, ThePageStandsAlone) {
   EXPECT_EQ(data["ranks"], 8);
   EXPECT_EQ(data["spans"].size(), simulated.forth.spans.size() + simulated.back.spans.size());
   EXPECT_EQ(data["phases"][1]["steps"].size(), simulated.gradient.steps.size());
+  EXPECT_EQ(data["phases"][0]["axes"].size(), 2U);
+  EXPECT_EQ(data["phases"][0]["axes"][0][0], "ring");
+  EXPECT_DOUBLE_EQ(data["phases"][1]["axes"][1][1], simulated.back.axes()[1].bytes);
   const Step& first = simulated.forward.steps[0];
   EXPECT_EQ(data["phases"][0]["verbs"][0], name_of(first.verb));
 }
