@@ -12,8 +12,9 @@ Support uses(const Problem& problem, std::string_view strategy, std::initializer
   for (const Axis axis : kSequenceAxes) {
     const bool used = std::find(axes.begin(), axes.end(), axis) != axes.end();
     if (used || problem.mesh.size(axis) == 1) continue;
-    return {false, fmt::format("strategy {} has no use for the {} ranks of mesh.{}; use {}, or move them to mesh.{}", strategy,
-                               problem.mesh.size(axis), name_of(axis), plainest_strategy(problem.mesh), name_of(*axes.begin()))};
+    return {false,
+            fmt::format("strategy {} has no use for the {} ranks of mesh.{}; use {}, or move them to mesh.{}", strategy,
+                        problem.mesh.size(axis), name_of(axis), plainest_strategy(problem.mesh), name_of(*axes.begin()))};
   }
   return {};
 }

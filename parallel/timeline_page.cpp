@@ -2,9 +2,9 @@
 
 namespace dattn {
 
-// Data: {ranks, phases: [{name, begin, end, verbs, steps, axes: [[name, bytes of a mean rank, share of the time that its busiest
-// link is held]]}], spans: [[rank, kind, phase, step, begin, length, bytes, peer]]},
-// times in microseconds, kinds as in Span. Each rank's lane is a canvas; only what the window shows is drawn.
+// Data: {ranks, phases: [{name, begin, end, verbs, steps, axes: [[name, bytes of a mean rank, share of the time that its
+// busiest link is held]]}], spans: [[rank, kind, phase, step, begin, length, bytes, peer]]}, times in microseconds, kinds as in
+// Span. Each rank's lane is a canvas; only what the window shows is drawn.
 const char* const kTimelinePage = R"page(<!doctype html>
 <html lang="en">
 <head>
