@@ -17,6 +17,7 @@ import ranks, torch, torch.distributed as dist, dattn, dattn.torch
 from datetime import timedelta
 rank, size, port, how = int(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
 torch.set_num_threads(1)
+signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs inherit that it is ignored
 store = dist.TCPStore("127.0.0.1", port, is_master=False, timeout=timedelta(seconds=60))
 dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=timedelta(seconds=60))
 q = torch.randn(1, 8, 4, 16)
@@ -81,11 +82,15 @@ def test_a_late_rank_is_waited_for_and_programs_end():
 
 
 def test_ctrl_c_while_waiting():
-    with Job(2, "sleeps") as job:
-        first = job.processes[0]
-        while first.stdout.readline() != "waiting\n":
-            assert first.poll() is None
+    """It ends the call on this rank at once, and on the others, which are told why."""
+    with Job(3, "sleeps") as job:
+        waiting = job.processes[:2]
+        for process in waiting:
+            while process.stdout.readline() != "waiting\n":
+                assert process.poll() is None
         time.sleep(1.5)
-        first.send_signal(signal.SIGINT)
-        ((code, out, err),) = job.results([0], timeout=30)  # long before the deadline
+        waiting[0].send_signal(signal.SIGINT)
+        (code, out, err), (other_code, other_out, other_err) = job.results([0, 1], timeout=30)  # long before the deadline
         assert out == "KeyboardInterrupt\n" and code == 0, (out, err)
+        assert other_out.startswith("PeerLost") and "KeyboardInterrupt on rank 0" in other_out, (other_out, other_err)
+        assert (err, other_err, other_code) == ("", "", 0)

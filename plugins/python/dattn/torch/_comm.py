@@ -2,8 +2,9 @@
 
 Every transfer is ProcessGroup.send/recv on the caller's memory. Calls made by the main thread run on a thread of their own, for
 which the main thread waits in Python: so Ctrl-C is noticed at once, and is never raised inside a callback, where C could not
-carry it on. After a failure the group's connections are closed (`end`): the other ranks then fail at once too, and no
-transfer is left that could write to memory which is freed when the call returns."""
+carry it on. After a failure the group's connections are closed (`end`): ranks that wait for this one fail at once, and no
+transfer is left that could write to memory which is freed when the call returns. Ranks that wait for a third one find the reason
+in the group's store (`_wait_for`)."""
 import ctypes
 import functools
 import queue
@@ -19,6 +20,7 @@ from dattn import _c
 TAG = 1 << 30  # our tags begin here: host programs use small ones
 END_TAG = (1 << 31) - 1
 END_WAIT_S = 60.0  # the longest that an interrupted call may go on computing
+LOOK_EVERY_S = 1.0  # how often a waiting rank looks whether another one has ended the group
 _made = {}  # communicators made so far, by group and ranks
 
 
@@ -53,13 +55,26 @@ class GroupComm:
         call = _Call(function, arguments)
         _calls().put(call)
         try:
-            call.done.acquire()
+            self._wait_for(call)
         except BaseException as error:  # Ctrl-C
             self.end(f"{type(error).__name__} on rank {self._global([self.rank])}")
             call.done.acquire(timeout=END_WAIT_S)
             raise
         if call.error is not None:
             raise call.error
+
+    def _wait_for(self, call):
+        while not call.done.acquire(timeout=LOOK_EVERY_S):
+            told = self._told()
+            if told:
+                self.end(told)
+            if told != "":  # ended, or the store does not answer
+                call.done.acquire()
+                return
+
+    def _told(self):
+        """Why another rank ended the group; "" if none did, None if the store does not answer."""
+        return _briefly(lambda: self._store.get(self._reason_key).decode() if self._store.check([self._reason_key]) else "")
 
     def end(self, reason):
         """Closes the group's connections: a receive that runs out of time ends all transfers of a gloo group on both sides."""
@@ -119,7 +134,7 @@ class GroupComm:
 
     def _failed(self, error):
         message = self._ended or str(error)
-        told = _briefly(lambda: self._store.get(self._reason_key).decode() if self._store.check([self._reason_key]) else "")
+        told = self._told()
         if told and told != message:
             message += f"; before that, on another rank: {told}"
         self._reason = ctypes.create_string_buffer(message.encode())
