@@ -20,6 +20,15 @@ struct Destroy {
   void operator()(Handle* handle) const { destroy(handle); }
 };
 
+// Waits without end go on from one hour to the next: condition_variable::wait() of GCC 12 is a new symbol (GLIBCXX_3.4.30),
+// with which a wheel would need a newer libstdc++ than libdattn.so does.
+constexpr std::chrono::hours kLong{1};
+
+template <class Ready>
+void wait_until(std::condition_variable& changed, std::unique_lock<std::mutex>& lock, const Ready& ready) {
+  while (!ready()) changed.wait_for(lock, kLong);
+}
+
 // Threads without end and without owner: XLA may still be at work while the process exits.
 class IdleThreads {
  public:
@@ -35,7 +44,7 @@ class IdleThreads {
     std::unique_lock lock(mutex_);
     while (true) {
       ++idle_;
-      wake_.wait(lock, [this] { return !tasks_.empty(); });
+      wait_until(wake_, lock, [this] { return !tasks_.empty(); });
       --idle_;
       const std::function<void()> task = std::move(tasks_.front());
       tasks_.pop_front();
@@ -225,7 +234,7 @@ void Gang::work(int rank) {
   std::map<std::vector<std::int32_t>, std::unique_ptr<Handles>> by_devices;
   while (true) {
     std::unique_lock lock(mutex_);
-    changed_.wait(lock, [&] { return ended_ || !queues_[at].empty(); });
+    wait_until(changed_, lock, [&] { return ended_ || !queues_[at].empty(); });
     if (queues_[at].empty()) return;
     const CallRequest request = std::move(queues_[at].front());
     queues_[at].pop_front();
@@ -272,7 +281,7 @@ void Gang::watch() {
     const auto first = std::min_element(meetings_.begin(), meetings_.end(),
                                         [](const auto& a, const auto& b) { return a.second.deadline < b.second.deadline; });
     if (first == meetings_.end()) {
-      changed_.wait(lock);
+      changed_.wait_for(lock, kLong);
     } else if (const auto deadline = first->second.deadline; Clock::now() < deadline) {
       changed_.wait_until(lock, deadline);
     } else {

@@ -163,7 +163,7 @@ def library_path():
     here = os.path.dirname(os.path.abspath(__file__))
     tree = os.path.dirname(os.path.dirname(os.path.dirname(here)))
     named = os.environ.get("DATTN_LIBRARY")
-    places = [named] if named else [os.path.join(here, "libdattn.so"), os.path.join(tree, "build/release/lib/libdattn.so")]
+    places = [named] if named else [os.path.join(here, "libdattn.so.1"), os.path.join(tree, "build/release/lib/libdattn.so")]
     for place in places:
         if os.path.exists(place):
             return place

@@ -28,6 +28,15 @@ for line in open("/proc/self/maps"):
     if ".so" in line: print(line.split()[-1])
 """
 
+USE_JAX = """
+import jax, dattn, dattn.jax
+q = jax.random.normal(jax.random.key(0), (1, 37, 4, 16))
+assert abs(dattn.jax.attention(q, q, q, mask="causal") - jax.nn.dot_product_attention(q, q, q, is_causal=True)).max() < 1e-5
+print(dattn.library_path())
+for line in open("/proc/self/maps"):
+    if "libdattn" in line: print(line.split()[-1])
+"""
+
 
 def run(*command, **options):
     result = subprocess.run(command, capture_output=True, text=True, **options)
@@ -42,7 +51,8 @@ class WheelTest(unittest.TestCase):
         cls.folder = tempfile.TemporaryDirectory()
         site = os.path.join(cls.folder.name, "moved", "site")
         if os.environ.get("DATTN_SWEEP") == "full":
-            run(PYTHON, "-m", "pip", "wheel", ROOT, "--no-deps", "--no-build-isolation", "-w", cls.folder.name)
+            run(PYTHON, "-m", "pip", "wheel", ROOT, "--no-deps", "--no-build-isolation", "-w", cls.folder.name,
+                "--config-settings=build.targets=dattn_c;dattn_jax")
             (wheel,) = glob.glob(os.path.join(cls.folder.name, "*.whl"))
             assert wheel.endswith("-py3-none-linux_x86_64.whl"), wheel
             run(PYTHON, "-m", "pip", "install", "--no-deps", "--no-index", "--target", site, wheel)
@@ -63,19 +73,28 @@ class WheelTest(unittest.TestCase):
 
     def test_every_needed_library_is_bundled_or_of_the_system(self):
         libraries = self.libraries()
-        self.assertIn("libdattn.so", libraries)
-        libraries["libdattn.so.1"] = libraries["libdattn.so"]  # its soname, which libdattn_jax.so finds once it is loaded
+        self.assertIn("libdattn.so.1", libraries)
         for name, path in libraries.items():
             self.assertFalse(os.path.islink(path), f"{name} is a link, which wheels cannot hold")
             dynamic = run("readelf", "-d", path)
             for needed in re.findall(r"NEEDED.*\[(.*)\]", dynamic):
                 self.assertTrue(needed in libraries or re.fullmatch(OF_THE_SYSTEM, needed), f"{name} needs {needed}")
                 self.assertNotRegex(needed, "mpi|cuda|nccl|torch")
-        self.assertRegex(run("readelf", "-d", libraries["libdattn.so"]), r"PATH\).*\[\$ORIGIN\]")
+        self.assertRegex(run("readelf", "-d", libraries["libdattn.so.1"]), r"PATH\).*\[\$ORIGIN\]")
+
+    def test_one_libstdcxx_is_new_enough_for_all(self):
+        """What is ours beside libdattn.so needs no newer one than that does."""
+        newest = {}
+        for name, path in self.libraries().items():
+            versions = re.findall(r"GLIBCXX_([\d.]+)", run("readelf", "-V", path))
+            newest[name] = max((tuple(map(int, version.split("."))) for version in versions), default=())
+        for name in newest:
+            if name.startswith("libdattn"):
+                self.assertLessEqual(newest[name], newest["libdattn.so.1"], name)
 
     def test_it_runs_where_there_is_nothing_else(self):
         lines = run(PYTHON, "-c", USE, env={"PYTHONPATH": os.path.dirname(self.package), "PATH": "/nowhere"}).splitlines()
-        self.assertEqual(lines[0], os.path.join(self.package, "libdattn.so"))
+        self.assertEqual(lines[0], os.path.join(self.package, "libdattn.so.1"))
         torch_folder = os.path.realpath(os.path.join(ROOT, "build", "venv"))
         loaded = set(lines[1:])
         for name in self.libraries():
@@ -85,6 +104,13 @@ class WheelTest(unittest.TestCase):
             self.assertNotRegex(os.path.basename(path), r"libmpi|libdattn_mpi")
             if os.path.basename(path) in self.libraries():
                 self.assertTrue(path.startswith((self.package, torch_folder)), path)
+
+    def test_jax_takes_its_custom_calls_from_the_package(self):
+        if "libdattn_jax.so" not in self.libraries():
+            self.skipTest("this wheel was built without jaxlib's headers")
+        lines = run(PYTHON, "-c", USE_JAX, env={"PYTHONPATH": os.path.dirname(self.package), "PATH": "/nowhere",
+                                                "JAX_PLATFORMS": "cpu"}).splitlines()
+        self.assertEqual(set(lines), {os.path.join(self.package, name) for name in ("libdattn.so.1", "libdattn_jax.so")})
 
 
 if __name__ == "__main__":
