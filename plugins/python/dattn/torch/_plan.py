@@ -215,7 +215,7 @@ class Plan:
 
 
 def contiguous_like(tensor):
-    return torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
+    return torch.empty_like(tensor, memory_format=torch.contiguous_format)
 
 
 def check_tensors(form, axes, q, k, v, bias, sink):
