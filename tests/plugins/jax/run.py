@@ -26,7 +26,7 @@ def main():
         skip(f"no {os.path.relpath(handlers, ROOT)}: the build was configured before JAX was there; launch/setup.sh --python,"
              " then cmake --preset release and build")
     environment = dict(os.environ, DATTN_LIBRARY=library, DATTN_JAX_LIBRARY=handlers, JAX_PLATFORMS="cpu",
-                       PYTHONPATH=os.path.join(ROOT, "plugins", "python"))
+                       PYTHONPATH=os.pathsep.join([os.path.join(ROOT, "plugins", "python"), os.path.dirname(HERE)]))
     arguments = sys.argv[1:] or [HERE]
     command = [PYTHON, "-B", "-m", "pytest", "-q", "-p", "no:cacheprovider", "--rootdir", HERE, *arguments]
     sys.exit(subprocess.run(command, env=environment, cwd=ROOT).returncode)

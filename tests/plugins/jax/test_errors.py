@@ -85,6 +85,14 @@ def test_a_rank_that_fails_ends_the_call_on_all():
         jax.block_until_ready(run(q, k, v))
 
 
+def test_nothing_is_printed(capfd):
+    q, k, v, _ = reference.inputs(seq=8)
+    jax.block_until_ready(dattn.jax.attention(q, k, v))
+    with pytest.raises(dattn.BadInput):
+        dattn.jax.attention(q, k, v, mask="casual")
+    assert capfd.readouterr() == ("", "")
+
+
 def test_no_second_derivative():
     q, k, v, _ = reference.inputs(seq=8)
     first = jax.grad(lambda x: dattn.jax.attention(x, k, v).sum())

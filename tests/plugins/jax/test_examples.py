@@ -1,7 +1,10 @@
-"""The examples run as written."""
+"""The examples run as written, and README.md's lines."""
 import os
 import subprocess
 import sys
+
+import reference
+from readme import snippet
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
 
@@ -14,3 +17,10 @@ def test_long_context():
     losses = [float(line.split()[-1]) for line in done.stdout.splitlines() if line.startswith("step")]
     assert losses[-1] < losses[0] - 0.3, done.stdout
     assert "same losses on one device" in done.stdout
+
+
+def test_readme():
+    q, k, v, _ = reference.inputs()
+    names = {"q": q, "k": k, "v": v}
+    exec(snippet("dattn.jax"), names)
+    reference.close(names["out"], reference.attention(q, k, v))

@@ -47,16 +47,17 @@ def initialize(tp=1, cp=1, hierarchical=None):
     _groups.extend(group for group in dist.distributed_c10d._world.pg_map if group not in before)
 
 
-def model(core_attention=dattn.megatron.CoreAttention, **options):
-    """With the same weights on every mesh."""
+def model(core_attention=dattn.megatron.CoreAttention, spec=None, **options):
+    """With the same weights on every mesh. spec: of a layer, with its core attention."""
     torch.manual_seed(3)
     config = TransformerConfig(**{**dict(
         num_layers=2, hidden_size=32, num_attention_heads=4, num_query_groups=2, use_cpu_initialization=True, hidden_dropout=0.0,
         attention_dropout=0.0, init_method_std=0.2, masked_softmax_fusion=False, gradient_accumulation_fusion=False,
         tensor_model_parallel_size=parallel_state.get_tensor_model_parallel_world_size(),
         context_parallel_size=parallel_state.get_context_parallel_world_size()), **options})
-    spec = get_gpt_layer_local_spec()
-    spec.submodules.self_attention.submodules.core_attention = core_attention
+    if spec is None:
+        spec = get_gpt_layer_local_spec()
+        spec.submodules.self_attention.submodules.core_attention = core_attention
     return GPTModel(config, spec, vocab_size=VOCAB, max_sequence_length=S, position_embedding_type="learned_absolute")
 
 

@@ -9,7 +9,8 @@ import traceback
 from datetime import timedelta
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
-_PATHS = [os.path.join(ROOT, "plugins", "python"), os.path.dirname(os.path.abspath(__file__))]
+_HERE = os.path.dirname(os.path.abspath(__file__))
+_PATHS = [os.path.join(ROOT, "plugins", "python"), _HERE, os.path.dirname(_HERE)]
 sys.path[:0] = _PATHS
 
 import torch

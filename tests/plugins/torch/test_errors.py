@@ -1,4 +1,8 @@
 """What is refused, with which words; nothing has been sent then: other ranks go on."""
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -6,6 +10,7 @@ import torch.distributed as dist
 from ranks import mesh, on_ranks
 import dattn
 import dattn.torch
+from dattn.torch import _comm
 from reference import close, inputs
 
 
@@ -63,6 +68,27 @@ def test_refused_on_meshes_and_the_mesh_still_works():
     close(dattn.torch.attention(*own, mesh=where, seq_len=8), dattn.torch.attention(x, k, v)[:, rows])
 
 
+@on_ranks(2)
+def test_refusals_send_nothing():
+    """One rank alone makes the calls that are refused; the other hears nothing of it."""
+    where, x = mesh(ring=2), q()
+    attend = lambda *tensors, **options: dattn.torch.attention(*tensors, **{"mesh": where, "seq_len": 16, **options})
+    attend(x, x, x)  # the mesh is made: from here on, only calls send
+    transfers, exchange = [], _comm.GroupComm._exchange
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_comm.GroupComm, "_exchange", lambda *arguments: transfers.append(1) or exchange(*arguments))
+        if dist.get_rank() == 0:
+            for words, (make, options) in REFUSED.items():
+                with pytest.raises(dattn.BadInput, match=words):
+                    attend(*make(), **options)
+            for sequence, words in ((17, "gives this rank"), (0, "seq")):
+                with pytest.raises(dattn.BadInput, match=words):
+                    attend(x, x, x, seq_len=sequence)
+            assert not transfers
+        attend(x, x, x)
+        assert transfers  # what would have been counted
+
+
 @on_ranks(4)
 def test_refused_dimensions():
     with pytest.raises(dattn.BadInput, match="in the order ulysses, ring"):
@@ -77,6 +103,22 @@ def test_nothing_is_printed(capfd):
             dattn.torch.attention(*make(), **options)
     dattn.torch.attention(q(), q(), q())
     assert capfd.readouterr() == ("", "")
+
+
+def test_a_program_prints_only_what_it_prints():
+    program = """
+import torch, dattn.torch
+import dattn.transformers
+q = torch.randn(1, 8, 4, 16, requires_grad=True)
+dattn.transformers.register()
+dattn.torch.attention(q, q, q).sum().backward()
+with dattn.torch.sdpa(): torch.nn.functional.scaled_dot_product_attention(q, q, q)
+dattn.torch.SelfAttention(16, 2)(q[0])
+"""
+    pytest.importorskip("transformers")
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120,
+                          env=dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path[:2])))
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
 def test_tensors_without_data_give_shapes():

@@ -1,11 +1,15 @@
-"""The examples, under torchrun as their users run them: the same losses as one process."""
+"""The examples, under torchrun as their users run them: the same losses as one process; and README.md's lines."""
 import os
 import subprocess
 import sys
 
 import pytest
+import torch
 
-from ranks import ROOT
+from ranks import ROOT, on_ranks
+import dattn.torch
+import reference
+from readme import snippet
 
 EXAMPLES = os.path.join(ROOT, "plugins", "torch", "examples")
 
@@ -28,3 +32,12 @@ def test_example(name, ranks, arguments):
     assert len(one) == len(many) >= 3 and one[-1] < one[0]
     for left, right in zip(one, many):
         assert abs(left - right) < 2e-4, (one, many)
+
+
+@on_ranks(4)
+def test_readme():
+    q, k, v, _ = (tensor.detach() for tensor in reference.inputs(seq=40))
+    names = {"torch": torch, "q": q, "k": k, "v": v}
+    exec(snippet("dattn.torch"), names)
+    assert names["out"].shape[1] == 10
+    reference.close(dattn.torch.unshard(names["out"], names["mesh"]), reference.attention(q, k, v)[0])

@@ -1,7 +1,12 @@
-"""The Megatron-Core example under torchrun: the losses of one process."""
+"""The Megatron-Core example under torchrun: the losses of one process; and README.md's lines."""
 import pytest
 
+from ranks import on_ranks, preload
+
 pytest.importorskip("megatron.core")
+preload("megatron_models")
+import megatron_models as models
+from readme import snippet
 from test_examples import losses
 
 
@@ -12,3 +17,13 @@ def test_example():
     assert len(one) == len(many) == 5 and one[-1] < one[0]
     for left, right in zip(one, many):
         assert abs(left - right) < 2e-5, (one, many)
+
+
+@on_ranks(2)
+def test_readme():
+    want, whole = models.one_process(models.Formula), models.batch()
+    models.initialize(cp=2)
+    names = {"spec": models.get_gpt_layer_local_spec()}
+    exec(snippet("dattn.megatron"), names)
+    net = models.model(spec=names["spec"])
+    models.compare(models.step(net, models.own_part(whole), whole["loss_mask"].sum()), want)

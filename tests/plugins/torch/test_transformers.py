@@ -154,6 +154,12 @@ def test_bert_on_one_rank():
     compare_encoder(None)
 
 
+@on_ranks(2)
+def test_bert_on_two_ranks():
+    compare_encoder(mesh(ring=2))
+    compare_encoder(mesh(ulysses=2))
+
+
 @on_ranks(4)
 def test_bert_on_four_ranks():
     compare_encoder(mesh(ring=2, ulysses=2))

@@ -1,7 +1,15 @@
-"""The Transformers examples under torchrun: Trainer and a plain loop have the loss curve of one process."""
+"""The Transformers examples under torchrun: Trainer and a plain loop have the losses of one process; and README.md's lines."""
 import pytest
+import torch.distributed as dist
+
+from ranks import mesh, on_ranks, preload
 
 pytest.importorskip("transformers")
+preload("transformers_models", "dattn.transformers")
+import transformers
+import transformers_models as models
+from readme import snippet
+from reference import close
 from test_examples import losses
 
 
@@ -14,3 +22,16 @@ def test_example(name, ranks, arguments, alone):
     assert len(one) == len(many) == 5 and one[-1] < one[0]
     for left, right in zip(one, many):
         assert abs(left - right) < 2e-5, (one, many)
+
+
+@on_ranks(4)
+def test_readme(tmp_path):
+    batch, model = models.batch(), models.causal("llama")
+    model.save_pretrained(tmp_path)  # by rank 0 alone
+    dist.barrier()
+    names = {"mesh": mesh(ring=2, ulysses=2), "name": tmp_path, "batch": batch}
+    names["AutoModelForCausalLM"] = transformers.AutoModelForCausalLM
+    exec(snippet("dattn.transformers"), names)
+    loss = names["loss"].detach()
+    dist.all_reduce(loss)
+    close(loss, model(**batch).loss, 1e-5)

@@ -13,7 +13,7 @@ preload("transformers_models", "dattn.transformers")
 import dattn.transformers
 import transformers_models as models
 
-GENERATING = ("llama", "mistral", "gemma3", "gpt_oss", "gpt2")
+GENERATING = ("llama", "qwen3", "mistral", "gemma2", "gemma3", "gpt_oss", "gpt2")
 
 
 def tokens(model, prompt, cache):
@@ -33,10 +33,11 @@ def compare(where, caches, padding):
             assert torch.equal(tokens(model, prompt, cache), want), (name, cache, padding)
     features = torch.randn(2, 8, 58)
     model = models.speech().eval()
-    options = dict(max_new_tokens=9, min_new_tokens=9, do_sample=False)
-    want = model.generate(features, **options)
+    speak = lambda cache: model.generate(features, max_new_tokens=9, min_new_tokens=9, do_sample=False, cache_implementation=cache)
+    wants = [speak(cache) for cache in caches]
     model.set_attn_implementation("dattn")
-    assert torch.equal(model.generate(features, **options), want)
+    for cache, want in zip(caches, wants):
+        assert torch.equal(speak(cache), want), ("whisper", cache)
 
 
 def test_one_rank():

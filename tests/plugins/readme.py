@@ -1,0 +1,15 @@
+"""The plugin section of README.md: its code runs in the tests as readers copy it."""
+import os
+
+_README = os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "..", "README.md")
+MOST_LINES = 6  # for each framework
+
+
+def snippet(module):
+    """The lines that begin with `import module`."""
+    with open(_README, encoding="utf-8") as file:
+        section = file.read().split("## In your own pipeline\n")[1].split("\n## ")[0]
+    blocks = section.split("```python\n")[1].split("```")[0].strip().split("\n\n")
+    (code,) = [block for block in blocks if block.split()[:2] == ["import", module]]
+    assert len(code.splitlines()) <= MOST_LINES, code
+    return code
