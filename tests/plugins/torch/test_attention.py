@@ -195,11 +195,49 @@ def test_a_graph_is_used_twice():
         close(one, other, 0)
 
 
+def test_lse_has_no_gradient():
+    q, k, v, _ = inputs()
+    out, lse = dattn.torch.attention(q, k, v, return_lse=True)
+    assert out.requires_grad and not lse.requires_grad
+
+
 def test_second_derivatives_are_refused():
     q, k, v, dout = inputs()
     (dq,) = torch.autograd.grad(dattn.torch.attention(q, k, v), q, dout, create_graph=True)
     with pytest.raises((NotImplementedError, RuntimeError), match="derivative|differentiate"):
         dq.sum().backward()
+
+
+@pytest.mark.parametrize("transform", ["jvp", "dual tensors", "grad"])
+def test_transforms_that_would_lose_the_derivative_are_refused(transform):
+    q, k, v, _ = (tensor.detach() for tensor in inputs())
+    attend = lambda x: dattn.torch.attention(x, k, v)
+    if transform == "grad":
+        with pytest.raises(RuntimeError, match="functorch transforms"):
+            torch.func.grad(lambda x: attend(x).sum())(q)
+        return
+    with pytest.raises(NotImplementedError, match="forward mode"):
+        if transform == "jvp":
+            torch.func.jvp(attend, (q,), (q,))
+        else:
+            with torch.autograd.forward_ad.dual_level():
+                attend(torch.autograd.forward_ad.make_dual(q, q))
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_vmap():
+    q, k, v, dout = (torch.stack([tensor.detach(), 2 * tensor.detach()]) for tensor in inputs())
+    many = [tensor.requires_grad_() for tensor in (q, k, v)]
+    out = torch.vmap(dattn.torch.attention)(*many)
+    gradients = torch.autograd.grad(out, many, dout)
+    for row in range(2):
+        own = [tensor[row].detach().requires_grad_() for tensor in many]
+        want = dattn.torch.attention(*own)
+        close(out[row], want, 0)
+        for got, right in zip(gradients, torch.autograd.grad(want, own, dout[row])):
+            close(got[row], right, 1e-6)
+    shared = torch.vmap(lambda x: dattn.torch.attention(x, k[0], v[0]))(q)
+    close(shared[1], dattn.torch.attention(q[1], k[0], v[0]), 0)
 
 
 def test_inference_mode_and_no_grad():

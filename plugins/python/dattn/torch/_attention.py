@@ -58,6 +58,8 @@ def attention(q, k, v, *, mask="causal", mesh=None, layout="zigzag", strategy="a
     plain = (type(q) is torch.Tensor and (q.is_cpu or q.is_cuda) and not torch.compiler.is_compiling() and torch._C._len_torch_dispatch_stack() == 0
              and torch._C._functorch.peek_interpreter_stack() is None)
     if not plain:
+        if not torch.compiler.is_compiling():
+            _ops.refuse_tangents(q, k, v, bias, sink)
         out, lse = _ops.ops.attention_forward(q, k, v, bias, sink, seed, call, seq_q, seq_kv, stream)
     else:
         device = "cpu" if q.is_cpu else "cuda"

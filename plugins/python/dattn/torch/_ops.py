@@ -12,6 +12,7 @@ import ctypes
 import json
 
 import torch
+from torch.autograd.forward_ad import unpack_dual
 
 from dattn import _c
 from dattn.torch import _mesh, _plan
@@ -116,6 +117,12 @@ def _no_second_derivative(ctx, *_):
 
 
 torch.library.register_autograd("dattn::attention_backward", _no_second_derivative, lib=library)
+
+
+def refuse_tangents(*tensors):
+    """Forward mode would pass over the operators: PyTorch takes their results to be constants."""
+    if any(tensor is not None and unpack_dual(tensor).tangent is not None for tensor in tensors):
+        raise NotImplementedError("dattn has no derivatives in forward mode (torch.func.jvp, dual tensors); use backward mode")
 
 
 def _autocast(device):

@@ -26,6 +26,8 @@ def unshard(x, mesh, layout="zigzag", dim=1, *, seq_len=None, grad="own", mask=N
     sharding, ranks = _described(mesh, layout, mask, timeout_s)
     if ranks == 1:
         return x
+    if not torch.compiler.is_compiling():
+        _ops.refuse_tangents(x)
     seq = seq_len if seq_len is not None else _sum_of_rows(mesh, timeout_s, x.shape[dim])
     return _ops.ops.unshard(x, sharding, seq, dim, grad == "sum")
 
