@@ -5,6 +5,7 @@
 #include <cstdlib>
 
 #include "core/device/cuda_module.h"
+#include "parallel/comm/nccl_api.h"
 #include "tests/plugins/c/fixture.h"
 
 namespace dattn::test {
@@ -105,8 +106,8 @@ void compare(bool own_stream) {
 }
 
 // A device for each of two ranks, joined by NCCL: every rank's rows of x reach the other one through an attention in which
-// every query sees one key alone, that of its mirror image.
-void mirror_over_nccl(dattn_comm* control) {
+// every query sees one key alone, that of its mirror image. lent: the host's ncclComm_t, or nullptr.
+void mirror_over_nccl(dattn_comm* control, void* lent) {
   constexpr std::int64_t kSeq = 12, kDim = 4;
   const int rank = dattn_comm_rank(control);
   ContextHandle context;
@@ -116,7 +117,7 @@ void mirror_over_nccl(dattn_comm* control) {
   auto on = sized<dattn_context_options>();
   on.device = {DATTN_CUDA, rank};
   DATTN_OK_OR_FAIL(dattn_context_create(&on, &context));
-  DATTN_OK_OR_FAIL(dattn_comm_nccl(context, control, nullptr, nullptr, &comm));
+  DATTN_OK_OR_FAIL(dattn_comm_nccl(context, control, lent, nullptr, &comm));
   auto axes = sized<dattn_mesh_options>();
   axes.ring = 2;
   DATTN_OK_OR_FAIL(dattn_mesh_create(comm, &axes, &mesh));
@@ -149,7 +150,71 @@ TEST(CCuda, NcclJoinsARankForEachDevice) {
   if (std::getenv("DATTN_NCCL") == nullptr) GTEST_SKIP() << "no NCCL; set DATTN_NCCL";
   ContextHandle host;
   DATTN_OK_OR_FAIL(dattn_context_create(nullptr, &host));
-  on_threads(thread_ranks(host, 2), mirror_over_nccl);
+  on_threads(thread_ranks(host, 2), [](dattn_comm* control) { mirror_over_nccl(control, nullptr); });
+}
+
+// NCCL as the host has it, which makes communicators of its own.
+struct HostNccl : nccl::Api {
+  HostNccl() {
+    find(get_unique_id, "ncclGetUniqueId");
+    find(comm_init_rank_config, "ncclCommInitRankConfig");
+    find(comm_get_async_error, "ncclCommGetAsyncError");
+    find(comm_destroy, "ncclCommDestroy");
+  }
+  nccl::Comm join(int ranks, const nccl::UniqueId& id, int rank) const {
+    nccl::Comm made = nullptr;
+    nccl::Config config;
+    EXPECT_EQ(comm_init_rank_config(&made, ranks, id, rank, &config), nccl::kSuccess);
+    return made;
+  }
+
+ private:
+  template <class Function>
+  void find(Function& function, const char* name) const {
+    function = reinterpret_cast<Function>(dlsym(library_, name));
+  }
+  void* library_ = dlopen(std::getenv("DATTN_NCCL"), RTLD_NOW | RTLD_LOCAL);
+};
+
+TEST(CCuda, TheHostsNcclIsBorrowedAndLeftAlone) {
+  if (std::getenv("DATTN_NCCL") == nullptr) GTEST_SKIP() << "no NCCL; set DATTN_NCCL";
+  const HostNccl api;
+  nccl::UniqueId id{};
+  ASSERT_EQ(api.get_unique_id(&id), nccl::kSuccess);
+  ContextHandle host;
+  DATTN_OK_OR_FAIL(dattn_context_create(nullptr, &host));
+  on_threads(thread_ranks(host, 2), [&](dattn_comm* control) {
+    const int rank = dattn_comm_rank(control);
+    framework()->set_device(rank);
+    const nccl::Comm lent = api.join(2, id, rank);
+    mirror_over_nccl(control, lent);
+    nccl::Result state = nccl::kInternalError;
+    EXPECT_EQ(api.comm_get_async_error(lent, &state), nccl::kSuccess);
+    EXPECT_EQ(state, nccl::kSuccess);
+    EXPECT_EQ(api.comm_destroy(lent), nccl::kSuccess);
+  });
+}
+
+TEST(CCuda, NcclOfOtherRanksIsRefused) {
+  if (std::getenv("DATTN_NCCL") == nullptr) GTEST_SKIP() << "no NCCL; set DATTN_NCCL";
+  const HostNccl api;
+  ContextHandle host;
+  DATTN_OK_OR_FAIL(dattn_context_create(nullptr, &host));
+  on_threads(thread_ranks(host, 2), [&](dattn_comm* control) {
+    const int rank = dattn_comm_rank(control);
+    framework()->set_device(rank);
+    nccl::UniqueId id{};
+    ASSERT_EQ(api.get_unique_id(&id), nccl::kSuccess);
+    const nccl::Comm alone = api.join(1, id, 0);
+    ContextHandle context;
+    CommHandle comm;
+    auto on = sized<dattn_context_options>();
+    on.device = {DATTN_CUDA, rank};
+    DATTN_OK_OR_FAIL(dattn_context_create(&on, &context));
+    EXPECT_EQ(dattn_comm_nccl(context, control, alone, nullptr, &comm), DATTN_BAD_INPUT);
+    EXPECT_NE(std::string(dattn_last_error()).find("lend one of the same ranks"), std::string::npos) << dattn_last_error();
+    EXPECT_EQ(api.comm_destroy(alone), nccl::kSuccess);
+  });
 }
 
 TEST(CCuda, NcclIsForDevices) {

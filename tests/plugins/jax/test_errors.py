@@ -1,4 +1,7 @@
 """What is refused, and what fails while a program runs: exceptions with the whole text, and no hang."""
+import os
+import signal
+import threading
 import time
 
 import jax
@@ -52,21 +55,44 @@ def test_refused_in_shard_map():
         run(mesh=reference.make_mesh(ring=2, other=2), axis_names={"ring"}, seq_len=48)
 
 
-def test_a_device_that_does_not_come():
+def attention_without(timeout_s):
+    """A function of the device that does not come, or -1, and q, k, v."""
     mesh = reference.make_mesh(ring=4)
-    q, k, v, _ = reference.inputs()
     spec = reference.spec_of(mesh)
 
     def local(missing, *shards):
-        attend = lambda *given: dattn.jax.attention(*given, seq_len=48, timeout_s=1.5, layout="contiguous")
+        attend = lambda *given: dattn.jax.attention(*given, seq_len=48, timeout_s=timeout_s, layout="contiguous")
         return jax.lax.cond(jax.lax.axis_index("ring") == missing[0], lambda q, k, v: q, attend, *shards)
-    run = jax.jit(jax.shard_map(local, mesh=mesh, in_specs=(PartitionSpec(),) + (spec,) * 3, out_specs=spec))
+    return jax.jit(jax.shard_map(local, mesh=mesh, in_specs=(PartitionSpec(),) + (spec,) * 3, out_specs=spec))
+
+
+def test_a_device_that_does_not_come():
+    q, k, v, _ = reference.inputs()
+    run = attention_without(timeout_s=1.5)
     reference.close(run(jnp.array([-1]), q, k, v), reference.attention(q, k, v))
     begin = time.monotonic()
     with pytest.raises(jax.errors.JaxRuntimeError, match="rank 2 of 4 did not come to the attention call within 1.5 s"):
         jax.block_until_ready(run(jnp.array([2]), q, k, v))
     assert time.monotonic() - begin < 20
     reference.close(run(jnp.array([-1]), q, k, v), reference.attention(q, k, v))  # with new communicators
+
+
+def test_ctrl_c_while_waiting():
+    q, k, v, _ = reference.inputs()
+    run = attention_without(timeout_s=4.0)
+    jax.block_until_ready(run(jnp.array([-1]), q, k, v))  # compiled
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    threading.Timer(1, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
+    begin = time.monotonic()
+    try:
+        result = run(jnp.array([2]), q, k, v)
+        with pytest.raises(KeyboardInterrupt):
+            jax.block_until_ready(result)
+        assert time.monotonic() - begin < 3  # before the deadline
+        with pytest.raises(jax.errors.JaxRuntimeError, match="rank 2 of 4 did not come"):
+            jax.block_until_ready(result)
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_a_rank_that_fails_ends_the_call_on_all():
@@ -98,3 +124,10 @@ def test_no_second_derivative():
     first = jax.grad(lambda x: dattn.jax.attention(x, k, v).sum())
     with pytest.raises(Exception, match="differentiat"):
         jax.grad(lambda x: first(x).sum())(q)
+
+
+def test_no_forward_mode_and_no_gradient_of_lse():
+    q, k, v, _ = reference.inputs(seq=8)
+    with pytest.raises(TypeError, match="forward-mode"):
+        jax.jvp(lambda x: dattn.jax.attention(x, k, v), (q,), (q,))
+    assert not jax.grad(lambda x: dattn.jax.attention(x, k, v, return_lse=True)[1].sum())(q).any()

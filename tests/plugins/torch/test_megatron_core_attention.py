@@ -221,6 +221,11 @@ def test_refusals():
         core(groups=groups, cp=2, cp_comm_type="grid(ring=2, rows=2)")
     with pytest.raises(BadInput, match="slowest first"):
         core(groups=groups, cp=2, cp_comm_type="hybrid(ulysses=2, ring=1)")
+    for option in ("qk_clip", "log_max_attention_logit"):
+        with pytest.raises(BadInput, match="the greatest score, which is not kept"):
+            core(groups=groups, cp=2, **{option: True})
+    with pytest.raises(BadInput, match="is a pair of masks"):
+        core(AttnMaskType.padding, groups, 2)(*part, attention_mask=(torch.zeros(2, 1, 1, S, dtype=torch.bool),) * 2)
     with pytest.raises(BadInput, match="arbitrary, but there is no attention_mask"):
         core(AttnMaskType.arbitrary, groups, 2)(*part)
     with pytest.raises(BadInput, match=r"attention_mask has shape \[2, 1, 32, 16\]; give \[batch or 1, 1, 1 or 16, 32\]"):
@@ -231,6 +236,8 @@ def test_refusals():
         core(groups=groups, cp=2)(*flat, packed_seq_params=packed([0, 8, 26]))
     with pytest.raises(BadInput, match="describe 12 tokens of this rank, but query has 16"):
         core(groups=groups, cp=2)(*flat, packed_seq_params=packed([0, 8, 24]))
+    with pytest.raises(BadInput, match="qkv_format thd, but no cu_seqlens_q"):
+        core(groups=groups, cp=2)(*flat, packed_seq_params=PackedSeqParams("thd"))
     with pytest.raises(BadInput, match="attention_bias came with packed sequences"):
         core(groups=groups, cp=2)(*flat, packed_seq_params=packed([0, 32]), attention_bias=torch.zeros(1))
     with pytest.raises(BadInput, match="float8"):

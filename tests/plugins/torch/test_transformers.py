@@ -1,4 +1,6 @@
 """attn_implementation="dattn": losses and gradients of small random models are those of sdpa or eager, on 1, 2 and 4 ranks."""
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -11,6 +13,8 @@ preload("transformers_models", "dattn.transformers")
 import dattn.transformers
 import transformers_models as models
 from dattn import BadInput
+from dattn.torch import _masks
+from dattn.transformers import _attention
 
 S = models.S
 
@@ -266,6 +270,61 @@ def test_refusals():
         dattn.transformers.register(where, activations="whole")
     with pytest.raises(BadInput, match="mesh is a str"):
         dattn.transformers.register("ring")
+
+
+def prefix_or_causal(batch, head, q, k):
+    """A mask function that dattn does not know."""
+    return (k <= q) | (k < 5)
+
+
+@on_ranks(2)
+def test_what_needs_the_whole_sequence_is_refused_on_shards():
+    where, batch = mesh(ring=2), models.batch()
+    dattn.transformers.register(where)
+    model, part = models.causal("llama", "dattn"), dattn.transformers.shard_batch(batch, where)
+    with pytest.raises(BadInput, match="weights are never formed"):
+        model(**part, output_attentions=True)
+    settings, q = _attention.Settings(where), torch.randn(2, 4, 8, 8)
+    with pytest.raises(BadInput, match="prefix_or_causal is unknown, and cannot be called where activations are sharded"):
+        _attention.make_mask(settings, batch_size=2, q_length=S // 2, kv_length=S // 2, mask_function=prefix_or_causal,
+                             attention_mask=batch["attention_mask"].bool())
+    with pytest.raises(BadInput, match="added to scores depends on the whole sequence"):
+        _attention.attend(settings, None, q, q, q, None, position_bias=torch.zeros(1, 4, 8, 8))
+
+
+@on_ranks(2)
+def test_trainers_that_would_have_another_loss_are_refused():
+    class Trainer:
+        """What ShardedTrainer sees of transformers' own."""
+
+        def __init__(self, ranks=2, counts_labels=True, divides_by_all=True):
+            self.model, self.model_accepts_loss_kwargs = self, counts_labels
+            self.args = SimpleNamespace(world_size=ranks, average_tokens_across_devices=divides_by_all)
+
+    where = mesh(ring=2)
+    made = lambda **options: dattn.transformers.ShardedTrainer.of(Trainer)(mesh=where, **options)
+    with pytest.raises(BadInput, match="1 data x 2 sequence ranks, but Trainer runs on 4"):
+        made(ranks=4)
+    with pytest.raises(BadInput, match="takes no num_items_in_batch"):
+        made(counts_labels=False)
+    with pytest.raises(BadInput, match="average_tokens_across_devices is off"):
+        made(divides_by_all=False)
+    with pytest.raises(BadInput, match="predictions of sharded sequences are not gathered"):
+        made().prediction_step(None, {}, prediction_loss_only=False)
+
+
+def test_mask_functions_that_are_not_known_are_written_out():
+    mask = _attention.make_mask(_attention.Settings(), batch_size=1, q_length=S, kv_length=S, mask_function=prefix_or_causal)
+    q, k = torch.arange(S)[:, None], torch.arange(S)
+    assert torch.equal(_masks.visible(mask.kind, S, S, 1)[0], prefix_or_causal(0, 0, q, k))
+
+
+def test_position_bias_is_added_to_scores():
+    q, k, v = (torch.randn(2, 4, S, 8) for _ in range(3))
+    bias = torch.randn(1, 4, S, S)
+    got, weights = _attention.attend(_attention.Settings(), SimpleNamespace(is_causal=False), q, k, v, None, position_bias=bias)
+    close(got.transpose(1, 2), torch.nn.functional.scaled_dot_product_attention(q, k, v, bias))
+    assert weights is None
 
 
 def test_a_users_own_mask():
