@@ -6,7 +6,7 @@ set -euo pipefail
 
 [[ $# -ge 1 ]] || { echo "usage: $0 CONFIG [ARGUMENTS...]" >&2; exit 2; }
 root=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/../.." && pwd)
-dattn=$root/build/release/bin/dattn
+dattn=${DATTN_BUILD:-$root/build/release}/bin/dattn
 nodes=${NODES:-1}
 here=${RANKS_PER_NODE:-$(($("$dattn" mesh-ranks train "$@") / nodes))}
 

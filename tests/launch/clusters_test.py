@@ -69,7 +69,7 @@ class Scripts(unittest.TestCase):
     def setUp(self):
         self.folder = pathlib.Path(tempfile.mkdtemp(prefix="dattn clusters "))
         self.addCleanup(shutil.rmtree, self.folder)
-        for name, text in (("srun", STUB), ("mpirun", STUB), ("build/release/bin/dattn", DATTN_STUB)):
+        for name, text in (("srun", STUB), ("mpirun", STUB), ("torchrun", STUB), ("build/release/bin/dattn", DATTN_STUB)):
             (self.folder / name).parent.mkdir(parents=True, exist_ok=True)
             (self.folder / name).write_text(text)
             (self.folder / name).chmod(0o755)
@@ -84,8 +84,8 @@ class Scripts(unittest.TestCase):
 
     def test_a_task_for_each_gpu(self):
         doctor, train = self.calls("gpus.sbatch", "my.yaml", "--set", "train.steps=2", SLURM_SUBMIT_DIR=str(self.folder),
-                                   SLURM_CPUS_PER_TASK="12")
-        self.assertIn("--ntasks-per-node=1", doctor)
+                                   SLURM_CPUS_PER_TASK="12", SLURM_JOB_NUM_NODES="3", SLURM_NTASKS="24")
+        self.assertIn("--nodes=3 --ntasks=3 --ntasks-per-node=1", doctor)
         self.assertTrue(doctor.endswith("bin/dattn doctor --set device=cuda"), doctor)
         self.assertIn("--mpi=pmix --cpus-per-task=12 --kill-on-bad-exit=1", train)
         self.assertTrue(train.endswith("bin/dattn train my.yaml --set train.steps=2"), train)
@@ -101,11 +101,18 @@ class Scripts(unittest.TestCase):
         self.assertIn("-x NCCL_DEBUG", line)
         self.assertTrue(line.endswith("bin/dattn train my.yaml"), line)
 
+    def test_torchrun_starts_the_ranks_of_the_mesh(self):
+        [line] = self.calls("torchrun.sh", "my.yaml", DATTN_BUILD=str(self.folder / "build/release"), NODES="8", NODE="3", HEAD="node0")
+        self.assertIn("--nnodes=8 --node-rank=3 --nproc-per-node=8 --master-addr=node0", line)
+        self.assertTrue(line.endswith("bin/dattn train my.yaml"), line)
+
     def test_images_are_made_of_what_bundle_makes(self):
         for name in ("Dockerfile", "dattn.def"):
             text = (ROOT / "launch/clusters" / name).read_text()
             self.assertIn("dattn-bundle.tar.xz", text)
             self.assertIn("VIRTUAL_ENV=/opt/venv", text)
+            for library in ("nvidia-nccl-cu13", "nvidia-cudnn-cu13", "nvidia-cublas", "nvidia-cuda-runtime"):  # cuDNN asks for the last
+                self.assertIn(f" {library}", text)
         self.assertIn("build/dattn-bundle.tar.xz", (ROOT / "launch/bundle.sh").read_text())
 
 
