@@ -22,13 +22,18 @@ struct CudaNn;
 using NativeStream = void*;  // cudaStream_t
 using NativeEvent = void*;   // cudaEvent_t
 
+// As "13.0", of CUDA: what the driver knows (empty where there is none), and the runtime that the module was built with.
+struct CudaVersions {
+  std::string driver, runtime;
+};
+
 struct CudaModule {
   int version = 0;
   const char* flavour = "";  // "cuda", or the stand-in's name
 
   // Devices. `devices` never throws: `why` says what is missing where there is none.
   std::vector<CudaDevice> (*devices)(std::string& why);
-  std::string (*versions)();  // "driver 13.0, runtime 13.0"
+  CudaVersions (*versions)();
   void (*set_device)(int index);
 
   // Memory: a stream-ordered pool for each device; pinned host memory falls back to pageable.
@@ -70,12 +75,13 @@ struct CudaModule {
 
   // Attention kernels, best first; their work goes on the thread's current stream (CudaHost).
   std::span<const AttentionKernel* const> (*kernels)();
+  std::string (*cudnn_version)();  // of what kernel `cudnn` calls, as "9.19.0"; empty where it can call nothing
 
   const CudaNn* nn = nullptr;       // the layers' operations (core/nn/cuda_nn.h)
   std::string (*matmul_library)();  // path and version of cuBLASLt, or why the plain kernel serves
 };
 
-inline constexpr int kCudaModuleVersion = 2;
+inline constexpr int kCudaModuleVersion = 3;
 
 // What the module asks of the program: so that its errors carry the rank, and its kernels the thread's stream.
 struct CudaHost {

@@ -51,7 +51,9 @@ Json cuda_report() {
                                 device.minor, device.multiprocessors, static_cast<double>(device.memory_bytes) / 0x1p30,
                                 device.unusable.empty() ? "" : ", not usable: " + device.unusable));
   }
-  Json report = finding(true, fmt::format("{} device(s), {}, module: {}", devices.size(), module->versions(), module->flavour));
+  const CudaVersions cuda = module->versions();
+  Json report = finding(true, fmt::format("{} device(s), driver {}, runtime {}, module: {}", devices.size(), cuda.driver,
+                                          cuda.runtime, module->flavour));
   report["devices"] = names;
   report["matrix_products"] = module->matmul_library();
   report["determinism"] = "off unless the config asks for repeatable or invariant";

@@ -105,15 +105,40 @@ class BadGpu(unittest.TestCase):
     def test_an_nccl_that_is_too_old(self):
         self.assertIn("is NCCL 2.8.3, but at least 2.19.0 is needed", self.doctor(DATTN_NCCL_STANDIN_VERSION="2803")["nccl"]["detail"])
 
-    def test_ranks_with_different_versions_of_nccl(self):
+    def unequal_ranks(self, code, differ, **variables):
+        """What two processes say of which `differ`, words of a shell that know OMPI_COMM_WORLD_RANK, sets variables."""
         if not shutil.which("mpirun") or not (BUILD / "lib/libdattn_mpi.so").exists():
             self.skipTest("no Open MPI")
         rank = f"{DATTN} train small.yaml --set device=cuda --set mesh.ring=2 --set comm.transfers=nccl"
-        script = f"DATTN_NCCL_STANDIN_VERSION=$((22800 + 100 * OMPI_COMM_WORLD_RANK)) exec {rank}"
-        result = subprocess.run(["mpirun", "-np", "2", "--oversubscribe", "--bind-to", "none", "bash", "-c", script], cwd=self.folder,
-                                env={**os.environ, **STANDINS}, capture_output=True, text=True, timeout=120)
-        self.assertEqual(result.returncode, BAD_INPUT, result.stderr)
-        self.told_once(result.stderr, "NCCL of rank 1", "2.29.0", "2.28.0", "install one version on all hosts")
+        before = ["mpirun", "-np", "2", "--oversubscribe", "--bind-to", "none", "bash", "-c", f"{differ} exec {rank}"]
+        result = subprocess.run(before, cwd=self.folder, env={**os.environ, **STANDINS, **variables}, capture_output=True, text=True,
+                                timeout=120)
+        self.assertEqual(result.returncode, code, result.stderr)
+        return result.stderr
+
+    def test_ranks_with_different_versions_of_nccl(self):
+        text = self.unequal_ranks(BAD_INPUT, "DATTN_NCCL_STANDIN_VERSION=$((22800 + 100 * OMPI_COMM_WORLD_RANK))")
+        self.told_once(text, "NCCL of rank 1", "2.29.0", "2.28.0", "install one version on all hosts")
+
+    def test_ranks_with_different_versions_of_cudnn(self):
+        module = {"DATTN_CUDA_MODULE": str(BUILD / "lib/libdattn_cudnn_standin.so")}
+        differ = "DATTN_CUDNN_STANDIN_VERSION=9.$((19 + OMPI_COMM_WORLD_RANK)).0"
+        text = self.unequal_ranks(BAD_INPUT, differ, **module)
+        self.told_once(text, "cuDNN of rank 1", "9.20.0", "of rank 0", "9.19.0", "DATTN_CUDNN", "DATTN_KERNEL=cuda")
+        self.unequal_ranks(0, differ, DATTN_KERNEL="cuda", **module)  # which does not ask for it
+
+    def test_ranks_of_which_one_has_no_cudnn(self):
+        module = "DATTN_CUDA_MODULE=$(ls {0}/lib/libdattn_cud{{a,nn}}_standin.so | sed -n $((OMPI_COMM_WORLD_RANK + 1))p)".format(BUILD)
+        self.told_once(self.unequal_ranks(BAD_INPUT, module), "cuDNN of rank 1", ": 9.19.0, of rank 0", ": none", "DATTN_CUDNN")
+
+    def test_ranks_with_different_cuda(self):
+        text = self.unequal_ranks(BAD_INPUT, "DATTN_CUDA_STANDIN_RUNTIME=$((13000 - 910 * OMPI_COMM_WORLD_RANK))")
+        self.told_once(text, "the CUDA runtime of rank 1", "12.9", "13.0", "one build of dattn")
+        for differ, *said in (("DRIVER=$((13000 + 10 * OMPI_COMM_WORLD_RANK))", "CUDA of the driver of rank 1", "13.1, of rank 0"),
+                              ("CAPABILITY=$((8 + OMPI_COMM_WORLD_RANK)).0", "the GPU of rank 1", "(compute capability 8.0); all wait")):
+            text = self.unequal_ranks(0, "DATTN_CUDA_STANDIN_" + differ)  # told, and gone on
+            for part in said:
+                self.assertIn(part, text)
 
     def test_a_device_that_never_comes_to_rest_does_not_hold_the_process(self):
         text = self.two_ranks(PEER, "nccl", timeout=2, DATTN_NCCL_FAULT="hang 1 3 1000")

@@ -1,5 +1,6 @@
 // The table of the CUDA module (core/device/cuda_module.h), found by the program under the name dattn_cuda_module.
 #include "core/attention/cuda/kernels.h"
+#include "core/attention/cudnn/cuda/graph.h"
 #include "core/device/cuda/runtime.h"
 #include "core/nn/cuda/matmul.h"
 #include "core/nn/cuda/ops.h"
@@ -39,6 +40,7 @@ const CudaModule kTable{
     .add_sink_gradient = add_sink_gradient,
     .attention_delta = attention_delta,
     .kernels = cuda_kernels,
+    .cudnn_version = cudnn::version,
     .nn = &kNnTable,
     .matmul_library = matmul_library,
 };

@@ -182,11 +182,11 @@ std::vector<CudaDevice> devices(std::string& why) {
   return all;
 }
 
-std::string versions() {
+CudaVersions versions() {
   int driver = 0, runtime = 0;
   if (cudaDriverGetVersion(&driver) != cudaSuccess) cudaGetLastError();
   if (cudaRuntimeGetVersion(&runtime) != cudaSuccess) cudaGetLastError();
-  return fmt::format("{}, runtime {}", driver == 0 ? "no driver" : "driver " + version_text(driver), version_text(runtime));
+  return {driver == 0 ? "" : version_text(driver), version_text(runtime)};
 }
 
 void set_device(int index) {

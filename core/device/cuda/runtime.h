@@ -25,7 +25,7 @@ void bind_host(const CudaHost* host);
 
 // The functions of the module's table (cuda_module.h), devices and streams ..
 std::vector<CudaDevice> devices(std::string& why);
-std::string versions();
+CudaVersions versions();
 void set_device(int index);
 void* allocate(std::size_t bytes, NativeStream stream);
 void release(void* memory, NativeStream stream) noexcept;

@@ -36,7 +36,7 @@ TEST_F(CudaRuntime, DescribesDevices) {
   EXPECT_GT(devices[0].multiprocessors, 0);
   EXPECT_GT(devices[0].memory_bytes, 0);
   EXPECT_EQ(devices[0].pci.size(), std::strlen("0000:01:00.0"));
-  EXPECT_THAT(cuda_module().versions(), HasSubstr("runtime "));
+  EXPECT_THAT(cuda_module().versions().runtime, HasSubstr("."));
 }
 
 TEST_F(CudaRuntime, OutOfMemorySaysHowMuchAndWhatToDo) {

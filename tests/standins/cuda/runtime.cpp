@@ -28,13 +28,16 @@ int device_count() {
   return count;
 }
 
-// DATTN_CUDA_STANDIN_DRIVER: the CUDA version that the driver knows, 0 for none; DATTN_CUDA_STANDIN_CAPABILITY, as "7.5".
+// DATTN_CUDA_STANDIN_DRIVER: the CUDA version that the driver knows, 0 for none; DATTN_CUDA_STANDIN_RUNTIME: that of the
+// runtime; DATTN_CUDA_STANDIN_CAPABILITY, as "7.5".
 int number_from(const char* variable, int otherwise) {
   const char* text = std::getenv(variable);
   return text == nullptr ? otherwise : std::atoi(text);
 }
-constexpr int kVersion = 13000;  // of runtime and driver
-bool driver_is_old() { return number_from("DATTN_CUDA_STANDIN_DRIVER", kVersion) < kVersion; }
+constexpr int kVersion = 13000;
+int driver_version() { return number_from("DATTN_CUDA_STANDIN_DRIVER", kVersion); }
+int runtime_version() { return number_from("DATTN_CUDA_STANDIN_RUNTIME", kVersion); }
+bool driver_is_old() { return driver_version() < runtime_version(); }
 
 bool is_device(int device) { return device >= 0 && device < device_count(); }
 cudaError_t no_such_device(int device) {
@@ -161,12 +164,12 @@ cudaError_t cudaDeviceGetStreamPriorityRange(int* least, int* greatest) {
 }
 
 cudaError_t cudaDriverGetVersion(int* version) {
-  *version = number_from("DATTN_CUDA_STANDIN_DRIVER", kVersion);
+  *version = driver_version();
   return cudaSuccess;
 }
 
 cudaError_t cudaRuntimeGetVersion(int* version) {
-  *version = kVersion;
+  *version = runtime_version();
   return cudaSuccess;
 }
 

@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstdlib>
 #include <functional>
 #include <limits>
 #include <vector>
@@ -153,6 +154,12 @@ class HostPlan : public GraphPlan {
 }  // namespace
 
 std::string missing() { return ""; }
+
+// DATTN_CUDNN_STANDIN_VERSION: what it says it is.
+std::string version() {
+  const char* claimed = std::getenv("DATTN_CUDNN_STANDIN_VERSION");
+  return claimed == nullptr ? "9.19.0" : claimed;
+}
 
 Planned make_plan(const GraphProblem& p, const Target& /*target*/) {
   if (p.left && p.rows > p.keys) return {nullptr, "Sliding window attention is only supported with max_s_q <= max_s_kv."};

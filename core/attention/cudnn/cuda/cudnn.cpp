@@ -196,6 +196,8 @@ fe::error_t plan_for(const GraphProblem& problem, fe::graph::Graph& graph, const
 
 std::string missing() { return load() ? "" : library().why; }
 
+std::string version() { return load() ? version_text(library().version) : ""; }
+
 Planned make_plan(const GraphProblem& problem, const Target& target) {
   if (!load()) return {nullptr, library().why};
   try {

@@ -69,5 +69,6 @@ Planned make_plan(const GraphProblem& problem, const Target& target);  // takes 
 
 // Is there a library to plan with? Empty, or what is missing.
 std::string missing();
+std::string version();  // of that library, as "9.19.0"; empty where there is none
 
 }  // namespace dattn::cudnn
