@@ -15,8 +15,8 @@ usage: launch/gpu_check.sh [--out FOLDER] [--limit SECONDS] [--quick] [--only ST
   --only STEP,..   these steps, again
   --dry-run        prints the commands of the steps that are left
   --standin        over the tests' stand-ins for CUDA and NCCL on host memory: everything but the numbers; implies --quick
-steps: doctor kernels layers conformance_1 conformance_threads conformance_nccl determinism training curves
-       bench_product bench_attention bench_virtual_ranks decode gpt2 torch
+steps: doctor kernels layers conformance_1 conformance_threads conformance_nccl determinism training curves training_invariant
+       same_bits bench_product bench_attention bench_virtual_ranks decode gpt2 torch
 DATTN_PYTHON names a python that has PyTorch, to compare with (else build/venv's or python3).
 exit codes: 0 all passed, 1 a step failed, 2 bad input, 3 the time was up first: call again
 END
@@ -157,6 +157,13 @@ for device in cpu cuda; do
     "${train[@]}" --set "device=$device" --set "train.out=$out/train_$device"
 done
 step curves 20 awk -v mode=curves -f "$root/launch/gpu_report.awk" "$out/training_cpu.log" "$out/training_cuda.log"
+for ranks in 1 2; do
+  step "training_invariant:$ranks" 400 "$bin/dattn" train "$root/configs/quickstart.yaml" --ranks "$ranks" --json \
+    --set "mesh.ring=$ranks" --set mesh.ulysses=1 "${train[@]}" --set device=cuda --set "ranks_per_device=$ranks" \
+    --set determinism=invariant --set "train.out=$out/train_invariant_$ranks"
+done
+step same_bits 20 awk -v mode=curves -v tolerance=0 -f "$root/launch/gpu_report.awk" "$out/training_invariant_1.log" \
+  "$out/training_invariant_2.log"
 
 step bench_product 120 "$bin/dattn" bench product --json --set device=cuda --dtype bf16 --size "$product"
 for seq in "${sizes[@]}"; do

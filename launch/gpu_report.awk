@@ -1,8 +1,8 @@
 # What gpu_check.sh makes of its results.
-#   mode=curves: two logs of `dattn train --json`: their losses, step by step, differ by at most `tolerance`
+#   mode=curves: two logs of `dattn train --json`: their losses, step by step, differ by at most `tolerance` (default 0.01)
 #   mode=report: results.jsonl, the newest result of a step last: report.md on stdout, `json` the same as one JSON file
 
-BEGIN { tolerance = 0.01 }  # nats a symbol
+BEGIN { if (tolerance == "") tolerance = 0.01 }  # nats a symbol
 
 # The number behind "key": in a line of JSON, or "".
 function number(text, key) {

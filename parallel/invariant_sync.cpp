@@ -10,7 +10,7 @@ namespace dattn {
 namespace {
 
 TensorView segment(const TensorView& data, Interval elements) {
-  return {data.ptr<float>() + elements.begin, DType::kF32, {elements.count()}};
+  return {data.ptr<float>() + elements.begin, DType::kF32, {elements.count()}, data.device};
 }
 
 std::size_t bytes_of(const TensorView& view) { return static_cast<std::size_t>(view.bytes()); }
@@ -37,15 +37,15 @@ void all_reduce_tree(Communicator& group, const TensorView& data, const OpLabel&
     held.push_back(upper ? high : low);
     given.push_back(upper ? low : high);
     const TensorView mine = segment(data, held.back()), theirs = segment(data, given.back());
-    const SendPart send{me ^ distance, theirs.data, bytes_of(theirs)};
-    const RecvPart receive{me ^ distance, arrived->data, bytes_of(mine)};
+    const SendPart send{me ^ distance, theirs.data, bytes_of(theirs), data.device};
+    const RecvPart receive{me ^ distance, arrived->data, bytes_of(mine), data.device};
     group.exchange({&send, 1}, {&receive, 1}, label);
     add_contiguous(segment(arrived, {0, mine.elements()}), mine);  // a + b = b + a: the partner's sums have the same bits
   }
   for (int distance = ranks / 2; distance > 0; distance /= 2) {
     const TensorView mine = segment(data, held.back()), theirs = segment(data, given.back());
-    const SendPart send{me ^ distance, mine.data, bytes_of(mine)};
-    const RecvPart receive{me ^ distance, theirs.data, bytes_of(theirs)};
+    const SendPart send{me ^ distance, mine.data, bytes_of(mine), data.device};
+    const RecvPart receive{me ^ distance, theirs.data, bytes_of(theirs), data.device};
     group.exchange({&send, 1}, {&receive, 1}, label);
     held.pop_back();
     given.pop_back();

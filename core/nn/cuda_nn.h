@@ -35,11 +35,18 @@ struct CudaRowGroups {
   const std::int32_t* rows{};    // row of dx
 };
 
+// How matrices are multiplied (matmul.h).
+struct CudaMatmul {
+  const float* bias = nullptr;  // [n]
+  bool accumulate = false;
+  bool tf32 = false;   // fp32 factors may be rounded to TF32
+  bool fixed = false;  // no sum is split over blocks
+};
+
 struct CudaNn {
   // c [m, n] = a [m, k] b [k, n] (+ c) (+ bias [n]); a and b of one T with one stride of 1, c of any T with contiguous rows.
-  // tf32: fp32 factors may be rounded to TF32.
-  void (*matmul)(const TensorView& a, const TensorView& b, const TensorView& c, const float* bias, bool accumulate, bool tf32,
-                 void* stream);
+  // The order of its sums depends on shapes, strides, types and alignment of rows alone.
+  void (*matmul)(const TensorView& a, const TensorView& b, const TensorView& c, const CudaMatmul& how, void* stream);
   void (*column_sums)(const TensorView& x, const TensorView& sums, void* stream);  // x [N, M] of T, sums [M] += ..
 
   void (*gelu)(const TensorView& u, const TensorView& a, void* stream);  // all of one T but da

@@ -29,21 +29,50 @@ void scatter_add(const TensorView& dx, Interval rows, const TensorView& gradient
   });
 }
 
-// The same in the order of a tree, whose sums hold only the targets that occur.
-template <class Index>
-void scatter_add_by_tree(const TensorView& dx, const TensorView& gradient, const Index& index, const RowTree& tree) {
-  std::map<std::int64_t, std::int64_t> places;  // of each target among the sums
-  std::vector<std::int64_t> place;              // of each row's target, or -1
-  for (std::int64_t row = 0; row < dx.size(0); ++row) {
-    const std::int64_t target = index(row);
-    place.push_back(target < 0 ? -1 : places.emplace(target, static_cast<std::int64_t>(places.size())).first->second);
+// Sums in the order of a tree hold only the targets that occur.
+struct SumPlaces {
+  std::vector<std::int32_t> targets;  // of each sum
+  std::vector<std::int32_t> place;    // of each row's target among the sums, or -1
+
+  explicit SumPlaces(std::span<const std::int32_t> rows) {
+    std::map<std::int32_t, std::int32_t> known;
+    for (const std::int32_t target : rows) {
+      const auto [entry, fresh] = known.emplace(target, static_cast<std::int32_t>(targets.size()));
+      if (fresh && target >= 0) targets.push_back(target);
+      place.push_back(target < 0 ? -1 : entry->second);
+    }
   }
-  const Tensor sums = Tensor::uninitialized(DType::kF32, {static_cast<std::int64_t>(places.size()), dx.size(1)});
-  tree_sum(0, tree.leaves.size(), sums, [&](std::size_t i, const TensorView& to, bool accumulate) {
+};
+
+// The same in the order of a tree; rows[row] is the row of the gradient, or negative.
+void scatter_add_by_tree(const TensorView& dx, const TensorView& gradient, std::span<const std::int32_t> rows,
+                         const RowTree& tree) {
+  const SumPlaces sums(rows);
+  const Tensor total = Tensor::uninitialized(DType::kF32, {static_cast<std::int64_t>(sums.targets.size()), dx.size(1)});
+  tree_sum(0, tree.leaves.size(), total, [&](std::size_t i, const TensorView& to, bool accumulate) {
     if (!accumulate) fill_zero(to);
-    scatter_add(dx, tree.leaves[i], to, [&](std::int64_t row) { return place[static_cast<std::size_t>(row)]; });
+    scatter_add(dx, tree.leaves[i], to, [&](std::int64_t row) { return sums.place[static_cast<std::size_t>(row)]; });
   });
-  for (const auto& [target, from] : places) add_contiguous(sums->slice(0, from, 1), gradient.slice(0, target, 1));
+  for (std::size_t i = 0; i < sums.targets.size(); ++i)
+    add_contiguous(total->slice(0, static_cast<std::int64_t>(i), 1), gradient.slice(0, sums.targets[i], 1));
+}
+
+// The same on the device: rows[row] is the row of the gradient, or negative.
+void scatter_add_on_cuda(const TensorView& dx, const TensorView& gradient, std::span<const std::int32_t> rows,
+                         const RowTree& tree) {
+  const auto scatter = [](const TensorView& from, std::span<const std::int32_t> targets, const TensorView& to) {
+    cuda_nn().scatter_rows(from, RowGroups(targets).view(), to, cuda_stream());
+  };
+  if (tree.empty()) return scatter(dx, rows, gradient);
+  const SumPlaces sums(rows);
+  const Tensor total = Tensor::uninitialized(DType::kF32, {static_cast<std::int64_t>(sums.targets.size()), dx.size(1)});
+  tree_sum(0, tree.leaves.size(), total, [&](std::size_t i, const TensorView& to, bool accumulate) {
+    const Interval leaf = tree.leaves[i];
+    if (!accumulate) fill_zero(to);
+    scatter(dx.slice(0, leaf.begin, leaf.count()),
+            std::span(sums.place).subspan(static_cast<std::size_t>(leaf.begin), static_cast<std::size_t>(leaf.count())), to);
+  });
+  scatter(total, sums.targets, gradient);
 }
 
 // The row of the slice that a token has, or -1.
@@ -89,14 +118,10 @@ Tensor embedding_forward(const Parameter& table, std::span<const std::int32_t> t
 
 void embedding_backward(Parameter& table, std::span<const std::int32_t> tokens, const TensorView& dx, const RowTree& tree) {
   const TensorView& gradient = table.gradient2.defined() ? table.gradient2 : table.gradient;
-  if (on_cuda({&dx, &gradient})) {
-    return cuda_nn().scatter_rows(dx, RowGroups(slice_rows(table, tokens)).view(), gradient, cuda_stream());
-  }
-  const auto target = [&](std::int64_t row) { return slice_row(table, tokens[static_cast<std::size_t>(row)]); };
-  if (tree.empty())
-    scatter_add(dx, {0, dx.size(0)}, gradient, target);
-  else
-    scatter_add_by_tree(dx, gradient, target, tree);
+  const std::vector<std::int32_t> rows = slice_rows(table, tokens);
+  if (on_cuda({&dx, &gradient})) return scatter_add_on_cuda(dx, gradient, rows, tree);
+  if (!tree.empty()) return scatter_add_by_tree(dx, gradient, rows, tree);
+  scatter_add(dx, {0, dx.size(0)}, gradient, [&](std::int64_t row) { return rows[static_cast<std::size_t>(row)]; });
 }
 
 void position_forward(const Parameter& table, const TokenRows& rows, const TensorView& x) {
@@ -114,7 +139,7 @@ void position_forward(const Parameter& table, const TokenRows& rows, const Tenso
 
 void position_backward(Parameter& table, const TokenRows& rows, const TensorView& dx) {
   if (on_cuda({&dx, &table.gradient.view()})) {
-    return cuda_nn().scatter_rows(dx, RowGroups(table_positions(rows)).view(), table.gradient, cuda_stream());
+    return scatter_add_on_cuda(dx, table.gradient, table_positions(rows), {});
   }
   scatter_add(dx, {0, rows.count}, table.gradient, [&](std::int64_t row) { return rows.position(row); });
 }

@@ -13,8 +13,9 @@ constexpr std::int64_t kColumns = 64;   // features whose sums one thread carrie
 constexpr std::int64_t kBlock = 16384;  // elements converted at a time
 
 // What is multiplied at a time with a tree. They shape products: other values, other bits.
-constexpr std::int64_t kLeafColumns = 256;    // outputs
-constexpr std::int64_t kWeightBlock = 65536;  // elements of a weight's gradient
+constexpr std::int64_t kLeafColumns = 256;                          // outputs
+constexpr std::int64_t kWeightBlock = 65536;                        // elements of a weight's gradient
+constexpr std::int64_t kDeviceWeightBlock = std::int64_t{1} << 24;  // of a device: 64 MB, and as much for each level of a tree
 
 template <class T>
 DATTN_VECTORIZED void round_block(const float* from, T* to, std::int64_t count) {
@@ -46,29 +47,52 @@ void column_sums(const TensorView& x, const TensorView& sums, const RowTree& tre
   });
 }
 
+// On the device, leaf by leaf: this thread's stream has them in order.
+void column_sums_on_cuda(const TensorView& x, const TensorView& sums, const RowTree& tree) {
+  if (tree.empty()) return cuda_nn().column_sums(x, sums, cuda_stream());
+  const Tensor total = Tensor::uninitialized(DType::kF32, sums.shape);
+  tree_sum(0, tree.leaves.size(), total, [&](std::size_t i, const TensorView& to, bool accumulate) {
+    if (!accumulate) fill_zero(to);
+    cuda_nn().column_sums(x.slice(0, tree.leaves[i].begin, tree.leaves[i].count()), to, cuda_stream());
+  });
+  add_contiguous(total, sums);
+}
+
 // y [rows, columns] = x w (+ bias), or += without, in pieces of one leaf's rows and some columns: fixed shapes, each on one
-// thread. Blocks of columns, so that a single leaf keeps all threads busy.
+// thread. Blocks of columns, so that a single leaf keeps all threads busy; a device takes them all at once.
 void leaf_products(const RowTree& tree, const TensorView& x, const TensorView& w, const TensorView& y,
                    const MatmulOptions& options) {
   const auto leaves = static_cast<std::int64_t>(tree.leaves.size());
   const std::int64_t columns = y.size(1), blocks = (columns + kLeafColumns - 1) / kLeafColumns;
-  parallel_for(leaves * blocks, [&](std::int64_t i) {
-    const Interval rows = tree.leaves[static_cast<std::size_t>(i / blocks)];
-    const std::int64_t begin = i % blocks * kLeafColumns, count = std::min(kLeafColumns, columns - begin);
+  const auto multiply = [&](Interval rows, std::int64_t begin, std::int64_t count) {
     MatmulOptions mine = options;
-    mine.one_thread = true;
+    mine.fixed = true;
     if (mine.bias != nullptr) mine.bias += begin;
     matmul(x.slice(0, rows.begin, rows.count()), w.slice(1, begin, count),
            y.slice(0, rows.begin, rows.count()).slice(1, begin, count), mine);
+  };
+  if (y.device.is_cuda()) {
+    for (const Interval& rows : tree.leaves) multiply(rows, 0, columns);
+    return;
+  }
+  parallel_for(leaves * blocks, [&](std::int64_t i) {
+    const std::int64_t begin = i % blocks * kLeafColumns;
+    multiply(tree.leaves[static_cast<std::size_t>(i / blocks)], begin, std::min(kLeafColumns, columns - begin));
   });
 }
 
 // Calls body(begin, count) for blocks of rows of a weight [out, in]: as many as leave the sums of all levels of a tree in a
-// core's second-level cache.
+// core's second-level cache, or do not fill a device.
 template <class Body>
-void for_weight_blocks(const Shape& weight, const Body& body) {
-  const std::int64_t block = std::clamp<std::int64_t>(kWeightBlock / std::max<std::int64_t>(1, weight[1]), 16, 64);
-  parallel_blocks(weight[0], block, [&](std::int64_t begin, std::int64_t end) { body(begin, end - begin); });
+void for_weight_blocks(const TensorView& weight, const Body& body) {
+  const std::int64_t rows = weight.size(0), columns = std::max<std::int64_t>(1, weight.size(1));
+  if (weight.device.is_cuda()) {
+    const std::int64_t block = std::max<std::int64_t>(kDeviceWeightBlock / columns, 64) / 64 * 64;
+    for (std::int64_t begin = 0; begin < rows; begin += block) body(begin, std::min(block, rows - begin));
+    return;
+  }
+  const std::int64_t block = std::clamp<std::int64_t>(kWeightBlock / columns, 16, 64);
+  parallel_blocks(rows, block, [&](std::int64_t begin, std::int64_t end) { body(begin, end - begin); });
 }
 
 TensorView weight_in(const Linear& layer, DType type, Tensor& storage) {
@@ -101,14 +125,13 @@ Tensor to_compute(Tensor x, DType type) {
 }
 
 void add_column_sums(const TensorView& x, const TensorView& sums, const RowTree& tree) {
-  if (on_cuda({&x, &sums})) return cuda_nn().column_sums(x, sums, cuda_stream());
+  if (on_cuda({&x, &sums})) return column_sums_on_cuda(x, sums, tree);
   with_number(x.dtype, [&](auto zero) { column_sums<decltype(zero)>(x, sums, tree); });
 }
 
 void leaf_product(const TensorView& dy, const TensorView& x, const TensorView& to, bool accumulate) {
-  for_weight_blocks(to.shape, [&](std::int64_t begin, std::int64_t count) {
-    matmul(dy.slice(1, begin, count).transpose(0, 1), x, to.slice(0, begin, count),
-           {.accumulate = accumulate, .one_thread = true});
+  for_weight_blocks(to, [&](std::int64_t begin, std::int64_t count) {
+    matmul(dy.slice(1, begin, count).transpose(0, 1), x, to.slice(0, begin, count), {.accumulate = accumulate, .fixed = true});
   });
 }
 
@@ -129,12 +152,12 @@ void linear_backward_weights(const Linear& layer, const TensorView& x, const Ten
   if (layer.bias != nullptr) add_column_sums(dy, layer.bias->gradient, tree);
   const TensorView& gradient = layer.weight->gradient;
   if (tree.empty()) return matmul(dy.transpose(0, 1), x, gradient, {.accumulate = accumulate});
-  for_weight_blocks(gradient.shape, [&](std::int64_t begin, std::int64_t count) {
+  for_weight_blocks(gradient, [&](std::int64_t begin, std::int64_t count) {
     const Tensor total = Tensor::uninitialized(DType::kF32, {count, gradient.size(1)});
     tree_sum(0, tree.leaves.size(), total, [&](std::size_t i, const TensorView& to, bool onto) {
       const Interval rows = tree.leaves[i];
       matmul(dy.slice(0, rows.begin, rows.count()).slice(1, begin, count).transpose(0, 1), x.slice(0, rows.begin, rows.count()),
-             to, {.accumulate = onto, .one_thread = true});
+             to, {.accumulate = onto, .fixed = true});
     });
     add_contiguous(total, gradient.slice(0, begin, count));
   });

@@ -200,12 +200,15 @@ void matmul(const TensorView& a, const TensorView& b, const TensorView& c, const
          "matrix product {} {} x {} {} into {}", name_of(a.dtype), a.shape, name_of(b.dtype), b.shape, c.shape);
   ensure(!options.accumulate || (c.dtype == DType::kF32 && options.bias == nullptr), "accumulate is for fp32 without bias");
   if (c.elements() == 0) return;
-  if (on_cuda({&a, &b, &c})) return cuda_nn().matmul(a, b, c, options.bias, options.accumulate, g_tf32, cuda_stream());
+  if (on_cuda({&a, &b, &c})) {
+    const CudaMatmul how{options.bias, options.accumulate, g_tf32, options.fixed};
+    return cuda_nn().matmul(a, b, c, how, cuda_stream());
+  }
   if (a.size(1) == 0) {
     if (!options.accumulate) fill_rows(c, options.bias);
     return;
   }
-  const OneThread alone(options.one_thread);
+  const OneThread alone(options.fixed);
   const bool all_f32 = a.dtype == DType::kF32 && c.dtype == DType::kF32;
   if (all_f32 && (options.bias == nullptr || c.size(0) <= kFewRows)) {
     if (options.bias != nullptr) fill_rows(c, options.bias);

@@ -37,13 +37,12 @@ struct Product {
 
 }  // namespace
 
-void plain_matmul(const TensorView& a, const TensorView& b, const TensorView& c, const float* bias, bool accumulate, bool tf32,
-                  NativeStream stream) {
+void plain_matmul(const TensorView& a, const TensorView& b, const TensorView& c, const CudaMatmul& how, NativeStream stream) {
   with_number(a.dtype, [&]<class In>(In) {
     with_number(c.dtype, [&]<class Out>(Out) {
       for_each(c.elements(), stream,
                Product<In, Out>{a.ptr<In>(), b.ptr<In>(), a.stride(0), a.stride(1), b.stride(0), b.stride(1), a.size(1),
-                                c.size(1), c.stride(0), bias, accumulate, tf32, c.ptr<Out>()});
+                                c.size(1), c.stride(0), how.bias, how.accumulate, how.tf32, c.ptr<Out>()});
     });
   });
 }

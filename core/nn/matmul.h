@@ -9,7 +9,8 @@ namespace dattn {
 struct MatmulOptions {
   const float* bias = nullptr;  // [n], added to every row of c
   bool accumulate = false;      // c += a b instead of c = a b; fp32 c and no bias only
-  bool one_thread = false;      // on the calling thread alone: the same bits whatever number of threads the rank has
+  bool fixed = false;           // the same bits whatever number of threads the rank has: on the calling thread alone; on a
+                                // device, without sums that are split over blocks
 };
 
 // c [m, n] = a [m, k] b [k, n]. a and b: both fp32, both bf16 or both fp16, one stride of each is 1 (so transposes cost

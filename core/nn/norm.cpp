@@ -60,6 +60,29 @@ DATTN_VECTORIZED void add_row(const float* from, float* to, std::int64_t dim) {
   for (std::int64_t j = 0; j < dim; ++j) to[j] += from[j];
 }
 
+// By the leaves of a tree on the device, whose kernel takes rows by themselves and adds up the columns of those it is given.
+void backward_on_cuda(const Norm& norm, const TensorView& x, const TensorView& stats, const TensorView& dy,
+                      const TensorView& dx, const RowTree& tree) {
+  const float* w = norm.weight->value.ptr<float>();
+  const auto take = [&](Interval rows, float* dw, float* db) {
+    const auto part = [&](const TensorView& whole) { return whole.slice(0, rows.begin, rows.count()); };
+    cuda_nn().norm_backward(part(x), part(stats), w, norm.centered, part(dy), part(dx), dw, norm.bias != nullptr ? db : nullptr,
+                            cuda_stream());
+  };
+  if (tree.empty()) {
+    return take({0, x.size(0)}, norm.weight->gradient.ptr<float>(),
+                norm.bias != nullptr ? norm.bias->gradient.ptr<float>() : nullptr);
+  }
+  const std::int64_t dim = x.size(1);
+  const Tensor total(DType::kF32, {2, dim});  // of dw and db
+  tree_sum(0, tree.leaves.size(), total, [&](std::size_t i, const TensorView& to, bool accumulate) {
+    if (!accumulate) fill_zero(to);
+    take(tree.leaves[i], to.ptr<float>(), to.ptr<float>() + dim);
+  });
+  add_contiguous(total->slice(0, 0, 1).reshape({dim}), norm.weight->gradient);
+  if (norm.bias != nullptr) add_contiguous(total->slice(0, 1, 1).reshape({dim}), norm.bias->gradient);
+}
+
 std::vector<Interval> blocks_of(std::int64_t rows) {
   std::vector<Interval> blocks;
   for (std::int64_t begin = 0; begin < rows; begin += kRows) blocks.push_back({begin, std::min(rows, begin + kRows)});
@@ -89,10 +112,7 @@ void norm_backward(const Norm& norm, const TensorView& x, const TensorView& stat
                    const RowTree& tree) {
   const std::int64_t dim = x.size(1);
   const float* w = norm.weight->value.ptr<float>();
-  if (on_cuda({&x, &stats, &dy, &dx, &norm.weight->value.view()})) {
-    float* db = norm.bias != nullptr ? norm.bias->gradient.ptr<float>() : nullptr;
-    return cuda_nn().norm_backward(x, stats, w, norm.centered, dy, dx, norm.weight->gradient.ptr<float>(), db, cuda_stream());
-  }
+  if (on_cuda({&x, &stats, &dy, &dx, &norm.weight->value.view()})) return backward_on_cuda(norm, x, stats, dy, dx, tree);
   const std::vector<Interval> blocks = tree.empty() ? blocks_of(x.size(0)) : tree.leaves;
   const auto count = static_cast<std::int64_t>(blocks.size());
   Tensor partial(DType::kF32, {count, 2, dim});  // sums of dw and db by block of rows

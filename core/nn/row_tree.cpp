@@ -25,6 +25,7 @@ RowTree folded_rows(std::int64_t rows, int leaves) {
 }
 
 void add_contiguous(const TensorView& from, const TensorView& to) {
+  if (on_cuda({&from, &to})) return add(from, to);
   const std::int64_t count = to.elements();
   parallel_blocks(count, kBlock, [&](std::int64_t begin, std::int64_t end) {
     add_block(from.ptr<float>() + begin, to.ptr<float>() + begin, end - begin);

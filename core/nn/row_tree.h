@@ -9,7 +9,7 @@
 //   8 ranks:   0       1       2       3       4       5       6       7        2 ranks:  0 0 0 0 1 1 1 1
 //
 // Within a leaf, whatever sums over rows or multiplies them is called with the leaf alone, in one fixed shape and on one
-// thread: a matrix library chooses the order of its sums by shape and number of threads.
+// thread, or one call of the device: a matrix library chooses the order of its sums by shape and number of threads.
 #pragma once
 
 #include <span>
@@ -32,7 +32,7 @@ struct RowTree {
 // sequence, the second half mirrored from its back.
 RowTree folded_rows(std::int64_t rows, int leaves);
 
-// to += from: contiguous fp32 of equal size, on all threads.
+// to += from: contiguous fp32 of equal shape, on all threads or on their device.
 void add_contiguous(const TensorView& from, const TensorView& to);
 
 // to = the sum of nodes [begin, end) of a tree, a power of two of them. leaf(i, view, add) writes what leaf i adds to the

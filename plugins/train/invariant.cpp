@@ -4,7 +4,6 @@
 #include <algorithm>
 
 #include "core/base/error.h"
-#include "core/device/device.h"
 #include "core/nn/row_tree.h"
 #include "parallel/invariant_sync.h"
 
@@ -26,10 +25,6 @@ void require_invariant(const TrainJob& job) {
           "determinism invariant: mesh.tensor is {}, but the sums of matrix products cut over tensor ranks depend on their "
           "number; use mesh.tensor=1 and data or sequence ranks in its place, or determinism=repeatable",
           tensor);
-  require(!current_device().is_cuda(),
-          "determinism invariant: training on {} calls matrix products in shapes that depend on the mesh; use device=cpu, or "
-          "determinism=repeatable",
-          to_text(current_device()));
   require(!job.train.sequence_parallel,
           "determinism invariant: train.sequence_parallel is for tensor ranks, which are refused with it; use "
           "train.sequence_parallel=false");

@@ -19,6 +19,7 @@ echo "$*" >>"$STUB_LOG"
 case "$1 $2" in
   doctor*) echo '{"event":"done","cuda":{"found":true,"detail":"4 device(s), driver 13.0"},"nccl":{"found":'${STUB_NCCL:-true}'},"strategies":["ring","tree"]}' ;;
   train*) printf '{"event":"step","step":1,"loss":5.5}\\n{"event":"step","step":2,"loss":'
+          [[ $* == *ring=2* ]] && STUB_LOSS=${STUB_SHARDED_LOSS:-$STUB_LOSS}
           [[ $* == *device=cuda* ]] && echo "${STUB_LOSS:-5.251}}" || echo '5.25}'
           echo '{"event":"done","tokens_per_s":1234}' ;;
   "bench attention") echo '{"event":"done","forward_gflops":300000,"backward_gflops":250000}' ;;
@@ -66,7 +67,7 @@ class GpuCheck(unittest.TestCase):
         self.assertTrue(done["complete"])
         self.assertEqual({step["exit"] for step in done["steps"]}, {0})
         for name in ("doctor", "kernels", "layers", "conformance_1", "conformance_threads:ring", "conformance_nccl:2,ring", "determinism",
-                     "training:cpu", "training:cuda", "curves", "bench_product", "bench_attention:2048,128,causal",
+                     "training:cpu", "training:cuda", "curves", "training_invariant:2", "same_bits", "bench_product", "bench_attention:2048,128,causal",
                      "bench_attention:512,128,full,cuda", "bench_virtual_ranks:ring=4", "decode", "gpt2"):
             self.assertIn(name, steps)
         self.assertEqual(steps["curves"]["result"], {"steps": 2, "largest_difference": 0.001, "tolerance": 0.01})
@@ -104,6 +105,12 @@ class GpuCheck(unittest.TestCase):
     def test_curves_that_part_fail(self):
         self.check(code=1, STUB_LOSS="5.4")
         self.assertEqual(self.results()[1]["curves"]["exit"], 1)
+
+    def test_invariant_losses_have_the_same_bits(self):
+        self.check(code=1, STUB_SHARDED_LOSS="5.25100001")
+        steps = self.results()[1]
+        self.assertEqual((steps["same_bits"]["exit"], steps["curves"]["exit"]), (1, 0))
+        self.assertEqual(steps["same_bits"]["result"]["tolerance"], 0)
 
     def test_goes_on_where_the_time_was_up(self):
         before, result = self.check("--limit", "4", code=3, STUB_SLOW="product")

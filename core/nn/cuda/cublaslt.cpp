@@ -4,6 +4,7 @@
 #include <cublasLt.h>
 #include <dlfcn.h>
 
+#include <array>
 #include <map>
 #include <memory>
 #include <string>
@@ -84,7 +85,17 @@ Operand transposed_operand(const TensorView& x) {
   return {CUBLAS_OP_T, rows, columns, x.size(1) == 1 ? x.size(0) : x.stride(1)};
 }
 
-// A product that is ready to run: what it is made of depends on shapes, strides and types alone.
+// Bytes that the beginnings of all rows (or columns) of a matrix are multiples of, at most what allocations are. Slices of
+// whole rows of one matrix have the same: a choice by it is no choice by place.
+std::uint32_t alignment_of(const TensorView& x, std::int64_t leading) {
+  constexpr std::uintptr_t kMost = 256;
+  const std::uintptr_t all =
+      reinterpret_cast<std::uintptr_t>(x.data) | static_cast<std::uintptr_t>(leading * size_of(x.dtype)) | kMost;
+  return static_cast<std::uint32_t>(all & -all);
+}
+using Alignments = std::array<std::uint32_t, 3>;  // of what cuBLASLt calls A, B, and C and D
+
+// A product that is ready to run: what it is made of depends on shapes, strides, types and alignments alone.
 struct Prepared {
   cublasLtMatmulDesc_t product{};
   cublasLtMatrixLayout_t left{}, right{}, result{};
@@ -103,12 +114,11 @@ class LtLibrary {
  public:
   explicit LtLibrary(const Functions& call) : call_(call) { check_status(call.cublasLtCreate(&handle_), "cublasLtCreate"); }
 
-  bool run(const TensorView& a, const TensorView& b, const TensorView& c, const float* bias, bool accumulate, bool tf32,
-           NativeStream stream) {
-    Prepared ready = find(a, b, c, bias != nullptr, tf32);
+  bool run(const TensorView& a, const TensorView& b, const TensorView& c, const CudaMatmul& how, NativeStream stream) {
+    Prepared ready = find(a, b, c, how);
     if (!ready.found) return false;
-    if (bias != nullptr) set(ready.product, CUBLASLT_MATMUL_DESC_BIAS_POINTER, bias);
-    const float one = 1.0f, kept = accumulate ? 1.0f : 0.0f;
+    if (how.bias != nullptr) set(ready.product, CUBLASLT_MATMUL_DESC_BIAS_POINTER, how.bias);
+    const float one = 1.0f, kept = how.accumulate ? 1.0f : 0.0f;
     const Scratch workspace(kWorkspace, stream);
     check_status(call_.cublasLtMatmul(handle_, ready.product, &one, b.data, ready.left, a.data, ready.right, &kept, c.data,
                                       ready.result, c.data, ready.result, &ready.algorithm, workspace.ptr<void>(), kWorkspace,
@@ -118,7 +128,9 @@ class LtLibrary {
   }
 
  private:
-  using Key = std::tuple<int, std::int64_t, std::int64_t, std::int64_t, std::int64_t, std::int64_t, std::int64_t, int>;
+  // Device, extents, leading dimensions, kinds, alignments.
+  using Key =
+      std::tuple<int, std::int64_t, std::int64_t, std::int64_t, std::int64_t, std::int64_t, std::int64_t, int, Alignments>;
 
   template <class Value>
   void set(cublasLtMatmulDesc_t product, cublasLtMatmulDescAttributes_t attribute, const Value& value) {
@@ -127,20 +139,23 @@ class LtLibrary {
   }
 
   // By thread, because the pointer to the bias is written into what is prepared.
-  Prepared find(const TensorView& a, const TensorView& b, const TensorView& c, bool biased, bool tf32) {
+  Prepared find(const TensorView& a, const TensorView& b, const TensorView& c, const CudaMatmul& how) {
     thread_local std::map<Key, Prepared> prepared;
     const Operand left = transposed_operand(b), right = transposed_operand(a);
-    const int kinds = static_cast<int>(a.dtype) | static_cast<int>(c.dtype) << 3 | biased << 6 | (left.op == CUBLAS_OP_T) << 7 |
-                      (right.op == CUBLAS_OP_T) << 8 | tf32 << 9;
-    const Key key{a.device.index, a.size(0), a.size(1), b.size(1), left.leading, right.leading, c.stride(0), kinds};
+    const int kinds = static_cast<int>(a.dtype) | static_cast<int>(c.dtype) << 3 | (how.bias != nullptr) << 6 |
+                      (left.op == CUBLAS_OP_T) << 7 | (right.op == CUBLAS_OP_T) << 8 | how.tf32 << 9 | how.fixed << 10;
+    const Alignments alignments{alignment_of(b, left.leading), alignment_of(a, right.leading), alignment_of(c, c.stride(0))};
+    const Key key{a.device.index, a.size(0), a.size(1), b.size(1), left.leading, right.leading, c.stride(0), kinds, alignments};
     const auto known = prepared.find(key);
     if (known != prepared.end()) return known->second;
-    return prepared.emplace(key, prepare(left, right, a.dtype, c, biased, tf32)).first->second;
+    return prepared.emplace(key, prepare(left, right, a.dtype, c, how, alignments)).first->second;
   }
 
-  Prepared prepare(const Operand& left, const Operand& right, DType type, const TensorView& c, bool biased, bool tf32) {
+  Prepared prepare(const Operand& left, const Operand& right, DType type, const TensorView& c, const CudaMatmul& how,
+                   const Alignments& alignments) {
     Prepared made;
-    const cublasComputeType_t compute = tf32 && type == DType::kF32 ? CUBLAS_COMPUTE_32F_FAST_TF32 : CUBLAS_COMPUTE_32F;
+    const bool biased = how.bias != nullptr;
+    const cublasComputeType_t compute = how.tf32 && type == DType::kF32 ? CUBLAS_COMPUTE_32F_FAST_TF32 : CUBLAS_COMPUTE_32F;
     check_status(call_.cublasLtMatmulDescCreate(&made.product, compute, CUDA_R_32F), "cublasLtMatmulDescCreate");
     set(made.product, CUBLASLT_MATMUL_DESC_TRANSA, left.op);
     set(made.product, CUBLASLT_MATMUL_DESC_TRANSB, right.op);
@@ -152,11 +167,7 @@ class LtLibrary {
     made.right = layout_of(call_, type, right.rows, right.columns, right.leading);
     made.result = layout_of(call_, c.dtype, static_cast<std::uint64_t>(c.size(1)), static_cast<std::uint64_t>(c.size(0)),
                             c.size(0) == 1 ? c.size(1) : c.stride(0));
-    cublasLtMatmulPreference_t preference{};
-    check_status(call_.cublasLtMatmulPreferenceCreate(&preference), "cublasLtMatmulPreferenceCreate");
-    check_status(call_.cublasLtMatmulPreferenceSetAttribute(preference, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, &kWorkspace,
-                                                            sizeof(kWorkspace)),
-                 "cublasLtMatmulPreferenceSetAttribute");
+    const cublasLtMatmulPreference_t preference = preference_for(how, alignments);
     cublasLtMatmulHeuristicResult_t best{};
     int count = 0;
     const cublasStatus_t status = call_.cublasLtMatmulAlgoGetHeuristic(handle_, made.product, made.left, made.right,
@@ -164,6 +175,23 @@ class LtLibrary {
     made.found = status == CUBLAS_STATUS_SUCCESS && count > 0;
     made.algorithm = best.algo;
     return made;
+  }
+
+  cublasLtMatmulPreference_t preference_for(const CudaMatmul& how, const Alignments& alignments) {
+    cublasLtMatmulPreference_t preference{};
+    check_status(call_.cublasLtMatmulPreferenceCreate(&preference), "cublasLtMatmulPreferenceCreate");
+    const auto prefer = [&](cublasLtMatmulPreferenceAttributes_t attribute, const auto& value) {
+      check_status(call_.cublasLtMatmulPreferenceSetAttribute(preference, attribute, &value, sizeof(value)),
+                   "cublasLtMatmulPreferenceSetAttribute");
+    };
+    prefer(CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, kWorkspace);
+    prefer(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, alignments[0]);
+    prefer(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES, alignments[1]);
+    prefer(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, alignments[2]);
+    prefer(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES, alignments[2]);
+    if (how.fixed)
+      prefer(CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK, static_cast<std::uint32_t>(CUBLASLT_REDUCTION_SCHEME_NONE));
+    return preference;
   }
 
   const Functions& call_;
@@ -179,10 +207,9 @@ LtLibrary& library() {
 
 }  // namespace
 
-void matmul(const TensorView& a, const TensorView& b, const TensorView& c, const float* bias, bool accumulate, bool tf32,
-            NativeStream stream) {
-  if (a.size(1) > 0 && loaded_once().ok && library().run(a, b, c, bias, accumulate, tf32, stream)) return;
-  plain_matmul(a, b, c, bias, accumulate, tf32, stream);
+void matmul(const TensorView& a, const TensorView& b, const TensorView& c, const CudaMatmul& how, NativeStream stream) {
+  if (a.size(1) > 0 && loaded_once().ok && library().run(a, b, c, how, stream)) return;
+  plain_matmul(a, b, c, how, stream);
 }
 
 std::string matmul_library() { return loaded_once().ok ? loaded_once().text : "plain kernel: " + loaded_once().text; }

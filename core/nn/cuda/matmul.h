@@ -4,13 +4,13 @@
 #include <string>
 
 #include "core/device/cuda/runtime.h"
+#include "core/nn/cuda_nn.h"
 #include "core/tensor/tensor.h"
 
 namespace dattn::cuda {
 
 // See CudaNn::matmul (core/nn/cuda_nn.h).
-void matmul(const TensorView& a, const TensorView& b, const TensorView& c, const float* bias, bool accumulate, bool tf32,
-            NativeStream stream);
+void matmul(const TensorView& a, const TensorView& b, const TensorView& c, const CudaMatmul& how, NativeStream stream);
 std::string matmul_library();  // path and version, for doctor; or that there is none, and why
 
 }  // namespace dattn::cuda

@@ -4,9 +4,8 @@
 
 namespace dattn::cuda {
 
-void matmul(const TensorView& a, const TensorView& b, const TensorView& c, const float* bias, bool accumulate, bool tf32,
-            NativeStream stream) {
-  plain_matmul(a, b, c, bias, accumulate, tf32, stream);
+void matmul(const TensorView& a, const TensorView& b, const TensorView& c, const CudaMatmul& how, NativeStream stream) {
+  plain_matmul(a, b, c, how, stream);
 }
 
 std::string matmul_library() { return "plain kernel: built without cuBLASLt's headers"; }

@@ -8,8 +8,7 @@ namespace dattn::cuda {
 
 extern const CudaNn kNnTable;
 
-void plain_matmul(const TensorView& a, const TensorView& b, const TensorView& c, const float* bias, bool accumulate, bool tf32,
-                  NativeStream stream);
+void plain_matmul(const TensorView& a, const TensorView& b, const TensorView& c, const CudaMatmul& how, NativeStream stream);
 void column_sums(const TensorView& x, const TensorView& sums, NativeStream stream);
 void gelu(const TensorView& u, const TensorView& a, NativeStream stream);
 void gelu_backward(const TensorView& u, const TensorView& da, const TensorView& a, const TensorView& du, NativeStream stream);

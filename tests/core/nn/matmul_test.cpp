@@ -116,7 +116,7 @@ TEST(Matmul, OneThreadHasTheSameBitsOnAnyNumberOfThreads) {
       for (const int threads : {1, 4}) {
         set_num_threads(threads);
         Tensor& c = results[threads == 4] = Tensor(DType::kF32, {20, 40});
-        matmul(a, b, c, {.bias = added, .one_thread = true});
+        matmul(a, b, c, {.bias = added, .fixed = true});
         EXPECT_EQ(num_threads(), threads);
       }
       set_num_threads(1);

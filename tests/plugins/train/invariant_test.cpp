@@ -9,7 +9,9 @@
 #include <gtest/gtest.h>
 
 #include "core/base/error.h"
+#include "parallel/comm/staged.h"
 #include "plugins/train/checkpoint.h"
+#include "tests/core/device/on_cuda.h"
 #include "tests/plugins/small_job.h"
 
 namespace dattn {
@@ -46,11 +48,20 @@ struct Outcome {
   std::map<std::string, std::string> tensors;  // bytes by name: weights and moments
 };
 
-Outcome outcome_of(const TrainJob& job, int threads) {
+// Ranks share the CUDA devices; tensors travel through host memory.
+TrainResult train_on_cuda(Communicator& world, const TrainJob& job) {
+  std::string why;
+  const auto devices = static_cast<int>(cuda_devices(why).size());
+  const DeviceScope scope({DeviceKind::kCuda, static_cast<std::int8_t>(world.rank() % devices)});
+  return train(*staged(whole_group(world)), job, {.on_event = {}, .progress = false});
+}
+
+Outcome outcome_of(const TrainJob& job, int threads, DeviceKind kind = DeviceKind::kCpu) {
   Outcome outcome;
   run_thread_ranks(job.mesh.ranks(), {}, [&](Communicator& world) {
     set_num_threads(threads);
-    const TrainResult result = train(world, job, {.on_event = {}, .progress = false});
+    const TrainResult result =
+        kind == DeviceKind::kCuda ? train_on_cuda(world, job) : train(world, job, {.on_event = {}, .progress = false});
     if (world.rank() != 0) return;
     outcome.losses = result.losses;
     outcome.held_out = result.held_out_bits_per_char;
@@ -79,15 +90,16 @@ struct Sharding {
   std::int64_t accumulate = 1;
 };
 
-void expect_same_bits_on(TrainJob job, const Outcome& alone, const std::vector<Sharding>& shardings) {
+void expect_same_bits_on(TrainJob job, const Outcome& alone, const std::vector<Sharding>& shardings,
+                         DeviceKind kind = DeviceKind::kCpu) {
   for (const Sharding& sharding : shardings) {
     job.mesh = sharding.mesh;
     job.train.accumulate = sharding.accumulate;
-    expect_same_bits(alone, outcome_of(job, sharding.threads), sharding.mesh.text());
+    expect_same_bits(alone, outcome_of(job, sharding.threads, kind), sharding.mesh.text());
   }
 }
 
-class InvariantTraining : public testing::TestWithParam<std::tuple<const char*, DType>> {};
+class InvariantTraining : public ::testing::TestWithParam<std::tuple<const char*, DType>> {};
 
 TEST_P(InvariantTraining, SameBitsOnEveryMesh) {
   const TemporaryFolder folder;
@@ -106,10 +118,36 @@ TEST_P(InvariantTraining, SameBitsOnEveryMesh) {
 }
 
 INSTANTIATE_TEST_SUITE_P(Models, InvariantTraining,
-                         testing::Combine(testing::Values("llama", "gpt2"), testing::Values(DType::kF32, DType::kBF16)),
+                         ::testing::Combine(::testing::Values("llama", "gpt2"), ::testing::Values(DType::kF32, DType::kBF16)),
                          [](const auto& param) {
                            return std::string(std::get<0>(param.param)) + "_" + std::string(name_of(std::get<1>(param.param)));
                          });
+
+// On devices, bits are others than the host's, and again the same on every mesh: with tensor cores (llama, bf16) and without.
+class InvariantTrainingOnCuda : public testing::OnCuda, public ::testing::WithParamInterface<std::tuple<const char*, DType>> {};
+
+TEST_P(InvariantTrainingOnCuda, SameBitsOnEveryMesh) {
+  const TemporaryFolder folder;
+  TrainJob job = invariant_job(folder, std::get<0>(GetParam()), std::get<1>(GetParam()));
+  job.train.steps = 2;
+  job.train.batch = 4;
+  const Outcome alone = outcome_of(job, 1, DeviceKind::kCuda);
+  EXPECT_NEAR(alone.losses[1], outcome_of(job, 1).losses[1], 2e-3) << "not the host's training";
+  expect_same_bits_on(job, alone,
+                      {{.mesh = {}, .accumulate = 4},
+                       {.mesh = mesh_of(4, 1, 1, 1)},
+                       {.mesh = mesh_of(1, 2, 1, 1)},
+                       {.mesh = mesh_of(1, 4, 1, 1)},
+                       {.mesh = mesh_of(1, 1, 2, 1)},
+                       {.mesh = mesh_of(1, 1, 4, 1)},
+                       {.mesh = mesh_of(2, 1, 2, 1)},
+                       {.mesh = mesh_of(1, 2, 2, 1)}},
+                      DeviceKind::kCuda);
+}
+
+INSTANTIATE_TEST_SUITE_P(Models, InvariantTrainingOnCuda,
+                         ::testing::Values(std::tuple{"llama", DType::kBF16}, std::tuple{"gpt2", DType::kF32}),
+                         [](const auto& param) { return std::string(std::get<0>(param.param)); });
 
 TEST(InvariantTraining, SameBitsAfterAHundredSteps) {
   const TemporaryFolder folder;
@@ -156,7 +194,7 @@ TEST(InvariantTraining, RefusesWhatItCannotPromise) {
                                       train(world, job, {.on_event = {}, .progress = false});
                                     } catch (const Error& error) {
                                       EXPECT_EQ(error.code(), ErrorCode::kBadInput);
-                                      EXPECT_THAT(error.what(), testing::HasSubstr(remedy));
+                                      EXPECT_THAT(error.what(), ::testing::HasSubstr(remedy));
                                       ++refused;
                                       throw;
                                     }
