@@ -215,7 +215,9 @@ void matmul(const TensorView& a, const TensorView& b, const TensorView& c, const
     by_sgemm(a, b, c, options.accumulate || options.bias != nullptr ? 1.0f : 0.0f);
     return;
   }
-  if (!multiplies(a.dtype) || !multiplies(c.dtype)) return by_widening(a, b, c, options);
+  // fp32 factors with a half's result: oneDNN has that on some processors only.
+  const bool mixed = a.dtype == DType::kF32 && c.dtype != DType::kF32;
+  if (mixed || !multiplies(a.dtype) || !multiplies(c.dtype)) return by_widening(a, b, c, options);
   by_primitive(plain(a), plain(b), plain(c), options);
 }
 
