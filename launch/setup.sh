@@ -11,7 +11,8 @@ usage: launch/setup.sh [--python] [--lint] [--help]
   --python  also makes build/venv with PyTorch, Transformers, Megatron-Core and JAX (6 GB), and dattn of this tree in it: the
             plugins and their tests; and with ONNX Runtime and matplotlib: tests/bench/compare.py
   --lint    also installs what .ci/run checks with: clang, clang-format and clang-tidy 14, shellcheck, and on Debian chromium,
-            which draws the simulator's page (Ubuntu has it as a snap alone; that test is skipped there)
+            which draws the simulator's page (Ubuntu has it as a snap alone; that test is skipped there); where there is a CUDA
+            toolkit without nvdisasm, fetches that into build/nvdisasm/, for the table of kernels (tests/core/kernel_table.py)
   DATTN_SKIP_SETUP=1 skips all of it, for machines whose administrator provides the tools.
 exit codes: 0 everything is there, 2 something is missing and cannot be installed
 END
@@ -39,6 +40,7 @@ packages=(g++ cmake ninja-build ccache python3 gnuplot-nox
 [[ $want_lint == no ]] || packages+=(clang-14 clang-format-14 clang-tidy-14 libclang-rt-14-dev libomp-14-dev shellcheck)
 if [[ $want_lint == yes ]] && grep -qx 'ID=debian' /etc/os-release 2>/dev/null; then packages+=(chromium); fi
 cudnn_frontend=nvidia-cudnn-frontend==1.32.0  # from PyPI; the headers of its wheel, 3 MB
+nvdisasm=nvidia-cuda-nvdisasm==13.5.37  # from PyPI, 5 MB; what cuobjdump calls, too. It reads what older toolkits make
 python_packages=(torch==2.15.0 numpy==2.4.6 safetensors==0.8.0 pytest==9.2.0 scikit-build-core==1.1.2 jax==0.10.2
                  transformers==5.24.0 accelerate==1.15.0 megatron-core==0.16.1 einops==0.8.1
                  onnx==1.23.2 onnxruntime==1.32.0 matplotlib==3.11.2)  # the last line for tests/bench/compare.py
@@ -108,23 +110,27 @@ download_text() {
   "${get[@]}" 2>/dev/null || { as_root apt-get update -qq && "${get[@]}"; }
 }
 
-# build/cudnn_frontend/include is complete when the stamp beside it names the version of today.
-fetch_cudnn_frontend() {
-  local to=$root/build/cudnn_frontend folder
-  has_cuda && [[ $(cat "$to/stamp" 2>/dev/null) != "$cudnn_frontend" ]] || return 0
+# A folder of a wheel from PyPI becomes $root/build/TO/FOLDER: fetch_wheel PACKAGE==VERSION PATH/FOLDER TO WITHOUT, the last what
+# is so without it. It is complete when the stamp beside it names the version of today.
+fetch_wheel() {
+  local wheel=$1 inside=$2 to=$root/build/$3 without=$4 folder
+  [[ $(cat "$to/stamp" 2>/dev/null) != "$wheel" ]] || return 0
   mkdir -p "$root/build"
-  folder=$(mktemp -d "$root/build/cudnn_frontend.XXXXXX")
+  folder=$(mktemp -d "$to.XXXXXX")
   # shellcheck disable=SC2064  # the folder's name of now is meant
   trap "rm -rf '$folder'" RETURN
-  if show python3 -m pip download --quiet --no-deps --only-binary :all: --dest "$folder" "$cudnn_frontend" >&2 &&
+  if show python3 -m pip download --quiet --no-deps --only-binary :all: --dest "$folder" "$wheel" >&2 &&
     python3 -m zipfile -e "$folder"/*.whl "$folder/wheel"; then
     rm -rf "$to"
     mkdir -p "$to"
-    mv "$folder/wheel/include" "$to/include"
-    echo "$cudnn_frontend" >"$to/stamp"
-  else say "$cudnn_frontend could not be fetched (no network?): the build will have no cuDNN, and use its own CUDA kernels"
+    mv "$folder/wheel/$inside" "$to/"
+    [[ $inside != */bin ]] || chmod +x "$to"/bin/*
+    echo "$wheel" >"$to/stamp"
+  else say "$wheel could not be fetched (no network?): $without"
   fi
 }
+
+has_nvdisasm() { command -v nvdisasm >/dev/null || [[ -x ${CUDA_HOME:-/usr/local/cuda}/bin/nvdisasm ]]; }
 
 # build/venv is complete when its stamp names the versions of today.
 make_venv() {
@@ -143,5 +149,8 @@ make_venv() {
 
 install_packages
 (fetch_text)
-(fetch_cudnn_frontend)
+if has_cuda; then
+  (fetch_wheel "$cudnn_frontend" include cudnn_frontend "the build will have no cuDNN, and use its own CUDA kernels")
+  [[ $want_lint == no ]] || has_nvdisasm || (fetch_wheel "$nvdisasm" nvidia/cu13/bin nvdisasm "kernels are not looked into")
+fi
 [[ $want_python == no ]] || make_venv

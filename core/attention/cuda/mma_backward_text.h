@@ -91,7 +91,11 @@ __device__ __forceinline__ void finish_pairs(const GradParams& params, int share
             const Score<float> score = score_of(p.terms, head, product, query, key);
             probability = exp2_fast(fmaf(score.value, factor, statistics.minus_lse));
             bool kept = true;
-            if constexpr (kTerms == Terms::kAll) kept = dropper.keeps(p.terms, query, key);
+            if constexpr (kTerms == Terms::kAll) {
+              // Words are of one query: kept between keys, and no registers for them between queries.
+              kept =
+                  kByKey ? Dropper(dropout_row(p.terms, b, h)).keeps(p.terms, query, key) : dropper.keeps(p.terms, query, key);
+            }
             ds = probability * ((kept ? gradient * static_cast<float>(p.terms.keep) : 0.0f) - statistics.delta);
             if (!kByKey && params.dbias.data != nullptr) {
               const Bias& dbias = params.dbias;
