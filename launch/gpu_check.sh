@@ -182,7 +182,9 @@ for mesh in ring=1 ring=4 ulysses=4 ring=8; do
   bench "bench_virtual_ranks:$mesh" --set ranks_per_device=8 --ranks "${mesh#*=}" --mesh "$mesh" --seq "${sizes[-1]}" --heads 8 \
     --dim 128 --mask causal
 done
-step decode 200 "$bin/dattn" generate "$out/train_cuda" --json --set device=cuda --prompt "It is a truth" --max-tokens "$tokens"
+decode=("$bin/dattn" generate "$out/train_cuda" --json --set device=cuda --prompt "It is a truth" --max-tokens "$tokens")
+step decode 200 "${decode[@]}"
+step decode:no_graphs 200 "${decode[@]}" --no-graphs
 step gpt2 300 "$bin/dattn" bench train "$root/configs/models/gpt2_124m.yaml" --ranks 1 --json --set device=cuda "${gpt2[@]}"
 # Not with the bundle's libraries: they may be older than PyTorch's.
 python=(env "LD_LIBRARY_PATH=${DATTN_OUTER_LD_LIBRARY_PATH-${LD_LIBRARY_PATH:-}}" "${DATTN_PYTHON:-$root/build/venv/bin/python}")

@@ -87,7 +87,7 @@ function report(  i, name, failed) {
   virtual_table()
   print "\n## Other rates\n"
   printf "- matrix product, bf16: %s TFLOP/s\n", tflops(of_step("bench_product", "gflops"))
-  printf "- decode: %s tokens/s\n", of_step("decode", "tokens_per_s")
+  printf "- decode: %s tokens/s, %s without graphs\n", of_step("decode", "tokens_per_s"), of_step("decode:no_graphs", "tokens_per_s")
   printf "- training, GPT-2 124M: %s tokens/s\n", of_step("gpt2", "tokens_per_s")
   print "\n## Steps\n"
   print "| step | exit | seconds | result |"

@@ -54,6 +54,13 @@ struct CudaModule {
   bool (*event_done)(NativeEvent event);
   void (*synchronize_event)(NativeEvent event);
 
+  // Steps as graphs (core/device/step_graph.h, core/device/cuda/step.h). begin_step: is the pass a launch of what was captured?
+  void* (*make_step)();
+  void (*destroy_step)(void* step) noexcept;
+  bool (*begin_step)(void* step, std::span<const std::int64_t> key, NativeStream stream);
+  void (*end_step)(void* step, NativeStream stream);
+  void (*abandon_step)(void* step, NativeStream stream) noexcept;
+
   // Tensors (core/tensor/tensor.h). Bytes go between host and device in any direction; host memory that is read may be written
   // again at the return, host memory that is written has been. copy_pinned: only in order
   // on the stream, for memory of allocate_pinned.
@@ -73,6 +80,8 @@ struct CudaModule {
                             NativeStream stream);
   void (*attention_delta)(const TensorView& dout, const TensorView& out, const TensorView& delta, NativeStream stream);
 
+  void (*store_row)(const TensorView& row, std::int64_t at, const TensorView& cache, NativeStream stream);  // cache_row.h
+
   // Attention kernels, best first; their work goes on the thread's current stream (CudaHost).
   std::span<const AttentionKernel* const> (*kernels)();
   std::string (*cudnn_version)();  // of what kernel `cudnn` calls, as "9.19.0"; empty where it can call nothing
@@ -81,7 +90,7 @@ struct CudaModule {
   std::string (*matmul_library)();  // path and version of cuBLASLt, or why the plain kernel serves
 };
 
-inline constexpr int kCudaModuleVersion = 3;
+inline constexpr int kCudaModuleVersion = 4;
 
 // What the module asks of the program: so that its errors carry the rank, and its kernels the thread's stream.
 struct CudaHost {

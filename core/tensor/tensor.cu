@@ -220,7 +220,7 @@ void convert(Walk walk, const TensorView& from, const TensorView& to, cudaStream
 }  // namespace
 
 void fill_zero(const TensorView& view, NativeStream stream) {
-  if (view.empty()) return;
+  if (view.empty() || only_host()) return;
   const auto native = static_cast<cudaStream_t>(stream);
   const Walk walk = make_walk(view, view);
   if (dense(walk))
@@ -230,7 +230,7 @@ void fill_zero(const TensorView& view, NativeStream stream) {
 }
 
 void copy(const TensorView& from, const TensorView& to, NativeStream stream) {
-  if (to.empty()) return;
+  if (to.empty() || only_host()) return;
   const auto native = static_cast<cudaStream_t>(stream);
   const Walk walk = make_walk(from, to);
   if (from.dtype != to.dtype)

@@ -36,6 +36,8 @@ Command add_generate(CLI::App& app) {
       ->capture_default_str();
   command->add_option("--seed", generate_options.sampling.seed, "the same seed writes the same text on every mesh")
       ->capture_default_str();
+  command->add_flag("!--no-graphs", generate_options.graphs,
+                    "on a CUDA device, without CUDA graphs: each kernel is launched by itself");
   options->common.declare(*command, true);
   return [options] {
     const auto load = [&] {
@@ -59,7 +61,8 @@ Command add_generate(CLI::App& app) {
                   {"text", result.text},
                   {"tokens", result.tokens},
                   {"prefill_s", result.prefill_s},
-                  {"tokens_per_s", result.tokens_per_s}});
+                  {"tokens_per_s", result.tokens_per_s},
+                  {"graph_launches", result.graph_launches}});
     });
   };
 }

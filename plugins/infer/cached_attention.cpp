@@ -4,6 +4,8 @@
 #include <algorithm>
 #include <cmath>
 
+#include "core/attention/block_list.h"
+#include "core/attention/cache_row.h"
 #include "core/attention/state.h"
 #include "core/base/error.h"
 
@@ -65,11 +67,33 @@ void CachedAttention::append(Layer& layer, const TensorView& k, const TensorView
     const std::int64_t begin = std::max(run.begin, first), rows = run.begin + run.count - begin;
     if (rows <= 0) continue;
     const std::int64_t row = held.row_of_run(r) + begin - run.begin;
-    copy(k.slice(1, begin - first, rows).slice(2, head, heads_.kv.count()), layer.k->slice(1, row, rows));
-    copy(v.slice(1, begin - first, rows).slice(2, head, heads_.kv.count()), layer.v->slice(1, row, rows));
+    const auto store = [&](const TensorView& fresh, const Tensor& cache) {
+      const TensorView own = fresh.slice(1, begin - first, rows).slice(2, head, heads_.kv.count());
+      if (rows == 1) return store_row(own, row, cache);
+      copy(own, cache->slice(1, row, rows));
+    };
+    store(k, layer.k);
+    store(v, layer.v);
   }
   layer.rows = held.count();
   layer.length = first + count;
+}
+
+// On a device with the rows that are not filled yet, which no tile names: the same call for every token.
+TensorView CachedAttention::held(const Tensor& cache, const Layer& layer) const {
+  return cache->device.is_cuda() ? cache.view() : cache->slice(1, 0, layer.rows);
+}
+
+std::vector<std::int64_t> CachedAttention::next_token_key() {
+  const std::int64_t next = length();
+  const Positions held = own_positions(next + 1);
+  for (Layer& layer : layers_) grow(layer, held.count());
+  const std::vector<Tile> tiles = make_tiles(mask_, Positions::range(next, next + 1), held);
+  const BlockList list = make_block_list(tiles, 1, 64, false);
+  std::vector<std::int64_t> key{layers_.back().k->size(1), static_cast<std::int64_t>(tiles.size()),
+                                static_cast<std::int64_t>(list.masks.size())};
+  for (const BlockPiece& piece : list.pieces) key.insert(key.end(), {piece.begin, piece.end, piece.mask});
+  return key;
 }
 
 Tensor CachedAttention::forward(const AttentionSite& site, const TensorView& q, const TensorView& k, const TensorView& v) {
@@ -89,8 +113,8 @@ Tensor CachedAttention::forward(const AttentionSite& site, const TensorView& q, 
   if (heads > 0 && !tiles.empty()) {
     select_kernel({options_.dtype, options_.dim, options_.dim, current_device()})
         .attend({.q = q.slice(2, heads_.q.begin - tensor_heads_.q.begin, heads),
-                 .k = layer.k->slice(1, 0, layer.rows),
-                 .v = layer.v->slice(1, 0, layer.rows),
+                 .k = held(layer.k, layer),
+                 .v = held(layer.v, layer),
                  .heads = {heads_.q.begin, heads_.kv.begin, options_.heads / options_.kv_heads},
                  .tiles = tiles,
                  .scale = options_.scale,

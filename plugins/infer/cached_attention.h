@@ -44,6 +44,10 @@ class CachedAttention final : public Attention {
   Gradients backward(const AttentionSite& site, const TensorView& q, const TensorView& k, const TensorView& v,
                      const TensorView& dout) override;
 
+  // What decides, beside what it copies from the host, the work of a call of one token on a device (core/device/step_graph.h);
+  // all layers have room for it from now on.
+  std::vector<std::int64_t> next_token_key();
+
   std::int64_t length() const { return layers_.back().length; }     // positions held by all layers
   std::int64_t cached_rows() const { return layers_.back().rows; }  // of these, on this rank
   void clear();                                                     // forgets all positions, keeps the memory
@@ -56,6 +60,7 @@ class CachedAttention final : public Attention {
   };
   void append(Layer& layer, const TensorView& k, const TensorView& v);
   void grow(Layer& layer, std::int64_t rows) const;
+  TensorView held(const Tensor& cache, const Layer& layer) const;
   Positions own_positions(std::int64_t length) const;
   Tensor merge_over_ring(Tensor out, Tensor lse) const;
   Tensor gather_heads(const TensorView& own, std::int64_t heads) const;

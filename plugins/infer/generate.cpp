@@ -8,6 +8,7 @@
 
 #include "core/base/error.h"
 #include "core/config/attention_config.h"
+#include "core/device/step_graph.h"
 #include "core/nn/transformer.h"
 #include "parallel/tensor_parallel.h"
 #include "plugins/infer/cached_attention.h"
@@ -54,8 +55,9 @@ CachedAttention::Options attention_of(const CheckpointReader& reader, const Mode
 // A model ready to continue texts.
 class Engine {
  public:
-  Engine(const Mesh& mesh, const CheckpointReader& reader)
+  Engine(const Mesh& mesh, const CheckpointReader& reader, const GenerateOptions& options)
       : mesh_(mesh),
+        options_(options),
         model_(resolve(model_from_json(reader.manifest().model, reader.path()))),
         window_(window_of(reader, model_)),
         boundary_(mesh.axis(Axis::kTensor)),
@@ -64,38 +66,45 @@ class Engine {
         transformer_(model_,
                      {.part = {mesh.coordinate(Axis::kTensor), mesh.shape().size(Axis::kTensor)},
                       .compute = dtype_from(value_of(reader, "dtype"))},
-                     attention_, boundary_, vocabulary_) {}
+                     attention_, boundary_, vocabulary_),
+        logits_(Tensor::uninitialized(DType::kF32, {model_.vocab})) {}
 
   Transformer& transformer() { return transformer_; }
   std::int64_t cached_rows() const { return attention_.cached_rows(); }
+  std::int64_t graph_launches() const { return graph_.replays(); }
 
-  // Logits [vocabulary] of the token that follows `tokens`, of which those behind the cached ones are computed now.
-  Tensor next_logits(const std::vector<std::int32_t>& tokens, bool use_cache);
+  // Logits [vocabulary] of the token that follows `tokens`, of which those behind the cached ones are computed now; they stand
+  // until the next call.
+  const TensorView& next_logits(const std::vector<std::int32_t>& tokens);
 
  private:
-  void make_room(std::int64_t tokens, bool use_cache);
+  void make_room(std::int64_t tokens);
+  void compute(const TokenBatch& batch);
 
   const Mesh& mesh_;
+  const GenerateOptions& options_;
   ModelConfig model_;
   std::int64_t window_;
   TensorBoundary boundary_;
   TensorVocabularyReduction vocabulary_;
   CachedAttention attention_;
   Transformer transformer_;
+  Tensor logits_;
+  StepGraph graph_;
   std::int64_t begin_ = 0;  // the token that stands at position 0
 };
 
 // A full window restarts on its last half (see generate.h).
-void Engine::make_room(std::int64_t tokens, bool use_cache) {
+void Engine::make_room(std::int64_t tokens) {
   if (tokens - begin_ > window_) {
     begin_ = tokens - std::max<std::int64_t>(1, window_ / 2);
     attention_.clear();
   }
-  if (!use_cache) attention_.clear();
+  if (!options_.use_cache) attention_.clear();
 }
 
-Tensor Engine::next_logits(const std::vector<std::int32_t>& tokens, bool use_cache) {
-  make_room(static_cast<std::int64_t>(tokens.size()), use_cache);
+const TensorView& Engine::next_logits(const std::vector<std::int32_t>& tokens) {
+  make_room(static_cast<std::int64_t>(tokens.size()));
   const std::int64_t cached = attention_.length();
   const auto fresh = std::span(tokens).subspan(static_cast<std::size_t>(begin_ + cached));
   std::vector<std::int64_t> positions(fresh.size());
@@ -106,19 +115,25 @@ Tensor Engine::next_logits(const std::vector<std::int32_t>& tokens, bool use_cac
   batch.tokens = fresh;
   batch.targets = targets;
   batch.positions = positions;
-  const std::array<std::int64_t, 1> last{static_cast<std::int64_t>(fresh.size()) - 1};
-  const Tensor part = transformer_.logits(batch, last);
+  if (options_.graphs && mesh_.shape().ranks() == 1 && fresh.size() == 1)
+    graph_.run(attention_.next_token_key(), [&] { compute(batch); });
+  else
+    compute(batch);
+  return logits_;
+}
 
-  Tensor all = Tensor::uninitialized(DType::kF32, {model_.vocab});
+// The logits behind the last of the tokens.
+void Engine::compute(const TokenBatch& batch) {
+  const std::array<std::int64_t, 1> last{static_cast<std::int64_t>(batch.tokens.size()) - 1};
+  const Tensor part = transformer_.logits(batch, last);
   std::vector<std::int64_t> counts;
   Communicator& tensor = mesh_.axis(Axis::kTensor);
   for (int index = 0; index < tensor.size(); ++index) {
     const Interval slice = ranges_of(model_, {index, tensor.size()}).vocab;
     counts.push_back(slice.count());
-    if (index == tensor.rank()) copy(part->reshape({slice.count()}), all->slice(0, slice.begin, slice.count()));
+    if (index == tensor.rank()) copy(part->reshape({slice.count()}), logits_->slice(0, slice.begin, slice.count()));
   }
-  tensor.all_gather(all, counts, {.verb = "logits"});
-  return all;
+  if (tensor.size() > 1) tensor.all_gather(logits_, counts, {.verb = "logits"});
 }
 
 std::vector<std::int32_t> encode_prompt(const Alphabet& alphabet, const std::string& prompt) {
@@ -143,7 +158,7 @@ GenerateResult generate(Communicator& world, const MeshShape& shape, const std::
   const CheckpointReader reader = open_checkpoint(world, world.gather_strings(checkpoint, {.verb = "checkpoint"}).front());
   const Alphabet alphabet = Alphabet::from_json(reader.manifest().alphabet, reader.path());
   std::vector<std::int32_t> tokens = encode_prompt(alphabet, prompt);
-  Engine engine(mesh, reader);
+  Engine engine(mesh, reader, options);
   load_weights(world, reader, engine.transformer().parameters());
   engine.transformer().freeze();
 
@@ -151,7 +166,7 @@ GenerateResult generate(Communicator& world, const MeshShape& shape, const std::
   auto start = Clock::now();
   const auto lap = [&] { return std::chrono::duration<double>(Clock::now() - std::exchange(start, Clock::now())).count(); };
   for (std::int64_t index = 0; index < options.max_tokens; ++index) {
-    const Tensor logits = to_device(engine.next_logits(tokens, options.use_cache), Device{});
+    const Tensor logits = to_device(engine.next_logits(tokens), Device{});
     std::int32_t token = 0;
     if (world.rank() == 0) {
       token = sample({logits.ptr<float>(), static_cast<std::size_t>(logits->elements())}, options.sampling,
@@ -168,6 +183,7 @@ GenerateResult generate(Communicator& world, const MeshShape& shape, const std::
   const double seconds = lap();
   if (options.max_tokens > 1 && seconds > 0) result.tokens_per_s = static_cast<double>(options.max_tokens - 1) / seconds;
   result.cached_positions = engine.cached_rows();
+  result.graph_launches = engine.graph_launches();
   return result;
 }
 

@@ -21,6 +21,7 @@ struct GenerateOptions {
   std::int64_t max_tokens = 200;
   SamplingOptions sampling;
   bool use_cache = true;  // false: every token recomputes its whole context (tests compare the two)
+  bool graphs = true;     // one rank on a CUDA device: a token is one launch of a graph (core/device/step_graph.h)
 };
 
 struct GenerateResult {
@@ -29,6 +30,7 @@ struct GenerateResult {
   double prefill_s = 0;
   double tokens_per_s = 0;            // after the prefill
   std::int64_t cached_positions = 0;  // in this rank's cache at the end
+  std::int64_t graph_launches = 0;    // tokens that were
 };
 
 // Called on the first rank with each piece of text as soon as it is chosen.

@@ -68,16 +68,16 @@ class GpuCheck(unittest.TestCase):
         self.assertEqual({step["exit"] for step in done["steps"]}, {0})
         for name in ("doctor", "kernels", "layers", "conformance_1", "conformance_threads:ring", "conformance_nccl:2,ring", "determinism",
                      "training:cpu", "training:cuda", "curves", "training_invariant:2", "same_bits", "bench_product", "bench_attention:2048,128,causal",
-                     "bench_attention:512,128,full,cuda", "bench_virtual_ranks:ring=4", "decode", "gpt2"):
+                     "bench_attention:512,128,full,cuda", "bench_virtual_ranks:ring=4", "decode", "decode:no_graphs", "gpt2"):
             self.assertIn(name, steps)
         self.assertEqual(steps["curves"]["result"], {"steps": 2, "largest_difference": 0.001, "tolerance": 0.01})
         self.assertIn("- GPU: H100, 580", result.stdout)
         self.assertIn("| 512,128,full | forward | 300.0 |  | 0.500 | 300.0 | 1.000 |", result.stdout)
-        self.assertIn("- decode: 99 tokens/s\n- training, GPT-2 124M: 4321 tokens/s", result.stdout)
+        self.assertIn("- decode: 99 tokens/s, 99 without graphs\n- training, GPT-2 124M: 4321 tokens/s", result.stdout)
         again, _ = self.check()
         self.assertEqual(again, [])
         chosen, _ = self.check("--only", "decode,bench_product")
-        self.assertEqual(len(chosen), 2, chosen)
+        self.assertEqual(len(chosen), 3, chosen)
 
     def test_each_rank_has_a_device_where_there_are_enough(self):
         _, result = self.check("--dry-run")
@@ -98,7 +98,7 @@ class GpuCheck(unittest.TestCase):
         self.assertIn("it went wrong", result.stderr)
         self.assertEqual(self.results()[1]["decode"]["exit"], 5)
         calls, result = self.check()
-        self.assertEqual([call.split()[0] for call in calls], ["generate"])
+        self.assertEqual([call.split()[0] for call in calls], ["generate"] * 2)
         self.assertEqual(self.results()[1]["decode"]["exit"], 0)
         self.assertIn(", 0 failed", result.stdout)
 

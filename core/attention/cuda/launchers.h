@@ -4,6 +4,7 @@
 #include <cuda_runtime.h>
 
 #include "core/attention/cuda/params.h"
+#include "core/tensor/tensor.h"
 
 namespace dattn::cuda {
 
@@ -11,6 +12,9 @@ namespace dattn::cuda {
 void expand_positions(const PositionRun* runs, int n_runs, std::int64_t* positions, cudaStream_t stream);
 
 void merge_shares(const SharesParams& params, cudaStream_t stream);
+
+// Row *at of cache [1, capacity, K, D] = row [1, 1, K, D].
+void store_row(const TensorView& row, const std::int32_t* at, const TensorView& cache, cudaStream_t stream);
 
 // Any storage, dims up to kMaxPlainDim; block lists of kPlainRows rows.
 inline constexpr int kMaxPlainDim = 256;

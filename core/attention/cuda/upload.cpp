@@ -5,6 +5,7 @@
 #include <cstring>
 
 #include "core/device/cuda/language.h"
+#include "core/device/cuda/step.h"
 
 namespace dattn::cuda {
 namespace {
@@ -58,10 +59,18 @@ void Upload::send(NativeStream stream) {
   memory_.emplace(bytes_, stream);
   const std::size_t used = parts_.empty() ? 0 : parts_.back().offset + parts_.back().bytes;
   if (used == 0) return;
-  const Staging::Buffer& buffer = staging.take(used);
-  for (const Part& part : parts_) {
-    if (part.bytes > 0) std::memcpy(static_cast<std::byte*>(buffer.memory) + part.offset, part.data, part.bytes);
+  const auto fill = [&](void* memory) {
+    for (const Part& part : parts_) {
+      if (part.bytes > 0) std::memcpy(static_cast<std::byte*>(memory) + part.offset, part.data, part.bytes);
+    }
+  };
+  if (in_step()) {
+    void* const room = step_room(used);
+    fill(room);
+    return copy_pinned(memory_->ptr<void>(), room, used, stream);
   }
+  const Staging::Buffer& buffer = staging.take(used);
+  fill(buffer.memory);
   copy_pinned(memory_->ptr<void>(), buffer.memory, used, stream);
   record(buffer.copied, stream);
 }

@@ -22,10 +22,13 @@ namespace dattn::cuda {
 // Throws Error(kSystem) naming call and error. In runtime.cpp: {fmt} does not compile under nvcc, so no error.h in .cu files.
 void check(cudaError_t error, const char* call);
 
+// Whether this thread is in a pass of host code that puts nothing on the stream (step.h): what would, does nothing.
+bool only_host();
+
 // Starts kernel<<<grid, block, shared_bytes, stream>>>(args..); more than 48 KiB of shared memory are asked for first.
 template <class... Params, class... Args>
 void launch(void (*kernel)(Params...), dim3 grid, dim3 block, std::size_t shared_bytes, cudaStream_t stream, Args&&... args) {
-  if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
+  if (grid.x == 0 || grid.y == 0 || grid.z == 0 || only_host()) return;
   if (shared_bytes > 48 * 1024) {
     check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
                                static_cast<int>(shared_bytes)),

@@ -2,6 +2,7 @@
 #include "core/attention/cuda/kernels.h"
 #include "core/attention/cudnn/cuda/graph.h"
 #include "core/device/cuda/runtime.h"
+#include "core/device/cuda/step.h"
 #include "core/nn/cuda/matmul.h"
 #include "core/nn/cuda/ops.h"
 
@@ -28,6 +29,11 @@ const CudaModule kTable{
     .wait_event = wait_event,
     .event_done = event_done,
     .synchronize_event = synchronize_event,
+    .make_step = make_step,
+    .destroy_step = destroy_step,
+    .begin_step = begin_step,
+    .end_step = end_step,
+    .abandon_step = abandon_step,
     .copy_bytes = copy_bytes,
     .copy_pinned = copy_pinned,
     .fill_zero = fill_zero,
@@ -39,6 +45,7 @@ const CudaModule kTable{
     .merge_sink = merge_sink,
     .add_sink_gradient = add_sink_gradient,
     .attention_delta = attention_delta,
+    .store_row = store_row,
     .kernels = cuda_kernels,
     .cudnn_version = cudnn::version,
     .nn = &kNnTable,

@@ -6,12 +6,14 @@
 #include <atomic>
 #include <cstdint>
 #include <cstdlib>
+#include <cstring>
 #include <mutex>
 #include <string_view>
 #include <unordered_set>
 
 #include "core/base/error.h"
 #include "core/device/cuda/language.h"
+#include "core/device/cuda/step.h"
 
 namespace dattn::cuda {
 namespace {
@@ -116,6 +118,9 @@ bool staged_at_return(const void* memory) {
   return type_of(memory) == cudaMemoryTypeUnregistered && reads_pageable == 0;
 }
 
+// What is allocated in a pass that puts nothing on the stream: an address that nothing reads or writes, aligned as others.
+void* const kOfNoPass = reinterpret_cast<void*>(std::uintptr_t{1} << 12);
+
 // Pinned memory that could not be had and is pageable instead.
 struct Pageable {
   std::mutex mutex;
@@ -195,6 +200,7 @@ void set_device(int index) {
 }
 
 void* allocate(std::size_t bytes, NativeStream stream) {
+  if (only_host()) return kOfNoPass;
   void* memory = nullptr;
   const cudaError_t error = cudaMallocAsync(&memory, bytes, native(stream));
   if (error == cudaErrorMemoryAllocation) {
@@ -206,7 +212,7 @@ void* allocate(std::size_t bytes, NativeStream stream) {
 }
 
 void release(void* memory, NativeStream stream) noexcept {
-  if (memory != nullptr && cudaFreeAsync(memory, native(stream)) != cudaSuccess) cudaGetLastError();
+  if (memory != nullptr && memory != kOfNoPass && cudaFreeAsync(memory, native(stream)) != cudaSuccess) cudaGetLastError();
 }
 
 void* allocate_pinned(std::size_t bytes) {
@@ -284,11 +290,17 @@ bool event_done(NativeEvent event) {
 void synchronize_event(NativeEvent event) { check(cudaEventSynchronize(native_event(event)), "cudaEventSynchronize"); }
 
 void copy_pinned(void* to, const void* from, std::size_t bytes, NativeStream stream) {
-  if (bytes > 0) check(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDefault, native(stream)), "cudaMemcpyAsync");
+  if (bytes > 0 && !only_host()) check(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDefault, native(stream)), "cudaMemcpyAsync");
 }
 
 // The runtime itself stages what comes from pageable memory before it returns, but for devices that read it where it is.
 void copy_bytes(void* to, const void* from, std::size_t bytes, NativeStream stream) {
+  if (bytes > 0 && in_step()) {
+    ensure(type_of(from) == cudaMemoryTypeUnregistered, "a step that is captured reads memory of the device back");
+    void* const room = step_room(bytes);
+    std::memcpy(room, from, bytes);
+    return copy_pinned(to, room, bytes, stream);
+  }
   copy_pinned(to, from, bytes, stream);
   if (!on_device(to) || (!on_device(from) && !staged_at_return(from))) synchronize(stream);
 }

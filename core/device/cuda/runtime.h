@@ -50,7 +50,7 @@ void copy(const TensorView& from, const TensorView& to, NativeStream stream);
 void add(const TensorView& from, const TensorView& to, NativeStream stream);
 void take_maximum(const TensorView& from, const TensorView& to, NativeStream stream);
 
-// .. and states (core/attention/state.cu).
+// and states (core/attention/state.cu).
 void clear_state(const TensorView& out, const TensorView& lse, NativeStream stream);
 void merge_state(const TensorView& out, const TensorView& lse, const TensorView& other_out, const TensorView& other_lse,
                  NativeStream stream);
@@ -58,5 +58,8 @@ void merge_sink(const TensorView& out, const TensorView& lse, const TensorView& 
 void add_sink_gradient(const TensorView& lse, const TensorView& delta, const TensorView& sink, const TensorView& dsink,
                        NativeStream stream);
 void attention_delta(const TensorView& dout, const TensorView& out, const TensorView& delta, NativeStream stream);
+
+// Caches (core/attention/cuda/cache_row.cpp).
+void store_row(const TensorView& row, std::int64_t at, const TensorView& cache, NativeStream stream);
 
 }  // namespace dattn::cuda

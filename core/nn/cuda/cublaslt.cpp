@@ -14,6 +14,7 @@
 
 #include "core/base/error.h"
 #include "core/base/library.h"
+#include "core/device/cuda/language.h"
 #include "core/device/cuda/scratch.h"
 #include "core/nn/cuda/matmul.h"
 #include "core/nn/cuda/ops.h"
@@ -117,6 +118,7 @@ class LtLibrary {
   bool run(const TensorView& a, const TensorView& b, const TensorView& c, const CudaMatmul& how, NativeStream stream) {
     Prepared ready = find(a, b, c, how);
     if (!ready.found) return false;
+    if (only_host()) return true;
     if (how.bias != nullptr) set(ready.product, CUBLASLT_MATMUL_DESC_BIAS_POINTER, how.bias);
     const float one = 1.0f, kept = how.accumulate ? 1.0f : 0.0f;
     const Scratch workspace(kWorkspace, stream);

@@ -7,6 +7,7 @@
 #include <gtest/gtest.h>
 
 #include "core/base/error.h"
+#include "tests/core/device/on_cuda.h"
 #include "tests/plugins/small_job.h"
 
 namespace dattn {
@@ -39,7 +40,7 @@ GenerateResult generate_on_threads(const MeshShape& mesh, const std::string& run
   return result;
 }
 
-class Positional : public testing::TestWithParam<const char*> {};
+class Positional : public ::testing::TestWithParam<const char*> {};
 
 // 70 tokens after the prompt: the window of 40 is restarted more than once.
 TEST_P(Positional, CacheEqualsRecomputing) {
@@ -68,8 +69,31 @@ TEST_P(Positional, EveryMeshWritesTheSame) {
   EXPECT_NE(generate_on_threads({}, run, "then it ran ", options).text, expected);
 }
 
-INSTANTIATE_TEST_SUITE_P(All, Positional, testing::Values("rope", "learned"),
+INSTANTIATE_TEST_SUITE_P(All, Positional, ::testing::Values("rope", "learned"),
                          [](const auto& position) { return position.param; });
+
+// Tokens as launches of a graph, over restarts of the window, and kernel by kernel.
+class GenerationOnCuda : public testing::OnCuda {};
+
+TEST_F(GenerationOnCuda, GraphsWriteTheSame) {
+  GenerateOptions options;
+  options.max_tokens = 60;
+  options.sampling = {.temperature = 0.9, .top_k = 8, .top_p = 0.95, .seed = 5};
+  for (const char* position : {"rope", "learned"}) {
+    const std::string& run = trained_run(position);
+    GenerateResult with, without;
+    run_thread_ranks(1, {}, [&](Communicator& world) {
+      const DeviceScope scope(testing::kCuda);
+      options.graphs = true;
+      with = generate(world, {}, run, "then it ran ", options, {});
+      options.graphs = false;
+      without = generate(world, {}, run, "then it ran ", options, {});
+    });
+    EXPECT_EQ(with.tokens, without.tokens);
+    EXPECT_GT(with.graph_launches, 40);
+    EXPECT_EQ(without.graph_launches, 0);
+  }
+}
 
 TEST(Generation, SpreadsTheCacheOverRing) {
   GenerateOptions options;

@@ -24,6 +24,7 @@ namespace {
 struct Allocation {
   std::size_t bytes;
   int device;  // -1: pinned host memory
+  bool of_graph = false;
 };
 
 struct Blocks {
@@ -45,18 +46,19 @@ std::size_t total_bytes() {
   return text == nullptr ? std::size_t{8} << 30 : static_cast<std::size_t>(std::atoll(text));
 }
 
-void* remember(std::size_t bytes, int device) {
+void* remember(std::size_t bytes, int device, bool of_graph = false) {
   void* memory = nullptr;
   if (posix_memalign(&memory, 256, bytes) != 0) return nullptr;
   const std::lock_guard lock(blocks().mutex);
-  blocks().by_address[reinterpret_cast<std::uintptr_t>(memory)] = {bytes, device};
+  blocks().by_address[reinterpret_cast<std::uintptr_t>(memory)] = {bytes, device, of_graph};
   return memory;
 }
 
-bool forget(void* memory, bool pinned, Allocation& block) {
+bool forget(void* memory, bool pinned, Allocation& block, bool of_graph = false) {
   const std::lock_guard lock(blocks().mutex);
   const auto found = blocks().by_address.find(reinterpret_cast<std::uintptr_t>(memory));
-  if (found == blocks().by_address.end() || (found->second.device < 0) != pinned) return false;
+  if (found == blocks().by_address.end() || (found->second.device < 0) != pinned || found->second.of_graph != of_graph)
+    return false;
   block = found->second;
   blocks().by_address.erase(found);
   return true;
@@ -106,6 +108,9 @@ cudaError_t enqueue_copy(Rows rows, cudaStream_t handle) {
   const std::size_t last = rows.height - 1;
   if (check_range(rows.from, last * rows.from_pitch + rows.width, from_pageable) != cudaSuccess) return cudaErrorInvalidValue;
   if (check_range(rows.to, last * rows.to_pitch + rows.width, to_pageable) != cudaSuccess) return cudaErrorInvalidValue;
+  if (from_pageable || to_pageable) {
+    if (const cudaError_t error = refuse_in_capture(stream, "a copy from or to pageable memory")) return error;
+  }
   if (from_pageable) {
     auto staged = std::make_shared<std::vector<char>>(rows.width * rows.height);
     Rows{staged->data(), rows.width, rows.from, rows.from_pitch, rows.width, rows.height}.move();
@@ -134,6 +139,12 @@ cudaError_t enqueue_fill(void* memory, std::size_t pitch, int value, std::size_t
 }  // namespace
 
 void release_device_memory(void* memory) { std::free(memory); }
+void free_of_graph(void* memory) {
+  Allocation block{};
+  if (!forget(memory, false, block, true)) return;
+  used_bytes(block.device).fetch_sub(block.bytes, std::memory_order_relaxed);
+  std::free(memory);
+}
 void poison_freed(void* memory, std::size_t bytes) { poison(memory, bytes); }
 void unpoison_freed(void* memory, std::size_t bytes) { unpoison(memory, bytes); }
 
@@ -161,14 +172,15 @@ cudaError_t cudaMallocAsync(void** memory, std::size_t bytes, cudaStream_t handl
   CUstream_st& stream = *CUstream_st::of(handle);
   auto& used = used_bytes(stream.device());
   if (used.fetch_add(bytes, std::memory_order_relaxed) + bytes > total_bytes()) {
-    stream.synchronize();  // what was freed before may be had now
+    if (stream.capture == nullptr) stream.synchronize();  // what was freed before may be had now
     if (used.load(std::memory_order_relaxed) > total_bytes()) {
       used.fetch_sub(bytes, std::memory_order_relaxed);
       return report(cudaErrorMemoryAllocation, "out of memory");
     }
   }
-  *memory = remember(bytes, stream.device());
+  *memory = remember(bytes, stream.device(), stream.capture != nullptr);
   if (*memory == nullptr) return report(cudaErrorMemoryAllocation, "out of memory");
+  if (stream.capture != nullptr) stream.capture->blocks.push_back({*memory, bytes});
   stream.push([block = *memory, bytes] { std::memset(block, kFreed, bytes); });
   return cudaSuccess;
 }
@@ -176,6 +188,10 @@ cudaError_t cudaMallocAsync(void** memory, std::size_t bytes, cudaStream_t handl
 cudaError_t cudaFreeAsync(void* memory, cudaStream_t handle) {
   if (memory == nullptr) return cudaSuccess;
   CUstream_st& stream = *CUstream_st::of(handle);
+  if (stream.capture != nullptr) {
+    return stream.capture->free(memory) ? cudaSuccess
+                                        : report(cudaErrorInvalidValue, "memory of another time is freed in a capture");
+  }
   Allocation block{};
   if (!forget(memory, false, block)) return report(cudaErrorInvalidValue, "cudaFreeAsync of what is not device memory");
   stream.push([=, &stream] {

@@ -90,6 +90,8 @@ constexpr Name kNames[] = {
     {cudaErrorIllegalAddress, "cudaErrorIllegalAddress", "an illegal memory access was encountered"},
     {cudaErrorInvalidResourceHandle, "cudaErrorInvalidResourceHandle", "invalid resource handle"},
     {cudaErrorNotReady, "cudaErrorNotReady", "device not ready"},
+    {cudaErrorStreamCaptureUnsupported, "cudaErrorStreamCaptureUnsupported",
+     "operation not permitted when stream is capturing"},
     {cudaErrorLaunchFailure, "cudaErrorLaunchFailure", "unspecified launch failure"},
 };
 const Name& known(cudaError_t error) {
@@ -207,6 +209,7 @@ cudaError_t cudaStreamDestroy(cudaStream_t stream) {
 
 cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
   CUstream_st& own = *CUstream_st::of(stream);
+  if (const cudaError_t error = refuse_in_capture(own, "cudaStreamSynchronize")) return error;
   own.synchronize();
   return report(own.take_failure());
 }
@@ -219,11 +222,13 @@ cudaError_t cudaStreamQuery(cudaStream_t stream) {
 
 cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned /*flags*/) {
   if (event->recorded == 0) return cudaSuccess;
+  if (const cudaError_t error = refuse_in_capture(*CUstream_st::of(stream), "cudaStreamWaitEvent")) return error;
   CUstream_st::of(stream)->push([state = event->state, target = event->recorded] { state->progress.wait_for(target); });
   return cudaSuccess;
 }
 
 cudaError_t cudaLaunchHostFunc(cudaStream_t stream, cudaHostFn_t function, void* argument) {
+  if (const cudaError_t error = refuse_in_capture(*CUstream_st::of(stream), "cudaLaunchHostFunc")) return error;
   CUstream_st::of(stream)->push([=] { function(argument); });
   return cudaSuccess;
 }
@@ -235,6 +240,7 @@ cudaError_t cudaEventCreateWithFlags(cudaEvent_t* event, unsigned /*flags*/) {
 
 cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t handle) {
   CUstream_st& stream = *CUstream_st::of(handle);
+  if (const cudaError_t error = refuse_in_capture(stream, "cudaEventRecord")) return error;
   if (stream.device() != event->device) {
     return report(cudaErrorInvalidResourceHandle, "an event of device " + std::to_string(event->device) +
                                                       " is recorded on a stream of device " + std::to_string(stream.device()));

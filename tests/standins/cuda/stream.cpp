@@ -194,6 +194,7 @@ CUstream_st* CUstream_st::of(cudaStream_t stream) {
 
 // The host releases and the worker acquires, never the reverse.
 void CUstream_st::push(std::function<void()> work, bool counts) {
+  if (capture != nullptr) return capture->work.push_back(std::move(work));
   if (counts) given_.fetch_add(1, std::memory_order_relaxed);
   auto* item = new Work{std::move(work), counts, pushed_.load(std::memory_order_relaxed)};
   while (!pushed_.compare_exchange_weak(item->next, item, std::memory_order_release, std::memory_order_relaxed)) {

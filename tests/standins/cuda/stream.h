@@ -14,6 +14,7 @@
 
 #include "block.h"
 #include "cuda_runtime.h"
+#include "graph.h"
 
 namespace dattn::cuda::standin {
 
@@ -92,6 +93,7 @@ struct CUstream_st {
   const dattn::cuda::standin::Failure* take_failure();  // the first since the last call, or why the device is lost
 
   std::atomic<const dattn::cuda::standin::Failure*> failure{nullptr};
+  std::shared_ptr<dattn::cuda::standin::Capture> capture;  // while it is captured (graph.h): push() gives it the work
 
  private:
   struct Work;

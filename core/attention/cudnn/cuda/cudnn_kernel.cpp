@@ -15,6 +15,7 @@
 #include "core/attention/cudnn/projection.h"
 #include "core/base/error.h"
 #include "core/base/log.h"
+#include "core/device/cuda/language.h"
 #include "core/device/cuda/runtime.h"
 
 namespace dattn {
@@ -170,7 +171,7 @@ void start(const Run& run, Buffers buffers, Scratch& scratch, NativeStream strea
   buffers.k = run.k.data;
   buffers.v = run.v.data;
   buffers.bias = run.bias.data;
-  run.plan->run(buffers, scratch.bytes(run.plan->workspace_bytes()), stream);
+  if (!cuda::only_host()) run.plan->run(buffers, scratch.bytes(run.plan->workspace_bytes()), stream);
 }
 
 void forward(const AttendArgs& args, const std::vector<Run>& runs, NativeStream stream) {

@@ -17,6 +17,7 @@
 namespace dattn::cuda {
 
 void check(cudaError_t error, const char* call);
+bool only_host();
 
 namespace standin {
 
@@ -47,7 +48,7 @@ inline int lane() { return static_cast<int>((threadIdx.x + blockDim.x * (threadI
 
 template <class... Params, class... Args>
 void launch(void (*kernel)(Params...), dim3 grid, dim3 block, std::size_t shared_bytes, cudaStream_t stream, Args&&... args) {
-  if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
+  if (grid.x == 0 || grid.y == 0 || grid.z == 0 || only_host()) return;
   const auto start = [&](Params... params) {
     check(standin::start({[=] { kernel(params...); }, grid, block, shared_bytes}, stream), "cudaLaunchKernel");
   };
