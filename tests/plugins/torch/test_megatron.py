@@ -43,14 +43,15 @@ def test_one_process():
 def test_two_ranks():
     compare({"tp": 2})
     compare({"cp": 2}, (None, "p2p", "a2a", "all_gather", "ring_q", "auto", "grid(rows=2)"))
-    compare({"cp": 2}, ("p2p", "a2a"), window_size=(6, 0))
+    compare({"cp": 2}, ("p2p", "a2a", "halo"), window_size=(6, 0))
     compare({"cp": 2}, ("a2a",), num_query_groups=4)
     compare({})  # data parallel
 
 
 @on_ranks(4)
 def test_four_ranks():
-    compare({"cp": 4, "hierarchical": [2, 2]}, ("a2a+p2p", "double_ring(ring_outer=2, ring=2)", "fetch"))
+    compare({"cp": 4, "hierarchical": [2, 2]}, ("a2a+p2p", "double_ring(ring_outer=2, ring=2)", "fetch",
+                                                     "hybrid(ring=2, ulysses=2)", "tree"))
     compare({"tp": 2, "cp": 2}, ("p2p", "a2a"), num_query_groups=4)
     compare({"cp": 2}, ("all_gather",), window_size=(6, 0))
 
