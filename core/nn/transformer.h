@@ -78,7 +78,8 @@ class Transformer {
   double forward_backward(const TokenBatch& batch);
   // The same sum without dropout and without gradients.
   double loss(const TokenBatch& batch);
-  // From now on values do not change, so that products need not round them anew in every pass: for inference.
+  // From now on values do not change, so that products need not round them anew in every pass: for inference, and before a pass
+  // is captured in a graph.
   void freeze();
   // Logits of chosen token rows (numbered b * S + s): [rows, V] fp32, the vocabulary slice ranges().vocab. Without
   // dropout; targets are not read.

@@ -9,6 +9,7 @@
 #include <optional>
 
 #include "core/base/error.h"
+#include "core/device/stream.h"
 #include "core/nn/optimizer.h"
 #include "parallel/comm/decorators.h"
 #include "plugins/infer/generate.h"
@@ -136,6 +137,7 @@ void Trainer::restore() {
 }
 
 void Trainer::fail_diverged(std::int64_t step, const StepSums& sums, double rate) {
+  together(*world_, "computing", [] { current_stream().synchronize(); });  // what a failing device computes is no divergence
   before_throwing_together(*world_);
   fail(ErrorCode::kDiverged,
        "training diverged at step {}: loss {}, gradient norm {}, learning rate {:.3g}; lower train.learning_rate, lengthen "

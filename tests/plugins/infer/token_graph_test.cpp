@@ -45,7 +45,9 @@ class Reader {
                           .window = kWindow,
                           .dtype = type}),
         transformer_(model, {.part = {}, .compute = type, .seed = 3}, attention_, boundary_, vocabulary_),
-        logits_(Tensor::uninitialized(DType::kF32, {1, model.vocab})) {}
+        logits_(Tensor::uninitialized(DType::kF32, {1, model.vocab})) {
+    transformer_.freeze();
+  }
 
   // Logits behind the tokens, on the host. A single token goes through the graph, if there is one.
   Tensor read(std::span<const std::int32_t> tokens, StepGraph* graph) {
