@@ -29,7 +29,7 @@ int order_of(const MeshShape& mesh, std::size_t number, std::string_view strateg
 
 }  // namespace
 
-bool fetches(const Draft& draft) { return draft.candidate.strategy == "fetch" || draft.candidate.strategy == "halo"; }
+bool fetches(std::string_view strategy) { return strategy == "fetch" || strategy == "halo"; }
 
 Candidates::Candidates(const PlanRequest& request) : request_(request) {
   AttentionOptions options = request.options;
@@ -150,16 +150,15 @@ void Candidates::add_mesh(const MeshShape& mesh) {
       continue;
     }
     attempt(fmt::format("{} on {}", strategy.name, mesh.text()), [&] {
-      if (strategy.name == "fetch" || strategy.name == "halo") {
+      if (fetches(strategy.name))
         add_fetches(mesh, strategy);
-      } else {
+      else
         drafts_.push_back(draft_of(mesh, strategy, layouts(mesh.sequence_parts())[0]));
-      }
     });
   }
 }
 
-// What these move depends on the layout. Strides of positions see every key that one of them sees.
+// A candidate for each layout. Strides of positions see every key that one of them sees.
 void Candidates::add_fetches(const MeshShape& mesh, const Strategy& strategy) {
   const bool named = request_.options.strategy == strategy.name;
   if (sees_all_ && !named) return;
@@ -180,7 +179,7 @@ Draft Candidates::draft_of(const MeshShape& mesh, const Strategy& strategy, Layo
   draft.candidate.strategy = strategy.name;
   draft.candidate.mesh = mesh;
   draft.candidate.layout = layout;
-  if (fetches(draft)) {
+  if (fetches(strategy.name)) {
     if (!seen_.contains(layout)) seen_[layout] = seen_rows(*problem_);
     draft.seen = seen_[layout];
   }

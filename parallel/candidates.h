@@ -24,7 +24,7 @@ struct Draft {
   bool settled = false;
 };
 
-bool fetches(const Draft& draft);
+bool fetches(std::string_view strategy);  // or halo: what they move depends on the layout
 
 class Candidates {
  protected:

@@ -212,10 +212,6 @@ Positions rows_along(const Problem& problem, bool key_side, int first, int count
   return Positions(runs);
 }
 
-}  // namespace
-
-namespace {
-
 // Of the places along the sequence.
 std::vector<int> looked_at(const Problem& problem, int places) {
   std::size_t regions = 0;
@@ -259,11 +255,17 @@ double head_balance(const AttentionShape& shape, const MeshShape& mesh) {
   return static_cast<double>(shape.heads) / parts / static_cast<double>(most);
 }
 
+Sharing sharing_of(std::string_view strategy) {
+  if (strategy.starts_with("grid")) return Sharing::kGrid;
+  return strategy == "tree" || strategy == "ring_q" ? Sharing::kKeys : Sharing::kQueries;
+}
+
 double row_balance(std::string_view strategy, const Problem& problem, double pairs) {
   const MeshShape& mesh = problem.mesh;
   const int ulysses = mesh.size(Axis::kUlysses), places = mesh.sequence_parts() / ulysses;  // place: rows, fastest, and rings
-  const int rows = strategy.starts_with("grid") ? mesh.size(Axis::kRows) : 1;
-  const bool keeps_keys = strategy == "tree" || strategy == "ring_q";
+  const Sharing sharing = sharing_of(strategy);
+  const int rows = sharing == Sharing::kGrid ? mesh.size(Axis::kRows) : 1;
+  const bool keeps_keys = sharing == Sharing::kKeys;
   double most = 0;
   for (const int place : looked_at(problem, places)) {
     const int first = place * ulysses, group = place / rows * rows * ulysses;  // first place of its column of the grid

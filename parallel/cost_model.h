@@ -40,8 +40,13 @@ double bytes_of(const std::vector<Transfer>& transfers);
 
 // Query heads of a mean rank over those of the rank with most.
 double head_balance(const AttentionShape& shape, const MeshShape& mesh);
+// Which visible pairs are a rank's work: those of its queries, those of its keys, or of a grid's column of queries and row of
+// keys.
+enum class Sharing { kQueries, kKeys, kGrid };
+Sharing sharing_of(std::string_view strategy);
+
 // Visible pairs of a mean rank over those of the rank with most, heads not counted; from a sample of ranks on large meshes.
-// `pairs`: all of the mask's.
+// `pairs`: all of the mask's. Equal for strategies of one sharing.
 double row_balance(std::string_view strategy, const Problem& problem, double pairs);
 
 double visible_pairs(const CompiledMask& mask);  // of one head, over all batch rows

@@ -26,7 +26,7 @@ constexpr std::size_t kLookedAtForBytes = 8, kLookedAtForTime = 32;  // candidat
 constexpr std::size_t kSimulated = 4;                                // candidates that are simulated
 
 // Holds everything it is sent at once, where those that pass blocks around hold two.
-bool holds_all(const Draft& draft) { return fetches(draft) || draft.candidate.strategy == "tree"; }
+bool holds_all(const Draft& draft) { return fetches(draft.candidate.strategy) || draft.candidate.strategy == "tree"; }
 
 // Compares candidates and takes the best.
 class Planner : private Candidates {
@@ -115,7 +115,7 @@ class Planner : private Candidates {
   void settle(Draft& draft) {
     Candidate& candidate = draft.candidate;
     const std::vector<Layout> all =
-        fetches(draft) ? std::vector<Layout>{candidate.layout} : layouts(candidate.mesh.sequence_parts());
+        fetches(candidate.strategy) ? std::vector<Layout>{candidate.layout} : layouts(candidate.mesh.sequence_parts());
     double best = -1;
     for (const Layout layout : all) {
       place(candidate.mesh, layout);
@@ -128,10 +128,9 @@ class Planner : private Candidates {
     set_time(draft);
   }
 
-  // Of the problem as it is placed. Strategies share it, but for those that keep their keys and the grids.
+  // Of the problem as it is placed.
   double balance_of(std::string_view strategy) {
-    const bool keeps_keys = strategy == "tree" || strategy == "ring_q", grid = strategy.starts_with("grid");
-    const auto key = std::tuple(problem_->mesh.sizes, problem_->layout, keeps_keys, grid);
+    const auto key = std::tuple(problem_->mesh.sizes, problem_->layout, sharing_of(strategy));
     const auto known = balances_.find(key);
     if (known != balances_.end()) return known->second;
     return balances_[key] = row_balance(strategy, *problem_, pairs_);
@@ -253,7 +252,7 @@ class Planner : private Candidates {
          all.empty() ? " no mesh suits the strategy; use strategy auto" : all);
   }
 
-  std::map<std::tuple<std::array<int, kAxes.size()>, Layout, bool, bool>, double> balances_;
+  std::map<std::tuple<std::array<int, kAxes.size()>, Layout, Sharing>, double> balances_;
 };
 
 void check_request(const PlanRequest& request) {

@@ -17,14 +17,14 @@ DATTN_VECTORIZED void add_row(const float* from, float* to, std::int64_t dim) {
   for (std::int64_t j = 0; j < dim; ++j) to[j] += from[j];
 }
 
-// gradient[index(row)] += dx[row], in row order whatever the number of threads; rows of a negative index are left out.
-template <class Index>
-void scatter_add(const TensorView& dx, Interval rows, const TensorView& gradient, const Index& index) {
+// gradient[rows[i]] += dx[i], in row order whatever the number of threads; negative rows are left out.
+void scatter_add(const TensorView& dx, std::span<const std::int32_t> rows, const TensorView& gradient) {
+  if (on_cuda({&dx, &gradient})) return cuda_nn().scatter_rows(dx, RowGroups(rows).view(), gradient, cuda_stream());
   const std::int64_t dim = dx.size(1);
   parallel_blocks(dim, kColumns, [&](std::int64_t begin, std::int64_t end) {
-    for (std::int64_t row = rows.begin; row < rows.end; ++row) {
-      const std::int64_t target = index(row);
-      if (target >= 0) add_row(dx.ptr<float>() + row * dim + begin, gradient.ptr<float>() + target * dim + begin, end - begin);
+    for (std::size_t i = 0; i < rows.size(); ++i) {
+      const float* from = dx.ptr<float>() + static_cast<std::int64_t>(i) * dim + begin;
+      if (rows[i] >= 0) add_row(from, gradient.ptr<float>() + rows[i] * dim + begin, end - begin);
     }
   });
 }
@@ -44,35 +44,18 @@ struct SumPlaces {
   }
 };
 
-// The same in the order of a tree; rows[row] is the row of the gradient, or negative.
-void scatter_add_by_tree(const TensorView& dx, const TensorView& gradient, std::span<const std::int32_t> rows,
+// The same in the order of a tree.
+void scatter_add_by_tree(const TensorView& dx, std::span<const std::int32_t> rows, const TensorView& gradient,
                          const RowTree& tree) {
-  const SumPlaces sums(rows);
-  const Tensor total = Tensor::uninitialized(DType::kF32, {static_cast<std::int64_t>(sums.targets.size()), dx.size(1)});
-  tree_sum(0, tree.leaves.size(), total, [&](std::size_t i, const TensorView& to, bool accumulate) {
-    if (!accumulate) fill_zero(to);
-    scatter_add(dx, tree.leaves[i], to, [&](std::int64_t row) { return sums.place[static_cast<std::size_t>(row)]; });
-  });
-  for (std::size_t i = 0; i < sums.targets.size(); ++i)
-    add_contiguous(total->slice(0, static_cast<std::int64_t>(i), 1), gradient.slice(0, sums.targets[i], 1));
-}
-
-// The same on the device: rows[row] is the row of the gradient, or negative.
-void scatter_add_on_cuda(const TensorView& dx, const TensorView& gradient, std::span<const std::int32_t> rows,
-                         const RowTree& tree) {
-  const auto scatter = [](const TensorView& from, std::span<const std::int32_t> targets, const TensorView& to) {
-    cuda_nn().scatter_rows(from, RowGroups(targets).view(), to, cuda_stream());
-  };
-  if (tree.empty()) return scatter(dx, rows, gradient);
   const SumPlaces sums(rows);
   const Tensor total = Tensor::uninitialized(DType::kF32, {static_cast<std::int64_t>(sums.targets.size()), dx.size(1)});
   tree_sum(0, tree.leaves.size(), total, [&](std::size_t i, const TensorView& to, bool accumulate) {
     const Interval leaf = tree.leaves[i];
+    const auto begin = static_cast<std::size_t>(leaf.begin), count = static_cast<std::size_t>(leaf.count());
     if (!accumulate) fill_zero(to);
-    scatter(dx.slice(0, leaf.begin, leaf.count()),
-            std::span(sums.place).subspan(static_cast<std::size_t>(leaf.begin), static_cast<std::size_t>(leaf.count())), to);
+    scatter_add(dx.slice(0, leaf.begin, leaf.count()), std::span(sums.place).subspan(begin, count), to);
   });
-  scatter(total, sums.targets, gradient);
+  scatter_add(total, sums.targets, gradient);
 }
 
 // The row of the slice that a token has, or -1.
@@ -119,9 +102,10 @@ Tensor embedding_forward(const Parameter& table, std::span<const std::int32_t> t
 void embedding_backward(Parameter& table, std::span<const std::int32_t> tokens, const TensorView& dx, const RowTree& tree) {
   const TensorView& gradient = table.gradient2.defined() ? table.gradient2 : table.gradient;
   const std::vector<std::int32_t> rows = slice_rows(table, tokens);
-  if (on_cuda({&dx, &gradient})) return scatter_add_on_cuda(dx, gradient, rows, tree);
-  if (!tree.empty()) return scatter_add_by_tree(dx, gradient, rows, tree);
-  scatter_add(dx, {0, dx.size(0)}, gradient, [&](std::int64_t row) { return rows[static_cast<std::size_t>(row)]; });
+  if (tree.empty())
+    scatter_add(dx, rows, gradient);
+  else
+    scatter_add_by_tree(dx, rows, gradient, tree);
 }
 
 void position_forward(const Parameter& table, const TokenRows& rows, const TensorView& x) {
@@ -138,10 +122,7 @@ void position_forward(const Parameter& table, const TokenRows& rows, const Tenso
 }
 
 void position_backward(Parameter& table, const TokenRows& rows, const TensorView& dx) {
-  if (on_cuda({&dx, &table.gradient.view()})) {
-    return scatter_add_on_cuda(dx, table.gradient, table_positions(rows), {});
-  }
-  scatter_add(dx, {0, rows.count}, table.gradient, [&](std::int64_t row) { return rows.position(row); });
+  scatter_add(dx, table_positions(rows), table.gradient);
 }
 
 }  // namespace dattn

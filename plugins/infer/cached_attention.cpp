@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <numeric>
 
 #include "core/attention/block_list.h"
 #include "core/attention/cache_row.h"
@@ -170,6 +171,15 @@ Tensor CachedAttention::gather_heads(const TensorView& own, std::int64_t heads) 
 Attention::Gradients CachedAttention::backward(const AttentionSite&, const TensorView&, const TensorView&, const TensorView&,
                                                const TensorView&) {
   fail(ErrorCode::kInternal, "attention with a cache has no backward");
+}
+
+NextTokens::NextTokens(std::span<const std::int32_t> tokens, std::int64_t cached)
+    : positions_(tokens.size()), targets_(tokens.size(), -1) {
+  std::iota(positions_.begin(), positions_.end(), cached);
+  batch_.batch = 1;
+  batch_.tokens = tokens;
+  batch_.targets = targets_;
+  batch_.positions = positions_;
 }
 
 }  // namespace dattn

@@ -12,6 +12,7 @@
 #pragma once
 
 #include <cstdint>
+#include <span>
 #include <vector>
 
 #include "core/nn/hooks.h"
@@ -72,6 +73,21 @@ class CachedAttention final : public Attention {
   HeadRange tensor_heads_;  // of this tensor part, numbered globally
   HeadRange heads_;         // of this rank: its share of these over ulysses
   std::vector<Layer> layers_;
+};
+
+// Tokens of one sequence behind the `cached` positions of a cache, as a batch without targets. `tokens` must outlive it.
+class NextTokens {
+ public:
+  NextTokens(std::span<const std::int32_t> tokens, std::int64_t cached);
+  NextTokens(const NextTokens&) = delete;
+  NextTokens& operator=(const NextTokens&) = delete;
+
+  const TokenBatch& batch() const { return batch_; }
+
+ private:
+  std::vector<std::int64_t> positions_;
+  std::vector<std::int32_t> targets_;
+  TokenBatch batch_;
 };
 
 }  // namespace dattn

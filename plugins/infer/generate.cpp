@@ -3,7 +3,6 @@
 
 #include <algorithm>
 #include <chrono>
-#include <numeric>
 #include <optional>
 
 #include "core/base/error.h"
@@ -107,18 +106,11 @@ const TensorView& Engine::next_logits(const std::vector<std::int32_t>& tokens) {
   make_room(static_cast<std::int64_t>(tokens.size()));
   const std::int64_t cached = attention_.length();
   const auto fresh = std::span(tokens).subspan(static_cast<std::size_t>(begin_ + cached));
-  std::vector<std::int64_t> positions(fresh.size());
-  std::iota(positions.begin(), positions.end(), cached);
-  const std::vector<std::int32_t> targets(fresh.size(), -1);
-  TokenBatch batch;
-  batch.batch = 1;
-  batch.tokens = fresh;
-  batch.targets = targets;
-  batch.positions = positions;
+  const NextTokens next(fresh, cached);
   if (options_.graphs && mesh_.shape().ranks() == 1 && fresh.size() == 1)
-    graph_.run(attention_.next_token_key(), [&] { compute(batch); });
+    graph_.run(attention_.next_token_key(), [&] { compute(next.batch()); });
   else
-    compute(batch);
+    compute(next.batch());
   return logits_;
 }
 

@@ -59,18 +59,26 @@ std::int64_t forward_scratch(std::int64_t dim_qk, std::int64_t dim_v) {
   return static_cast<std::int64_t>(arena.next);
 }
 
-// P of one row and panel as the units that P V reads.
+// P of one row's columns from `column` on, two vectors of them, as the units that P V reads.
 template <class Unit>
-DATTN_INLINE void store_probabilities(float* to, std::int64_t column, const Floats (&p)[kVectors]) {
+DATTN_INLINE void store_probabilities(float* scores, std::int64_t column, Floats p0, Floats p1) {
 #if defined(__AVX512BF16__)
-  if constexpr (UnitOf<Unit>::kElements == 2) {
-#pragma GCC unroll 8
-    for (int c = 0; c < kVectors; c += 2) store(to + (column + c * kLanes) / 2, to_pairs(p[c], p[c + 1]));
-    return;
-  }
+  if constexpr (UnitOf<Unit>::kElements == 2) return store(scores + column / 2, to_pairs(p0, p1));
 #endif
-#pragma GCC unroll 8
-  for (int c = 0; c < kVectors; ++c) store(to + column + c * kLanes, p[c]);
+  store(scores + column, p0);
+  store(scores + column + kLanes, p1);
+}
+
+// S of one strip and one panel.
+template <bool kTerms, class Unit>
+DATTN_INLINE void score_panel(const Forward<Unit>& f, const ForwardJob& job, const Unit* columns, const Band& band,
+                              std::int64_t row, std::int64_t key, bool hidden, Block<kVectors>& scores) {
+  clear(scores);
+  multiply<false>(scores, f.q + row * f.q_stride, f.q_stride, columns, kPanel, f.q_units);
+  if constexpr (kTerms) {
+    if (job.terms->scores) true_scores(*job.terms, band, row, key, scores, nullptr);
+  }
+  if (hidden) hide(scores, band, row, key, kMinusInfinity);
 }
 
 // S of one strip and one panel, with the maxima of its rows.
@@ -78,13 +86,8 @@ template <bool kTerms, class Unit>
 DATTN_INLINE void score_block(const Forward<Unit>& f, const ForwardJob& job, const Unit* columns, const Band& band,
                               std::int64_t strip, std::int64_t key, std::int64_t column, bool first, bool hidden) {
   Block<kVectors> acc;
-  clear(acc);
   const std::int64_t row = strip * kStrip;
-  multiply<false>(acc, f.q + row * f.q_stride, f.q_stride, columns, kPanel, f.q_units);
-  if constexpr (kTerms) {
-    if (job.terms->scores) true_scores(*job.terms, band, row, key, acc, nullptr);
-  }
-  if (hidden) hide(acc, band, row, key, kMinusInfinity);
+  score_panel<kTerms>(f, job, columns, band, row, key, hidden, acc);
 #pragma GCC unroll 8
   for (int r = 0; r < kBlock; ++r) {
     float* to = f.scores + (row + r) * kScoreStride + column;
@@ -142,15 +145,15 @@ DATTN_INLINE void probability_panel(const Forward<Unit>& f, float factor, std::i
         for (int c = 0; c < kVectors; ++c) p[c] = keep_lanes(p[c], keep.bits + r * kPanelBits, keep.bit + c * kLanes);
       }
     }
-    store_probabilities<Unit>(f.scores + (row + r) * kScoreStride, column, p);
+#pragma GCC unroll 8
+    for (int c = 0; c < kVectors; c += 2)
+      store_probabilities<Unit>(f.scores + (row + r) * kScoreStride, column + c * kLanes, p[c], p[c + 1]);
   }
 }
 
 template <bool kTerms, class Unit>
 DATTN_INLINE void lazy_block(const Forward<Unit>& f, const ForwardJob& job, const Unit* columns, const Band& band,
                              std::int64_t strip, std::int64_t key, std::int64_t column, bool hidden) {
-  Block<kVectors> acc;
-  clear(acc);
   const std::int64_t row = strip * kStrip;
   unsigned char bits[kTerms ? kBlock * kPanelBits : 1];
   PanelBits keep{nullptr, 0};
@@ -160,11 +163,8 @@ DATTN_INLINE void lazy_block(const Forward<Unit>& f, const ForwardJob& job, cons
       for (int r = 0; r < kBlock; ++r) keep_bits(*job.terms, band, row + r, key, kPanel, bits + r * kPanelBits);
     }
   }
-  multiply<false>(acc, f.q + row * f.q_stride, f.q_stride, columns, kPanel, f.q_units);
-  if constexpr (kTerms) {
-    if (job.terms->scores) true_scores(*job.terms, band, row, key, acc, nullptr);
-  }
-  if (hidden) hide(acc, band, row, key, kMinusInfinity);
+  Block<kVectors> acc;
+  score_panel<kTerms>(f, job, columns, band, row, key, hidden, acc);
   begin_rows(f.top + row, acc, job.scale_log2);
   if (hidden)
     probability_panel<kTerms, true>(f, job.scale_log2, row, column, acc, keep);
@@ -188,14 +188,7 @@ DATTN_INLINE float exponentiate(float* scores, std::int64_t begin, std::int64_t 
       p0 = keep_lanes(p0, bits, bit + i - begin);
       p1 = keep_lanes(p1, bits, bit + i - begin + kLanes);
     }
-#if defined(__AVX512BF16__)
-    if constexpr (UnitOf<Unit>::kElements == 2) {
-      store(scores + i / 2, to_pairs(p0, p1));
-      continue;
-    }
-#endif
-    store(scores + i, p0);
-    store(scores + i + kLanes, p1);
+    store_probabilities<Unit>(scores, i, p0, p1);
   }
   return sum_of(sum0 + sum1);
 }
@@ -329,13 +322,13 @@ DATTN_INLINE void forward_bands(const Forward<Unit>& f, const ForwardJob& job) {
 // Whether the lazy maxima were near enough to the true ones; l of all rows.
 template <class Unit>
 DATTN_INLINE bool settle_lazy(const Forward<Unit>& f, std::int64_t rows) {
-  constexpr float kLargest = 0x1p60f;  // of l: as far from overflow as that of O, in the square
-  Floats off{};
+  constexpr float kLargest = 0x1p60f;  // of l: P may then be as large, and O still holds values of 2^60
+  Floats off{};                        // 0, or NaN where O is not finite
   bool good = true;
   for (std::int64_t row = 0; row < rows; ++row) {
     f.sum[row] = sum_of(load(f.row_lanes + row * kLanes));
-    good = good && f.sum[row] < kLargest;                                                                  // not NaN
-    for (std::int64_t d = 0; d < f.width; d += kLanes) off += load(f.out + row * f.width + d) * Floats{};  // 0, or NaN
+    good = good && f.sum[row] < kLargest;  // NaN is not
+    for (std::int64_t d = 0; d < f.width; d += kLanes) off += load(f.out + row * f.width + d) * Floats{};
   }
   return good && sum_of(off) == 0;
 }

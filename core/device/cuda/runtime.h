@@ -50,7 +50,7 @@ void copy(const TensorView& from, const TensorView& to, NativeStream stream);
 void add(const TensorView& from, const TensorView& to, NativeStream stream);
 void take_maximum(const TensorView& from, const TensorView& to, NativeStream stream);
 
-// and states (core/attention/state.cu).
+// .. and states (core/attention/state.cu).
 void clear_state(const TensorView& out, const TensorView& lse, NativeStream stream);
 void merge_state(const TensorView& out, const TensorView& lse, const TensorView& other_out, const TensorView& other_lse,
                  NativeStream stream);

@@ -51,16 +51,9 @@ class Reader {
 
   // Logits behind the tokens, on the host. A single token goes through the graph, if there is one.
   Tensor read(std::span<const std::int32_t> tokens, StepGraph* graph) {
-    std::vector<std::int64_t> positions;
-    for (std::size_t i = 0; i < tokens.size(); ++i) positions.push_back(attention_.length() + static_cast<std::int64_t>(i));
-    const std::vector<std::int32_t> targets(tokens.size(), -1);
-    TokenBatch batch;
-    batch.batch = 1;
-    batch.tokens = tokens;
-    batch.targets = targets;
-    batch.positions = positions;
+    const NextTokens next(tokens, attention_.length());
     const std::array<std::int64_t, 1> last{static_cast<std::int64_t>(tokens.size()) - 1};
-    const auto step = [&] { copy(transformer_.logits(batch, last), logits_); };
+    const auto step = [&] { copy(transformer_.logits(next.batch(), last), logits_); };
     if (graph != nullptr && tokens.size() == 1)
       graph->run(attention_.next_token_key(), step);
     else
