@@ -301,9 +301,9 @@ DATTN_INLINE void gradients_of_rows(const Backward<Unit>& b, const BackwardJob& 
   for (std::int64_t strip = piece.strip; strip < piece.end_strip; ++strip) {
     const KeyRange any = keys_of_strip(band, strip * kStrip).any;
     if (any.begin >= any.end) continue;
-    const std::int64_t key = any.begin / kPanel * kPanel, end = round_up(any.end, kPanel), unit = key / kElements;
+    const std::int64_t unit = any.begin / kElements, end = (any.end + kElements - 1) / kElements;  // dS of other keys is 0
     accumulate<false>(job.dq + strip * kStrip * b.q_width, b.q_width, b.ds + strip * kStrip * kTileStride + unit, kTileStride,
-                      static_cast<const Unit*>(job.k_rows), kBackwardKeys / kElements, unit, (end - key) / kElements);
+                      static_cast<const Unit*>(job.k_rows), kBackwardKeys / kElements, unit, end - unit);
   }
 }
 

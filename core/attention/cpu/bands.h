@@ -39,15 +39,16 @@ DATTN_INLINE std::int64_t first_strip(const Band& band) { return band.row_begin 
 DATTN_INLINE std::int64_t end_strip(const Band& band) { return (band.row_end + kStrip - 1) / kStrip; }
 
 // Scores of invisible pairs become `hidden`. Row 0 of the block is query row `first`, its first key is `key`.
-DATTN_INLINE void hide(Block<kVectors>& acc, const Band& band, std::int64_t first, std::int64_t key, float hidden) {
+template <int kWidth>
+DATTN_INLINE void hide(Block<kWidth>& acc, const Band& band, std::int64_t first, std::int64_t key, float hidden) {
   const Ints lanes = lane_numbers();
 #pragma GCC unroll 8
   for (int r = 0; r < kBlock; ++r) {
     const KeyRange range = keys_of_row(band, first + r);
-    const Ints begin = splat_int(static_cast<std::int32_t>(larger(0, smaller(range.begin - key, kPanel))));
-    const Ints end = splat_int(static_cast<std::int32_t>(larger(0, smaller(range.end - key, kPanel))));
+    const Ints begin = splat_int(static_cast<std::int32_t>(larger(0, smaller(range.begin - key, kWidth * kLanes))));
+    const Ints end = splat_int(static_cast<std::int32_t>(larger(0, smaller(range.end - key, kWidth * kLanes))));
 #pragma GCC unroll 8
-    for (int c = 0; c < kVectors; ++c) {
+    for (int c = 0; c < kWidth; ++c) {
       const Ints at = lanes + splat_int(c * kLanes);
       acc.v[r][c] = ((at >= begin) & (at < end)) ? acc.v[r][c] : splat(hidden);
     }

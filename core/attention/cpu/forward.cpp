@@ -11,12 +11,12 @@ namespace {
 class PackedKeys {
  public:
   PackedKeys(const Ops& ops, const AttendArgs& args, Interval keys)
-      : ops_(ops), args_(args), keys_(keys), padded_keys_(padded_to(keys.count(), kForwardKeys)) {
+      : ops_(ops), args_(args), keys_(keys), padded_keys_(padded_to(keys.count(), ops.panel)) {
     const std::int64_t per_unit = ops.units_per_word, heads = args.k.size(0) * args.k.size(2);
     column_units_ = div_up(args.k.size(3), per_unit) * padded_keys_;
     row_units_ = padded_keys_ / per_unit * padded_to(args.v.size(3), ops.lanes);
     units_ = Tensor::uninitialized(DType::kF32, {heads * (column_units_ + row_units_)});
-    const std::int64_t pieces = padded_keys_ / kForwardKeys;
+    const std::int64_t pieces = div_up(padded_keys_, kForwardKeys);
     parallel_for(heads * pieces, [&](std::int64_t task) { pack(task / pieces, task % pieces); });
   }
 
@@ -31,8 +31,8 @@ class PackedKeys {
     float* base = units_.ptr<float>() + head * (column_units_ + row_units_);
     ops_.pack_columns(rows_of(args_.k, b, keys_.begin + begin, count, kv), args_.scale < 0,
                       base + column_units_ / padded_keys_ * begin);
-    ops_.pack_rows(rows_of(args_.v, b, keys_.begin + begin, count, kv), kForwardKeys, begin / ops_.units_per_word, units(),
-                   base + column_units_);
+    ops_.pack_rows(rows_of(args_.v, b, keys_.begin + begin, count, kv), padded_to(count, ops_.panel),
+                   begin / ops_.units_per_word, units(), base + column_units_);
   }
 
   const Ops& ops_;

@@ -69,10 +69,10 @@ DATTN_INLINE void store_probabilities(float* scores, std::int64_t column, Floats
   store(scores + column + kLanes, p1);
 }
 
-// S of one strip and one panel.
-template <bool kTerms, class Unit>
+// S of one strip and one panel, or half of one.
+template <bool kTerms, int kWidth, class Unit>
 DATTN_INLINE void score_panel(const Forward<Unit>& f, const ForwardJob& job, const Unit* columns, const Band& band,
-                              std::int64_t row, std::int64_t key, bool hidden, Block<kVectors>& scores) {
+                              std::int64_t row, std::int64_t key, bool hidden, Block<kWidth>& scores) {
   clear(scores);
   multiply<false>(scores, f.q + row * f.q_stride, f.q_stride, columns, kPanel, f.q_units);
   if constexpr (kTerms) {
@@ -103,13 +103,14 @@ DATTN_INLINE void score_block(const Forward<Unit>& f, const ForwardJob& job, con
 }
 
 // m of the rows that had none, from S of the first panel that they see.
-DATTN_INLINE void begin_rows(float* top, const Block<kVectors>& scores, float factor) {
+template <int kWidth>
+DATTN_INLINE void begin_rows(float* top, const Block<kWidth>& scores, float factor) {
 #pragma GCC unroll 8
   for (int r = 0; r < kBlock; ++r) {
     if (top[r] != kMinusInfinity) continue;
     Floats highest = scores.v[r][0];
 #pragma GCC unroll 8
-    for (int c = 1; c < kVectors; ++c) highest = at_least(highest, scores.v[r][c]);
+    for (int c = 1; c < kWidth; ++c) highest = at_least(highest, scores.v[r][c]);
     top[r] = maximum_of(highest) * factor;
   }
 }
@@ -121,37 +122,38 @@ struct PanelBits {
 };
 constexpr std::int64_t kPanelBits = keep_bytes(kPanel);
 
-// P of one strip and one panel with the rows' m, and their sums, to which dropped keys belong.
-template <bool kTerms, bool kHidden, class Unit>
+// P of one strip and one panel, or half of one, with the rows' m, and their sums, to which dropped keys belong.
+template <bool kTerms, bool kHidden, int kWidth, class Unit>
 DATTN_INLINE void probability_panel(const Forward<Unit>& f, float factor, std::int64_t row, std::int64_t column,
-                                    const Block<kVectors>& scores, const PanelBits& keep) {
+                                    const Block<kWidth>& scores, const PanelBits& keep) {
   constexpr bool kFinite = !kHidden && !kTerms;  // no score is -inf
 #pragma GCC unroll 8
   for (int r = 0; r < kBlock; ++r) {
     const float top = f.top[row + r];
     const Floats minus_top = splat(!kFinite && top == kMinusInfinity ? 0.0f : -top);  // (-inf) - (-inf) would be NaN
-    Floats p[kVectors];
+    Floats p[kWidth];
 #pragma GCC unroll 8
-    for (int c = 0; c < kVectors; ++c)
+    for (int c = 0; c < kWidth; ++c)
       p[c] = exp2<UnitOf<Unit>::kDegree, kFinite>(fused(scores.v[r][c], splat(factor), minus_top));
     Floats sum = p[0];
 #pragma GCC unroll 8
-    for (int c = 1; c < kVectors; ++c) sum += p[c];
+    for (int c = 1; c < kWidth; ++c) sum += p[c];
     float* sums = f.row_lanes + (row + r) * kLanes;
     store(sums, load(sums) + sum);
     if constexpr (kTerms) {
       if (keep.bits != nullptr) {
 #pragma GCC unroll 8
-        for (int c = 0; c < kVectors; ++c) p[c] = keep_lanes(p[c], keep.bits + r * kPanelBits, keep.bit + c * kLanes);
+        for (int c = 0; c < kWidth; ++c) p[c] = keep_lanes(p[c], keep.bits + r * kPanelBits, keep.bit + c * kLanes);
       }
     }
 #pragma GCC unroll 8
-    for (int c = 0; c < kVectors; c += 2)
+    for (int c = 0; c < kWidth; c += 2)
       store_probabilities<Unit>(f.scores + (row + r) * kScoreStride, column + c * kLanes, p[c], p[c + 1]);
   }
 }
 
-template <bool kTerms, class Unit>
+// S and P of one strip and one panel, or half of one.
+template <int kWidth, bool kTerms, class Unit>
 DATTN_INLINE void lazy_block(const Forward<Unit>& f, const ForwardJob& job, const Unit* columns, const Band& band,
                              std::int64_t strip, std::int64_t key, std::int64_t column, bool hidden) {
   const std::int64_t row = strip * kStrip;
@@ -163,7 +165,7 @@ DATTN_INLINE void lazy_block(const Forward<Unit>& f, const ForwardJob& job, cons
       for (int r = 0; r < kBlock; ++r) keep_bits(*job.terms, band, row + r, key, kPanel, bits + r * kPanelBits);
     }
   }
-  Block<kVectors> acc;
+  Block<kWidth> acc;
   score_panel<kTerms>(f, job, columns, band, row, key, hidden, acc);
   begin_rows(f.top + row, acc, job.scale_log2);
   if (hidden)
@@ -269,7 +271,18 @@ DATTN_INLINE void forward_band(const Forward<Unit>& f, const ForwardJob& job, co
         const Unit* columns = k_columns + panel * f.q_units * kPanel;
         const bool hidden = !covers(range.all, key, key + kPanel);
         if constexpr (kLazy) {
-          lazy_block<kTerms>(f, job, columns, band, strip, key, (panel - block) * kPanel, hidden);
+          constexpr std::int64_t kHalf = kPanel / 2;
+          const std::int64_t column = (panel - block) * kPanel;
+          if constexpr (kVectors >= 4 && !kTerms) {
+            const bool left = overlaps(range.any, key, key + kHalf), right = overlaps(range.any, key + kHalf, key + kPanel);
+            if (!left || !right) {
+              const std::int64_t half = right ? kHalf : 0;
+              const bool cut = !covers(range.all, key + half, key + half + kHalf);
+              lazy_block<kVectors / 2, kTerms>(f, job, columns + half, band, strip, key + half, column + half, cut);
+              continue;
+            }
+          }
+          lazy_block<kVectors, kTerms>(f, job, columns, band, strip, key, column, hidden);
         } else {
           const bool first = panel == block || !overlaps(range.any, key - kPanel, key);
           score_block<kTerms>(f, job, columns, band, strip, key, (panel - block) * kPanel, first, hidden);
@@ -282,7 +295,11 @@ DATTN_INLINE void forward_band(const Forward<Unit>& f, const ForwardJob& job, co
       if (any.begin >= any.end || begin >= end) continue;
       if constexpr (!kLazy)
         softmax_strip<kTerms>(f, job, band, strip, begin * kPanel, (begin - block) * kPanel, (end - block) * kPanel);
-      accumulate_strip<kLazy>(f, job, strip, begin * kPanel, (begin - block) * kPanel, (end - block) * kPanel);
+      // P of the hidden keys before and behind is 0.
+      constexpr std::int64_t kElements = UnitOf<Unit>::kElements;
+      const std::int64_t first = larger(any.begin / kElements * kElements, begin * kPanel);
+      const std::int64_t last = smaller(round_up(any.end, kElements), end * kPanel);
+      accumulate_strip<kLazy>(f, job, strip, first, first - block * kPanel, last - block * kPanel);
     }
   }
 }
