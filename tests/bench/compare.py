@@ -94,10 +94,11 @@ class Lab:
         if spec["cpu_time"]:
             return self.kernel(spec, ["--queries", queries])
         command = [self.bin / "dattn", "bench", "attention", "--seq", queries, "--seq-kv", spec["seq"], *flags, *more, "--json"]
-        command += ["--backward"] * spec["backward"]
-        if mpi:
-            return self.run([*MPIRUN, ranks, *command], spec["threads"])
-        return self.run(command + ["--ranks", ranks], spec["threads"])
+        return self.job(command + ["--backward"] * spec["backward"], spec["threads"], ranks, mpi)
+
+    def job(self, command, threads, ranks, mpi):
+        """A command on ranks that are processes of mpirun, or threads of one."""
+        return self.run([*MPIRUN, ranks, *command] if mpi else [*command, "--ranks", ranks], threads)
 
     def kernel(self, spec, more=()):
         """The program of the kernel alone."""
@@ -108,13 +109,13 @@ class Lab:
             return done
         return done | {"milliseconds": {which: {"p50": done[f"{which}_ms"]} for which in ("forward", "backward")}}
 
-    def train(self, spec):
-        settings = {"train.batch": spec["batch"], "train.seq_len": spec["seq_len"], "dtype": spec["dtype"],
+    def train(self, spec, axis="data", ranks=1, mpi=False):
+        settings = {f"mesh.{axis}": ranks, "train.batch": spec["batch"], "train.seq_len": spec["seq_len"], "dtype": spec["dtype"],
                     "model.vocab": 50257, "model.dropout": 0}
         command = [self.bin / "dattn", "bench", "train", ROOT / "configs/models/gpt2_124m.yaml", "--threads", spec["threads"],
                    "--steps", spec["steps"], "--json"]
-        return self.run(command + [part for key, value in settings.items() for part in ("--set", f"{key}={value}")],
-                        spec["threads"])
+        return self.job(command + [part for key, value in settings.items() for part in ("--set", f"{key}={value}")],
+                        spec["threads"], ranks, mpi)
 
     def product(self, spec):
         return self.run([self.bin / "dattn", "bench", "product", "--size", spec["size"], "--dtype", spec["dtype"], "--threads",

@@ -290,6 +290,35 @@ def sharded_table(results):
                 ["S", "ranks", "job", "forward: 1 x 2", "sharded", "ratio", "backward: 1 x 2", "sharded", "ratio"], rows)
 
 
+def train_axes(batch):
+    return ("ring", "ulysses") if batch == 1 else ("data",)
+
+
+def sharded_train_cases(lab):
+    grid = itertools.product([(4, 64), (1, 1024)] if lab.options.quick else [(4, 64), (2, 256), (1, 1024)], lab.dtypes)
+    for (batch, seq_len), dtype in grid:
+        spec = {"batch": batch, "seq_len": seq_len, "dtype": dtype, "threads": 2, "steps": 3 if seq_len == 64 else 1}
+        sides = {"1 rank": partial(lab.train, spec)}
+        for axis, job in itertools.product(train_axes(batch), JOBS):
+            sides[f"{axis}, {job}"] = partial(lab.train, spec | {"threads": 1}, axis, ranks=2, mpi=job == "mpirun")
+        yield Case(spec, sides, 2)
+
+
+def sharded_train_table(results):
+    def rate(printed, _):
+        return printed["tokens_per_s"]
+
+    rows = []
+    for result in results:
+        what, whole = result["what"], median(result, "1 rank", rate)
+        for axis, job in itertools.product(train_axes(what["batch"]), JOBS):
+            parts = median(result, f"{axis}, {job}", rate)
+            rows.append([label(result, f"{what['batch']} x {what['seq_len']}"), what["dtype"], f"{axis} 2", job,
+                         number(whole, 1), number(parts, 1), ratio(parts, whole)])
+    return ("GPT-2 124M as above, tokens per second of a step: 1 rank x 2 threads, then 2 ranks of one thread each, and the "
+            "second over the first.\n\n") + table(["batch", "type", "mesh", "job", "1 x 2", "2 x 1", "ratio"], rows)
+
+
 # --- masks -----------------------------------------------------------------------------------------------------------------
 
 def visible_masks(seq):
@@ -362,6 +391,7 @@ BLOCKS = {"attention": Block("attention", attention_cases, attention_table),
           "train": Block("train", train_cases, train_table),
           "product": Block("product", product_cases, product_table),
           "sharded": Block("sharded", sharded_cases, sharded_table),
+          "sharded_train": Block("sharded", sharded_train_cases, sharded_train_table),
           "masks": Block("masks", masks_cases, masks_table),
           "terms": Block("terms", terms_cases, terms_table)}
 SECTIONS = list(dict.fromkeys(block.section for block in BLOCKS.values()))
