@@ -13,6 +13,8 @@
 #include <cstring>
 #include <numeric>
 
+#include "core/tensor/host_memory.h"
+
 namespace dattn {
 namespace {
 
@@ -84,13 +86,13 @@ class Scratch {
       const DeviceScope scope(like.device);
       tensor_ = Tensor::uninitialized(DType::kBF16, Shape{static_cast<std::int64_t>(bytes + 1) / 2});
     } else {
-      bytes_.resize(bytes);
+      bytes_ = HostBytes(bytes);
     }
   }
   std::byte* data() { return tensor_.defined() ? tensor_.ptr<std::byte>() : bytes_.data(); }
 
  private:
-  std::vector<std::byte> bytes_;
+  HostBytes bytes_;
   Tensor tensor_;
 };
 

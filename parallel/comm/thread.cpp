@@ -19,6 +19,7 @@
 #include <fmt/format.h>
 
 #include "core/base/threads.h"
+#include "core/tensor/host_memory.h"
 #include "parallel/comm/liveness.h"
 #include "parallel/comm/parts.h"
 
@@ -28,7 +29,7 @@ namespace {
 Seconds now_s() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
 
 struct Message {
-  std::vector<std::byte> data;
+  HostBytes data;
   OpLabel label;
 };
 
@@ -128,8 +129,9 @@ Communicator::Ticket ThreadCommunicator::start(std::span<const SendPart> sends, 
   std::vector<std::pair<int, Message>> out;
   for (const SendPart& send : sends) {
     if (send.peer == rank_ || send.bytes == 0) continue;
-    const auto* bytes = static_cast<const std::byte*>(send.data);
-    out.emplace_back(send.peer, Message{{bytes, bytes + send.bytes}, label});
+    HostBytes bytes(send.bytes);
+    std::memcpy(bytes.data(), send.data, send.bytes);
+    out.emplace_back(send.peer, Message{std::move(bytes), label});
   }
   Operation operation{label, {}};
   const std::lock_guard lock(job_->mutex);
