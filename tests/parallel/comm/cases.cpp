@@ -1,10 +1,14 @@
 #include "tests/parallel/comm/cases.h"
 
+#include <time.h>
+
 #include <algorithm>
+#include <chrono>
 #include <cmath>
 #include <cstring>
 #include <limits>
 #include <numeric>
+#include <thread>
 
 #include "core/base/philox.h"
 #include "parallel/comm/decorators.h"
@@ -331,6 +335,23 @@ const std::vector<Case>& collective_cases() {
       {"Counted", decorated_groups_count_what_travels},
   };
   return cases;
+}
+
+// Ranks that spin would take what processors there are, a second of one at least, however many ranks share them.
+void waiting_ranks_sleep(Communicator& world) {
+  constexpr double kLate = 1.0;
+  const auto processor_s = [] {
+    timespec time{};
+    clock_gettime(CLOCK_THREAD_CPUTIME_ID, &time);
+    return static_cast<double>(time.tv_sec) + 1e-9 * static_cast<double>(time.tv_nsec);
+  };
+  world.barrier(kLabel);
+  const double before = processor_s();
+  if (world.rank() == world.size() - 1) std::this_thread::sleep_for(std::chrono::duration<double>(kLate));
+  world.barrier(kLabel);
+  double used = processor_s() - before;
+  world.all_reduce_sum(TensorView(&used, DType::kF64, {1}), kLabel);
+  ensure(used < 0.3 * kLate, "{} ranks that waited {} s for one used {} s of the processors", world.size() - 1, kLate, used);
 }
 
 }  // namespace dattn::test

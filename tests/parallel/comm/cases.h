@@ -16,4 +16,7 @@ struct Case {
 
 const std::vector<Case>& collective_cases();
 
+// The last rank comes a second late to a barrier: the others leave the processor to whoever has work. Takes longer than a case.
+void waiting_ranks_sleep(Communicator& world);
+
 }  // namespace dattn::test

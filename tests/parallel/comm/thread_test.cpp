@@ -32,6 +32,8 @@ INSTANTIATE_TEST_SUITE_P(ThreadRanks, Collectives,
                            return collective_cases()[std::get<0>(param.param)].name + std::to_string(std::get<1>(param.param));
                          });
 
+TEST(ThreadJob, WaitingRanksSleep) { run_thread_ranks(8, {.timeout_s = 60}, waiting_ranks_sleep); }
+
 TEST(SelfCommunicator, RunsEveryCase) {
   for (const Case& one : collective_cases()) EXPECT_NO_THROW(one.run(*self_communicator())) << one.name;
 }

@@ -128,15 +128,10 @@ void on_devices(Communicator& world, double timeout_s, void (*body)(Communicator
 }
 
 int run(int argc, char** argv) {
-  const std::map<std::string, void (*)(Communicator&)> cases{{"collectives", collectives},
-                                                             {"killed", killed},
-                                                             {"stopped", stopped},
-                                                             {"error", vanished},
-                                                             {"bad_input", bad_input_everywhere},
-                                                             {"deadlock", deadlock},
-                                                             {"sizes", sizes_differ},
-                                                             {"long_compute", long_compute},
-                                                             {"speed", speed}};
+  const std::map<std::string, void (*)(Communicator&)> cases{
+      {"collectives", collectives},        {"killed", killed},     {"stopped", stopped},    {"error", vanished},
+      {"bad_input", bad_input_everywhere}, {"deadlock", deadlock}, {"sizes", sizes_differ}, {"long_compute", long_compute},
+      {"waiting", waiting_ranks_sleep},    {"speed", speed}};
   if (argc > 1 && std::strcmp(argv[1], "launch") == 0) {
     const Launch launch = detect_launch();
     std::printf("%s %d/%d %d/%d\n", launch.launcher.c_str(), launch.rank, launch.size, launch.local_rank, launch.local_size);

@@ -48,6 +48,9 @@ class Collectives(unittest.TestCase):
     def test_4_ranks(self):
         self.check(4)
 
+    def test_waiting_ranks_sleep(self):  # four to a core, here
+        self.assertEqual(launch(8, "waiting")[::2], (0, []))
+
 
 class Failures(unittest.TestCase):
     def check(self, ranks, case, code, words, seconds):
