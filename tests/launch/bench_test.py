@@ -38,13 +38,18 @@ class Bench(unittest.TestCase):
     def test_attention_is_a_share_of_the_peak(self):
         shape = ("--seq", 192, "--heads", 2, "--dim", 32, "--repeat", 2, "--threads", 1, "--backward")
         one = self.done("attention", *shape)
+        self.assertEqual(set(one), {"event", "ranks", "threads", "peak_gflops", "peak_gflops_before_after", "forward_gflops",
+                                    "forward_of_peak", "backward_gflops", "backward_of_peak", "milliseconds", "bandwidth",
+                                    "peak_memory_bytes"})
+        self.assertEqual((one["ranks"], one["threads"]), (1, 1))
         self.assertGreaterEqual(one["peak_gflops"], max(one["peak_gflops_before_after"]))
-        for phase in ("forward", "backward"):
-            self.assert_ascending(one["milliseconds"][phase])
-            self.assertGreater(one[f"{phase}_of_peak"], 0)
         # causal: 192 * 193 / 2 pairs, 2 heads, 2 (32 + 32) forward and 2 (3 * 32 + 2 * 32) backward FLOPs each
-        flops = one["forward_gflops"] * one["milliseconds"]["forward"]["p50"] * 1e6
-        self.assertAlmostEqual(flops, 192 * 193 // 2 * 2 * 128, delta=1)
+        for phase, flops in (("forward", 128), ("backward", 320)):
+            self.assert_ascending(one["milliseconds"][phase])
+            self.assertTrue(0 < one[f"{phase}_of_peak"] < 1.5, one)
+            self.assertAlmostEqual(one[f"{phase}_gflops"] * one["milliseconds"][phase]["p50"] * 1e6, 192 * 193 // 2 * 2 * flops,
+                                   delta=1)
+        self.assertGreater(one["bandwidth"]["memory_gbyte_per_s"], 0.1)
         self.assertAlmostEqual(one["bandwidth"]["of_memory"],
                                one["bandwidth"]["gbyte_per_s"] / one["bandwidth"]["memory_gbyte_per_s"])
         self.assertGreater(one["peak_memory_bytes"], 4 * 192 * 2 * 32 * 4)
