@@ -6,6 +6,7 @@
 #include "core/attention/state.h"
 #include "core/base/error.h"
 #include "core/base/log.h"
+#include "parallel/comm/trace.h"
 #include "parallel/run.h"
 #include "parallel/strategy.h"
 
@@ -107,6 +108,7 @@ const RankPlan& ShardedAttention::backward_rank_plan() const { return impl_->bac
 
 AttentionResult ShardedAttention::forward(const TensorView& q, const TensorView& k, const TensorView& v,
                                           const AttentionCall& call) {
+  const WorkSpan span(impl_->mesh.world().trace(), {"forward", call.layer});
   impl_->check_inputs(q, k, v);
   std::vector<ValueData> outputs = impl_->forward_runner.run({impl_->with_bias(q, call), {k, v}}, call);
   Tensor lse = owned_field(outputs[0], 0);
@@ -116,6 +118,7 @@ AttentionResult ShardedAttention::forward(const TensorView& q, const TensorView&
 AttentionGradients ShardedAttention::backward(const TensorView& q, const TensorView& k, const TensorView& v,
                                               const AttentionResultView& result, const TensorView& dout,
                                               const AttentionCall& call) {
+  const WorkSpan span(impl_->mesh.world().trace(), {"backward", call.layer});
   impl_->check_inputs(q, k, v);
   impl_->check_result(result);
   check_tensor("dout", dout, result.out.shape, impl_->shape.dtype);

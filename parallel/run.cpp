@@ -4,6 +4,7 @@
 
 #include "core/attention/state.h"
 #include "core/base/error.h"
+#include "parallel/comm/trace.h"
 
 namespace dattn {
 namespace {
@@ -134,9 +135,14 @@ FieldSet Runner::field_set(ValueId value, std::span<const Field> fields) {
   return {fields, data(value).fields, plan_.problem->shape.batch, block(value).heads_for(what(value)).begin};
 }
 
+OpLabel Runner::label(std::size_t index) const {
+  return {name_of(plan_.steps[index].verb), call_.layer, static_cast<int>(index)};
+}
+
 // Packs what goes to each peer into one message. A rotation sends a value that lies in one block of memory as it is, and
 // receives into such a block.
 void Runner::start_move(std::size_t index) {
+  const WorkSpan span(mesh_.world().trace(), label(index), "start of");
   const Step& step = plan_.steps[index];
   const RankStep& mine = mine_.steps[index];
   Transfer& transfer = transfers_[index];
@@ -167,7 +173,7 @@ void Runner::start_move(std::size_t index) {
     transfer.received.push_back(message);
     receives.push_back({pieces[0].peer, message.data, static_cast<std::size_t>(message.bytes()), message.device});
   }
-  transfer.ticket = mesh_.axis(step.axis).start(sends, receives, {name_of(step.verb), call_.layer, static_cast<int>(index)});
+  transfer.ticket = mesh_.axis(step.axis).start(sends, receives, label(index));
   transfer.state = Transfer::State::kUnderWay;
 }
 
@@ -189,6 +195,7 @@ void Runner::finish_move(std::size_t index) {
 }
 
 void Runner::place_pieces(std::size_t index) {
+  const WorkSpan span(mesh_.world().trace(), label(index), "end of");
   const Step& step = plan_.steps[index];
   const RankStep& mine = mine_.steps[index];
   const std::vector<Field> fields = message_fields(step.verb, what(step.out[0]), plan_.problem->shape);
@@ -219,6 +226,7 @@ void Runner::release_if_used(ValueId value) {
 }
 
 void Runner::compute(std::size_t index) {
+  const WorkSpan span(mesh_.world().trace(), label(index));
   const Step& step = plan_.steps[index];
   switch (step.verb) {
     case Verb::kAttend: return attend(step, mine_.steps[index]);

@@ -43,6 +43,7 @@ class Runner {
   void place_pieces(std::size_t index);
   FieldSet field_set(ValueId value, std::span<const Field> fields);
   void need(ValueId value);  // finishes the move that makes it, if any
+  OpLabel label(std::size_t index) const;
   void compute(std::size_t index);
   void attend(const Step& step, const RankStep& mine);
   void attend_grad(const Step& step, const RankStep& mine);

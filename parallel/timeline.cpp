@@ -8,6 +8,7 @@
 #include <nlohmann/json.hpp>
 
 #include "parallel/timeline_page.h"
+#include "parallel/trace_events.h"
 
 namespace dattn {
 namespace {
@@ -56,22 +57,21 @@ int timeline_ranks(const std::vector<Phase>& phases) {
   return ranks;
 }
 
-int thread_of(Span::Kind kind) { return kind == Span::Kind::kInside ? 1 : kind == Span::Kind::kBetween ? 2 : 0; }
+int track_of(Span::Kind kind) { return kind == Span::Kind::kInside ? 1 : kind == Span::Kind::kBetween ? 2 : 0; }
 
-Json event_of(const Span& span, const Phase& phase, double start_s, const std::string& text) {
+void add_span(TraceEvents& events, const Span& span, const Phase& phase, double start_s, const std::string& text) {
   const std::string_view verb = name_of(phase.plan->steps[span.step].verb);
   const bool message = span.peer >= 0;
   Json arguments{{"phase", phase.name}, {"step", span.step}, {"does", text}};
   if (message) arguments["from"] = span.peer;
   if (message) arguments["bytes"] = span.bytes;
-  return {{"name", span.kind == Span::Kind::kCopy ? fmt::format("copy of {}", verb) : std::string(verb)},
-          {"cat", message ? "communication" : "work"},
-          {"ph", "X"},
-          {"ts", microseconds(start_s + span.begin_s)},
-          {"dur", microseconds(span.seconds)},
-          {"pid", span.rank},
-          {"tid", thread_of(span.kind)},
-          {"args", std::move(arguments)}};
+  events.add({.rank = span.rank,
+              .track = track_of(span.kind),
+              .name = span.kind == Span::Kind::kCopy ? fmt::format("copy of {}", verb) : std::string(verb),
+              .category = message ? "communication" : "work",
+              .begin_us = microseconds(start_s + span.begin_s),
+              .us = microseconds(span.seconds),
+              .arguments = arguments.dump()});
 }
 
 // "</script>" inside the data would end the script; JSON may write '/' as it likes.
@@ -95,21 +95,18 @@ void fill(std::string& page, std::string_view place, const std::string& text) {
 }  // namespace
 
 std::string timeline_json(const std::vector<Phase>& phases) {
-  Json events = Json::array();
+  TraceEvents events;
   for (int rank = 0; rank < timeline_ranks(phases); ++rank) {
-    const auto name = [&](const char* what, int thread, const std::string& text) {
-      events.push_back({{"name", what}, {"ph", "M"}, {"pid", rank}, {"tid", thread}, {"args", {{"name", text}}}});
-    };
-    name("process_name", 0, fmt::format("rank {}", rank));
-    name("thread_name", 0, "work");
-    name("thread_name", 1, "from this node");
-    name("thread_name", 2, "from other nodes");
+    events.name_rank(rank);
+    events.name_track(rank, 0, "work");
+    events.name_track(rank, 1, "from this node");
+    events.name_track(rank, 2, "from other nodes");
   }
   for_each_phase(phases, [&](std::size_t, const Phase& phase, double start_s) {
     const std::vector<std::string> texts = step_texts(*phase.plan);
-    for (const Span& span : phase.simulation->spans) events.push_back(event_of(span, phase, start_s, texts[span.step]));
+    for (const Span& span : phase.simulation->spans) add_span(events, span, phase, start_s, texts[span.step]);
   });
-  return Json{{"displayTimeUnit", "ns"}, {"traceEvents", std::move(events)}}.dump();
+  return trace_file({events.text()});
 }
 
 std::string timeline_html(const std::string& title, const std::vector<Phase>& phases) {

@@ -155,6 +155,7 @@ Command add_attention(CLI::App& app) {
   command->add_option("--out", options->out, "safetensors file to write: out, lse [B,H,S] (thd: [H,T]), and dq, dk, dv")
       ->required();
   options->common.declare(*command, true);
+  options->common.declare_trace(*command);
   return [options] {
     const auto load = [&] { return load_run_config(options->config, options->common); };
     return run_with_config(options->common, load, [&](const RunConfig& config, Communicator& world) {

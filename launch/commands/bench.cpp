@@ -173,6 +173,7 @@ Command add_bench(CLI::App& app) {
   comm_bench->common.declare(*comm, true);
 
   return [command, attention, bench, product, product_bench, train, comm_bench] {
+  bench->common.declare_trace(*attention);
     if (command->got_subcommand("train")) return train();
     if (attention->parsed()) {
       const auto load = [&] {

@@ -78,6 +78,7 @@ Command add_bench_train(CLI::App& bench) {
   command->add_option("config", options->config, "YAML file (keys: configs/SCHEMA.md)")->required();
   command->add_option("--steps", options->steps, "timed steps")->capture_default_str()->check(CLI::PositiveNumber);
   options->common.declare(*command, true);
+  options->common.declare_trace(*command);
   return [options] {
     const auto load = [&] { return resolve_mesh(load_run_config(options->config, options->common)); };
     return run_with_config(options->common, load,

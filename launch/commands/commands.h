@@ -20,8 +20,10 @@ struct CommonOptions {
   std::vector<std::string> set;  // key=value
   int ranks = 0;
   int threads = 0;
+  std::string trace;  // a file; empty: no trace
 
   void declare(CLI::App& command, bool with_config);
+  void declare_trace(CLI::App& command);
 };
 
 void print_line(const std::string& line);  // on stdout, at once; called on rank 0 only
@@ -31,8 +33,8 @@ inline void print_json(const Json& event) { print_line(event.dump()); }
 // stands.
 RunConfig load_run_config(const std::string& path, const CommonOptions& common);
 
-// Loads a config and runs the body as every rank of the job. A config that cannot be loaded fails inside the job, so that
-// of all ranks one says so.
+// Loads a config and runs the body as every rank of the job, traced if that is asked for. A config that cannot be loaded fails
+// inside the job, so that of all ranks one says so.
 int run_with_config(const CommonOptions& common, const std::function<RunConfig()>& load,
                     const std::function<void(const RunConfig&, Communicator&)>& body);
 

@@ -3,10 +3,26 @@
 #include <exception>
 #include <filesystem>
 
+#include "core/base/file.h"
 #include "core/base/philox.h"
 #include "launch/commands/commands.h"
+#include "parallel/comm/decorators.h"
 
 namespace dattn {
+namespace {
+
+// Runs the body on a traced world and writes the traces of all ranks into one file.
+void run_traced(const std::string& path, Communicator& world, const std::function<void(Communicator&)>& body) {
+  world.barrier({"trace"});
+  const auto trace = std::make_shared<Trace>(world.rank());
+  const std::unique_ptr<Communicator> traced_world = traced(whole_group(world), trace);
+  body(*traced_world);
+  const std::vector<std::string> events = world.gather_strings(trace->json_events(), {"trace"});
+  if (world.rank() == 0) write_file(path, trace_file(events));
+}
+
+}  // namespace
+
 void CommonOptions::declare(CLI::App& command, bool with_config) {
   command.add_flag("--json", json, "JSON lines on stdout, each with an `event`");
   if (with_config)
@@ -14,6 +30,14 @@ void CommonOptions::declare(CLI::App& command, bool with_config) {
   command.add_option("--ranks", ranks, "run this many ranks as threads of one process")->check(CLI::PositiveNumber);
   command.add_option("--threads", threads, "threads per rank (default: cores / ranks on this machine)")
       ->check(CLI::PositiveNumber);
+}
+
+void CommonOptions::declare_trace(CLI::App& command) {
+  command
+      .add_option("--trace", trace,
+                  "write what every rank computed, sent and waited for to FILE, for Perfetto (ui.perfetto.dev), as dattn plan "
+                  "--timeline writes it of a simulation")
+      ->type_name("FILE");
 }
 
 void print_line(const std::string& line) {
@@ -48,7 +72,8 @@ int run_with_config(const CommonOptions& common, const std::function<RunConfig()
                             config.determinism.value_or(Determinism::kOff) != Determinism::kOff, config.tf32}};
   return run_job(options, [&](Communicator& world) {
     if (failure) std::rethrow_exception(failure);
-    body(config, world);
+    if (common.trace.empty()) return body(config, world);
+    run_traced(common.trace, world, [&](Communicator& traced_world) { body(config, traced_world); });
   });
 }
 

@@ -34,6 +34,7 @@ Command add_train(CLI::App& app) {
   command->add_option("config", options->config, "YAML file (keys: configs/SCHEMA.md)")->required();
   command->add_flag("--resume", options->resume, "continue the newest checkpoint of the run folder instead of starting afresh");
   options->common.declare(*command, true);
+  options->common.declare_trace(*command);
   return [options] {
     const auto load = [&] { return resolve_mesh(load_run_config(options->config, options->common)); };
     return run_with_config(options->common, load, [&](const RunConfig& config, Communicator& world) {

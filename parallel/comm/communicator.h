@@ -24,6 +24,8 @@
 
 namespace dattn {
 
+class Trace;
+
 struct SendPart {
   int peer = 0;  // rank in this group; sending to oneself is allowed and costs no payload
   const void* data = nullptr;
@@ -79,6 +81,9 @@ class Communicator {
   virtual std::unique_ptr<Communicator> partition(std::span<const int> ranks, std::string_view name) {
     return split(ranks, name);
   }
+
+  // Where this rank's work between exchanges is to be noted too; null where nobody traces the run.
+  virtual Trace* trace() const { return nullptr; }
 
   // Ends the whole job: every rank's current and later waits fail with this reason, whatever group they wait in.
   virtual void abort(const std::string& reason) noexcept = 0;

@@ -25,6 +25,7 @@ class Decorator : public Communicator {
   std::unique_ptr<Communicator> partition(std::span<const int> ranks, std::string_view part) override {
     return decorate(inner_->partition(ranks, part));
   }
+  Trace* trace() const override { return inner_->trace(); }
   void abort(const std::string& reason) noexcept override { inner_->abort(reason); }
   void abort(const std::string& reason, ErrorCode code) noexcept override { inner_->abort(reason, code); }
   JobEnd job_end() const override { return inner_->job_end(); }

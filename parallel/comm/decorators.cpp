@@ -1,5 +1,6 @@
 #include "parallel/comm/decorators.h"
 
+#include <chrono>
 #include <functional>
 #include <thread>
 #include <unordered_map>
@@ -77,7 +78,6 @@ class Counted final : public Observer {
   std::shared_ptr<ByteCounter> counter_;
 };
 
-// One span from start to the end of the wait on the group's own track, and one for the wait itself: what is exposed.
 class Traced final : public Observer {
  public:
   Traced(std::unique_ptr<Communicator> inner, std::shared_ptr<Trace> trace)
@@ -102,6 +102,7 @@ class Traced final : public Observer {
     trace_->span("exposed communication", running.verb, begin, end, running.arguments);
     running_.erase(entry);
   }
+  Trace* trace() const override { return trace_.get(); }
 
  private:
   void observe(const OpLabel& label, const Payload& payload, const std::function<void()>& call) override {
@@ -149,21 +150,6 @@ class Faulty final : public Decorator {
   std::shared_ptr<std::atomic<std::int64_t>> starts_;
 };
 
-// JSON string without its quotes.
-std::string escaped(std::string_view text) {
-  std::string out;
-  for (const char c : text) {
-    if (c == '"' || c == '\\') {
-      out += {'\\', c};
-    } else if (static_cast<unsigned char>(c) < 0x20) {
-      out += fmt::format("\\u{:04x}", static_cast<unsigned char>(c));
-    } else {
-      out += c;
-    }
-  }
-  return out;
-}
-
 }  // namespace
 
 void ByteCounter::count(std::string_view verb, std::int64_t received, std::int64_t sent) {
@@ -193,36 +179,6 @@ ByteCounts ByteCounter::total() const {
 void ByteCounter::reset() {
   const std::lock_guard lock(mutex_);
   counts_.clear();
-}
-
-Trace::Trace(int rank) : rank_(rank), start_(std::chrono::steady_clock::now()) {
-  events_ = fmt::format(R"({{"ph":"M","name":"process_name","pid":{0},"tid":0,"args":{{"name":"rank {0}"}}}})", rank);
-}
-
-void Trace::span(std::string_view track, std::string_view name, double begin_us, double end_us, std::string_view arguments) {
-  const std::lock_guard lock(mutex_);
-  int track_id = 0;
-  if (const auto known = tracks_.find(track); known != tracks_.end()) {
-    track_id = known->second;
-  } else {
-    track_id = static_cast<int>(tracks_.size()) + 1;
-    tracks_.emplace(track, track_id);
-    events_ += fmt::format(R"(,
-{{"ph":"M","name":"thread_name","pid":{},"tid":{},"args":{{"name":"{}"}}}})",
-                           rank_, track_id, escaped(track));
-  }
-  events_ += fmt::format(R"(,
-{{"ph":"X","name":"{}","pid":{},"tid":{},"ts":{:.3f},"dur":{:.3f},"args":{}}})",
-                         escaped(name), rank_, track_id, begin_us, end_us - begin_us, arguments.empty() ? "{}" : arguments);
-}
-
-double Trace::now_us() const {
-  return std::chrono::duration<double, std::micro>(std::chrono::steady_clock::now() - start_).count();
-}
-
-std::string Trace::json_events() const {
-  const std::lock_guard lock(mutex_);
-  return events_;
 }
 
 std::unique_ptr<Communicator> counted(std::unique_ptr<Communicator> inner, std::shared_ptr<ByteCounter> counter) {

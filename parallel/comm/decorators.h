@@ -4,13 +4,12 @@
 #pragma once
 
 #include <atomic>
-#include <chrono>
 #include <map>
 #include <mutex>
 #include <optional>
 #include <string>
 
-#include "parallel/comm/communicator.h"
+#include "parallel/comm/trace.h"
 
 namespace dattn {
 
@@ -35,22 +34,7 @@ class ByteCounter {
 
 std::unique_ptr<Communicator> counted(std::unique_ptr<Communicator> inner, std::shared_ptr<ByteCounter> counter);
 
-// Spans of work and communication as Chrome/Perfetto trace events (JSON array, times in microseconds since start).
-class Trace {
- public:
-  explicit Trace(int rank);
-  void span(std::string_view track, std::string_view name, double begin_us, double end_us, std::string_view arguments_json);
-  double now_us() const;
-  std::string json_events() const;  // comma-separated objects, without the enclosing brackets
-
- private:
-  mutable std::mutex mutex_;
-  int rank_;
-  std::chrono::steady_clock::time_point start_;
-  std::string events_;
-  std::map<std::string, int, std::less<>> tracks_;
-};
-
+// Tracks `comm GROUP`, a transfer from its start to the end of the wait for it, and `exposed communication`, the wait alone.
 std::unique_ptr<Communicator> traced(std::unique_ptr<Communicator> inner, std::shared_ptr<Trace> trace);
 
 // Faults for tests: on the n-th start() of this rank (counted over all groups, from 0) something goes wrong.

@@ -116,6 +116,7 @@ std::array<double, 2> TrainStep::sum_over_world(LossSum& loss, const std::array<
 
 // (Summed gradients are equal over the replicas, of which one contributes their norm.)
 StepSums TrainStep::forward_backward(std::int64_t step, const BatchShare::Window& window, const Gradients& before_sum) {
+  const WorkSpan span(world_.trace(), {"forward_backward", -1, static_cast<int>(step)});
   const std::int64_t sent_before = counter_.total().sent;
   bool first = true;
   LossSum loss(mesh_, job_.invariant(), job_.train.batch);
@@ -137,6 +138,7 @@ StepSums TrainStep::forward_backward(std::int64_t step, const BatchShare::Window
 }
 
 Update TrainStep::update(double rate, const StepSums& sums) {
+  const WorkSpan span(world_.trace(), {"update"});
   if (!std::isfinite(sums.loss)) return Update::kDiverged;
   if (!std::isfinite(sums.grad_norm)) {
     return loss_scale_.on() && loss_scale_.step_skipped() ? Update::kOverflowed : Update::kDiverged;

@@ -4,7 +4,9 @@ times are compared: those are of tests/bench."""
 import json
 import os
 import pathlib
+import shutil
 import subprocess
+import tempfile
 import unittest
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -18,6 +20,10 @@ def bench(*arguments):
 
 
 class Bench(unittest.TestCase):
+    def setUp(self):
+        self.folder = pathlib.Path(tempfile.mkdtemp())
+        self.addCleanup(shutil.rmtree, self.folder)
+
     def done(self, *arguments):
         result = bench(*arguments)
         self.assertEqual(result.returncode, 0, result.stderr)
@@ -85,6 +91,32 @@ class Bench(unittest.TestCase):
             self.assertGreater(axis["bandwidth"], 0)
             self.assertGreaterEqual(axis["latency_s"], 0)
             self.assertEqual([size["bytes"] for size in axis["sizes"]], [8**power for power in range(1, 9)])
+
+    def test_a_trace_shows_what_every_rank_did(self):
+        trace = self.folder / "trace.json"
+        self.done("attention", "--seq", 256, "--heads", 2, "--dim", 32, "--repeat", 2, "--threads", 1, "--backward", "--ranks", 2,
+                  "--mesh", "ring=2", "--set", "strategy=ring", "--trace", trace)
+        events = json.loads(trace.read_text())["traceEvents"]
+        for rank in (0, 1):
+            mine = [event for event in events if event["pid"] == rank]
+            tracks = {event["tid"]: event["args"]["name"] for event in mine if event["name"] == "thread_name"}
+            self.assertEqual(set(tracks.values()), {"work", "comm world", "comm ring", "exposed communication"})
+            spans = [(tracks[event["tid"]], event["name"]) for event in mine if event["ph"] == "X"]
+            self.assertEqual(spans.count(("work", "forward")), 3)  # one to warm up
+            self.assertEqual(spans.count(("work", "backward")), 3)
+            self.assertEqual(spans.count(("work", "attend")), 2 * 3)  # own keys, the other rank's
+            self.assertEqual(spans.count(("work", "attend_grad")), 2 * 3)
+            self.assertEqual(spans.count(("comm ring", "rotate")), spans.count(("exposed communication", "rotate")))
+            self.assertGreaterEqual(spans.count(("comm ring", "rotate")), 2 * 3)
+            sent = [event["args"]["sent"] for event in mine if tracks[event["tid"]] == "comm ring" and event["ph"] == "X"]
+            self.assertEqual(sent[0], 2 * 128 * 2 * 32 * 4)  # k and v of 128 rows
+
+    def test_a_training_step_can_be_traced(self):
+        trace = self.folder / "trace.json"
+        self.done("train", ROOT / "configs/models/gpt2_124m.yaml", "--steps", 1, "--ranks", 2, "--set=mesh={data: 2}", *SMALL,
+                  "--trace", trace)
+        names = {event["name"] for event in json.loads(trace.read_text())["traceEvents"]}
+        self.assertTrue({"forward_backward", "update", "forward", "backward", "attend", "attend_grad"} < names, names)
 
     def test_product_counts_its_flops(self):
         product = self.done("product", "--size", 64, "--repeat", 2)

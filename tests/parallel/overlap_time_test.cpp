@@ -45,7 +45,7 @@ class SleepingKernel : public AttentionKernel {
     const auto end = Clock::now() + std::chrono::duration<double>(flops / machine_.attend_rate(verb, DType::kF32));
     const double begin_us = trace_->now_us();
     std::this_thread::sleep_until(std::chrono::time_point_cast<Clock::duration>(end));
-    trace_->span("kernel", name_of(verb), begin_us, trace_->now_us(), "");
+    trace_->span("kernel", name_of(verb), begin_us, trace_->now_us());
   }
 
   const Machine& machine_;

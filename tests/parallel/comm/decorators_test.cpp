@@ -17,7 +17,7 @@ TEST(Trace, IsOneJsonArrayOfEvents) {
     const auto part = group->split(both, "inner");
     group->barrier({.verb = "barrier", .step = 3});
     part->barrier({.verb = "\"quoted\""});
-    trace->span("compute", "attend", 1.0, 2.5, R"({"flops":12})");
+    trace->span(Trace::kWork, "attend", 1.0, 2.5, R"({"flops":12})");
     if (world.rank() == 0) events = trace->json_events();
   });
   const auto json = nlohmann::json::parse("[" + events + "]");
@@ -32,6 +32,7 @@ TEST(Trace, IsOneJsonArrayOfEvents) {
     if (event["name"] == "barrier") {
       EXPECT_EQ(arguments["step"], 3);
     }
+    EXPECT_EQ(event["cat"], event["name"] == "attend" ? "work" : "communication");
     if (event["name"] == "attend") {
       EXPECT_EQ(arguments["flops"], 12);
     }
