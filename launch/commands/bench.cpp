@@ -1,15 +1,19 @@
 // dattn bench attention | train | product | comm: how fast attention, training and matrix products run on the present ranks,
 // and what the axes of a mesh carry.
+#include <algorithm>
 #include <cmath>
 #include <memory>
+#include <optional>
 
 #include <fmt/format.h>
 
 #include "core/attention/cpu/peak.h"
 #include "core/base/error.h"
+#include "core/base/host.h"
 #include "core/base/threads.h"
 #include "core/nn/matmul.h"
 #include "launch/commands/bench_train.h"
+#include "launch/commands/calibrate.h"
 #include "launch/commands/planning.h"
 #include "launch/commands/timing.h"
 #include "parallel/attention.h"
@@ -96,43 +100,56 @@ void bench_product(const ProductBench& bench, const RunConfig& config, Communica
 struct CommBench {
   CommonOptions common;
   std::vector<std::string> mesh;  // axis=size
+  std::string machine;            // a file whose links are replaced
   int repeat = 20;
 };
 
-// Every rank of the axis sends to the next and hears from the one before, all at once, in messages of several sizes.
-Json bench_axis(Communicator& world, Communicator& axis, int repeat) {
+// Every rank of the axis sends to the next and hears from the one before, all at once. A machine file has one link for the axes
+// within a host and one for those between hosts: that of the slowest such axis.
+Json bench_axis(Communicator& world, Communicator& axis, int repeat, std::optional<Link>& inside,
+                std::optional<Link>& between) {
+  const std::vector<std::string> hosts = axis.gather_strings(host_name(), {"bench"});
+  double crosses = std::count(hosts.begin(), hosts.end(), hosts[0]) < axis.size() ? 1 : 0;
+  world.all_reduce_max(TensorView(&crosses, DType::kF64, {1}), {"bench"});
   const int next = (axis.rank() + 1) % axis.size(), before = (axis.rank() + axis.size() - 1) % axis.size();
-  std::vector<LinkSample> samples;
-  Json sizes = Json::array();
-  for (std::size_t bytes = 8; bytes <= std::size_t{1} << 24; bytes *= 8) {
-    std::vector<std::byte> out(bytes), in(bytes);
-    const Percentiles time = percentiles_of(time_calls(world, repeat, [&] {
-      const SendPart send{next, out.data(), bytes};
-      const RecvPart receive{before, in.data(), bytes};
-      axis.exchange({&send, 1}, {&receive, 1}, {"bench"});
-    }));
-    samples.push_back({static_cast<double>(bytes), time.p50 * 1e-3});
-    sizes.push_back(
-        {{"bytes", bytes}, {"milliseconds", time.json()}, {"gbyte_per_s", static_cast<double>(bytes) / time.p50 * 1e-6}});
-  }
-  const Link link = fit_link(samples);
-  return {{"size", axis.size()}, {"latency_s", link.latency_s}, {"bandwidth", link.bandwidth}, {"sizes", sizes}};
+  const auto [link, sizes] = measure_link(world, axis, next, before, repeat);
+  std::optional<Link>& slowest = crosses > 0 ? between : inside;
+  if (!slowest || link.bandwidth < slowest->bandwidth) slowest = link;
+  return {{"size", axis.size()},
+          {"between_hosts", crosses > 0},
+          {"latency_s", link.latency_s},
+          {"bandwidth", link.bandwidth},
+          {"sizes", sizes}};
 }
 
 // Latency and bandwidth of the mesh's axes, or of the whole job as one ring: what the links of a machine file hold.
 void bench_comm(const CommBench& bench, const RunConfig& config, Communicator& world) {
   require(world.size() > 1, "bench comm measures between ranks but the job has 1; use --ranks 2 or mpirun -np 2");
+  std::optional<Machine> machine;
+  if (!bench.machine.empty()) machine = load_machine(bench.machine);
+  std::optional<Link> inside, between;
   Json axes = Json::object();
   if (bench.mesh.empty()) {
-    axes["job"] = bench_axis(world, world, bench.repeat);
+    axes["job"] = bench_axis(world, world, bench.repeat, inside, between);
   } else {
     const Mesh mesh(world, config.mesh.shape());
     for (const Axis axis : kAxes) {
-      if (mesh.shape().size(axis) > 1) axes[std::string(name_of(axis))] = bench_axis(world, mesh.axis(axis), bench.repeat);
+      if (mesh.shape().size(axis) == 1) continue;
+      axes[std::string(name_of(axis))] = bench_axis(world, mesh.axis(axis), bench.repeat, inside, between);
     }
   }
   if (world.rank() != 0) return;
-  const Json done{{"event", "done"}, {"ranks", world.size()}, {"axes", axes}};
+  Json done{{"event", "done"}, {"ranks", world.size()}, {"axes", axes}};
+  if (machine) {  // but for what all ranks of a node share
+    Links& links = machine->links;
+    if (inside) links.inside = {inside->latency_s, inside->bandwidth, links.inside.node_bandwidth};
+    if (between) {
+      const std::optional<double> of_node = links.between ? links.between->node_bandwidth : std::nullopt;
+      links.between = {between->latency_s, between->bandwidth, of_node};
+    }
+    write_machine(bench.machine, *machine, fmt::format("Links measured by dattn bench comm with {} ranks", world.size()));
+    done["machine"] = bench.machine;
+  }
   print_line(bench.common.json ? done.dump() : done.dump(2));
 }
 
@@ -156,6 +173,7 @@ Command add_bench(CLI::App& app) {
   attention->add_flag("--backward", bench->backward, "time the backward pass too");
   attention->add_option("--repeat", bench->repeat, "timed calls")->capture_default_str()->check(CLI::PositiveNumber);
   bench->common.declare(*attention, true);
+  bench->common.declare_trace(*attention);
 
   CLI::App* product = command->add_subcommand("product", "one product of square matrices");
   const auto product_bench = std::make_shared<ProductBench>();
@@ -169,11 +187,11 @@ Command add_bench(CLI::App& app) {
   CLI::App* comm = command->add_subcommand("comm", "messages along each axis of a mesh");
   const auto comm_bench = std::make_shared<CommBench>();
   comm->add_option("--mesh", comm_bench->mesh, "axis=size, for example ring=2 (default: the job as one ring)")->delimiter(',');
+  comm->add_option("--machine", comm_bench->machine, "put the links into this machine file")->type_name("FILE");
   comm->add_option("--repeat", comm_bench->repeat, "timed exchanges")->capture_default_str()->check(CLI::PositiveNumber);
   comm_bench->common.declare(*comm, true);
 
   return [command, attention, bench, product, product_bench, train, comm_bench] {
-  bench->common.declare_trace(*attention);
     if (command->got_subcommand("train")) return train();
     if (attention->parsed()) {
       const auto load = [&] {

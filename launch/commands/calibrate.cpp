@@ -13,7 +13,7 @@
 #include "core/base/file.h"
 #include "core/base/host.h"
 #include "core/base/threads.h"
-#include "parallel/machine.h"
+#include "launch/commands/timing.h"
 
 namespace dattn {
 namespace {
@@ -29,22 +29,9 @@ double seconds_of(const Body& body) {
   return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
 }
 
-double median_of(std::vector<double> values) {
-  std::nth_element(values.begin(), values.begin() + static_cast<std::ptrdiff_t>(values.size() / 2), values.end());
-  return values[values.size() / 2];
-}
-
-// Median seconds of one call, until the last of the ranks has ended it; all of them call at once.
-template <class Body>
-double measure(Communicator& world, const Body& body) {
-  std::vector<double> times(kRepeat);
-  body();  // warms up: memory pages, threads
-  for (double& time : times) {
-    world.barrier({"calibrate"});
-    time = seconds_of(body);
-  }
-  world.all_reduce_max(TensorView(times.data(), DType::kF64, {kRepeat}), {"calibrate"});
-  return median_of(std::move(times));
+// Median seconds of one call that all ranks make at once.
+double measure(Communicator& world, const std::function<void()>& body) {
+  return percentiles_of(time_calls(world, kRepeat, body)).p50 * 1e-3;
 }
 
 // The calls of both kernels for one batch row and `heads` heads of dim 64; all pairs visible, or those of a causal mask.
@@ -92,7 +79,7 @@ TileSize measure_tile(Communicator& world, const std::function<void(bool causal)
       shares.push_back(seconds_of([&] { call(true); }) / full);
     }
     rows_of_tile =
-        std::clamp((2 * median_of(std::move(shares)) - 1) * static_cast<double>(rows), 1.0, static_cast<double>(rows));
+        std::clamp((2 * percentiles_of(std::move(shares)).p50 - 1) * static_cast<double>(rows), 1.0, static_cast<double>(rows));
   }
   world.all_reduce_max(TensorView(&rows_of_tile, DType::kF64, {1}), {"calibrate"});
   const std::int64_t size = std::llround(rows_of_tile);
@@ -128,23 +115,10 @@ double measure_memory(Communicator& world) {
   return 2.0 * static_cast<double>(from->bytes()) / measure(world, [&] { copy(from, to); });
 }
 
-// Rank 0 and `other` exchange messages of several sizes; the ranks between them wait.
-Link measure_link(Communicator& world, int other) {
-  std::vector<LinkSample> samples;
-  for (std::size_t bytes = 1024; bytes <= (std::size_t{1} << 24); bytes *= 4) {
-    std::vector<std::byte> out(bytes), in(bytes);
-    const int peer = world.rank() == 0 ? other : 0;
-    const bool takes_part = world.rank() == 0 || world.rank() == other;
-    const double seconds = measure(world, [&] {
-      if (!takes_part) return;
-      const SendPart send{peer, out.data(), bytes};
-      const RecvPart receive{peer, in.data(), bytes};
-      world.exchange({&send, 1}, {&receive, 1}, {"calibrate"});
-    });
-    samples.push_back({static_cast<double>(bytes), seconds});
-  }
-  const Link link = fit_link(samples);
-  return {rounded(link.latency_s), rounded(link.bandwidth), std::nullopt};
+// Rank 0 and `other` exchange messages; the ranks between them wait.
+Link measure_pair(Communicator& world, int other) {
+  const int peer = world.rank() == 0 ? other : world.rank() == other ? 0 : -1;
+  return measure_link(world, world, peer, peer, kRepeat).link;
 }
 
 // Links and nodes: consecutive ranks of equal host names are one node.
@@ -152,11 +126,34 @@ void measure_links(Communicator& world, Machine& machine) {
   const std::vector<std::string> hosts = world.gather_strings(host_name(), {"calibrate"});
   const auto elsewhere = std::find_if(hosts.begin(), hosts.end(), [&](const std::string& host) { return host != hosts[0]; });
   machine.ranks_per_node = static_cast<int>(elsewhere - hosts.begin());
-  if (elsewhere != hosts.end()) machine.links.between = measure_link(world, machine.ranks_per_node);
-  machine.links.inside = machine.ranks_per_node > 1 ? measure_link(world, 1) : *machine.links.between;
+  if (elsewhere != hosts.end()) machine.links.between = measure_pair(world, machine.ranks_per_node);
+  machine.links.inside = machine.ranks_per_node > 1 ? measure_pair(world, 1) : *machine.links.between;
 }
 
 }  // namespace
+
+MeasuredLink measure_link(Communicator& world, Communicator& group, int to, int from, int repeat) {
+  std::vector<LinkSample> samples;
+  Json sizes = Json::array();
+  for (std::size_t bytes = 8; bytes <= std::size_t{1} << 24; bytes *= 8) {
+    std::vector<std::byte> out(bytes), in(bytes);
+    const SendPart send{to, out.data(), bytes};
+    const RecvPart receive{from, in.data(), bytes};
+    const std::size_t parts = to >= 0 ? 1 : 0;
+    const Percentiles time = percentiles_of(time_calls(world, repeat, [&] {
+      group.exchange({&send, parts}, {&receive, parts}, {"bench"});
+    }));
+    samples.push_back({static_cast<double>(bytes), time.p50 * 1e-3});
+    sizes.push_back(
+        {{"bytes", bytes}, {"milliseconds", time.json()}, {"gbyte_per_s", static_cast<double>(bytes) / time.p50 * 1e-6}});
+  }
+  const Link link = fit_link(samples);
+  return {{rounded(link.latency_s), rounded(link.bandwidth), std::nullopt}, std::move(sizes)};
+}
+
+void write_machine(const std::string& path, const Machine& machine, const std::string& made) {
+  write_file(path, fmt::format("# {}.\n#   dattn plan CONFIG --simulate THIS_FILE\n{}\n", made, to_yaml(to_node(machine))));
+}
 
 Json calibrate(Communicator& world, const std::string& path) {
   require(world.size() > 1, "doctor --calibrate measures links between ranks but the job has 1; use --ranks 2 or mpirun -np 2");
@@ -167,14 +164,12 @@ Json calibrate(Communicator& world, const std::string& path) {
   measure_links(world, machine);
   machine.memory_bytes =
       static_cast<std::int64_t>(::sysconf(_SC_PHYS_PAGES)) * ::sysconf(_SC_PAGESIZE) / machine.ranks_per_node;
-  const ConfigNode node = to_node(machine);
   if (world.rank() == 0) {
-    write_file(path,
-               fmt::format("# Measured by dattn doctor --calibrate with {} ranks, threads of each: {}.\n#   dattn plan CONFIG "
-                           "--simulate THIS_FILE\n{}\n",
-                           world.size(), num_threads(), to_yaml(node)));
+    write_machine(
+        path, machine,
+        fmt::format("Measured by dattn doctor --calibrate with {} ranks, threads of each: {}", world.size(), num_threads()));
   }
-  return {{"file", path}, {"machine", Json::parse(to_json(node))}};
+  return {{"file", path}, {"machine", Json::parse(to_json(to_node(machine)))}};
 }
 
 }  // namespace dattn

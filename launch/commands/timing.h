@@ -14,7 +14,7 @@ struct Percentiles {  // milliseconds
   Json json() const { return {{"p20", p20}, {"p50", p50}, {"p80", p80}}; }
 };
 
-// Milliseconds of calls, each started together on all ranks and counted until the last has ended.
+// Milliseconds of calls that all ranks start together, each as long as its slowest rank takes; equal on all ranks.
 std::vector<double> time_calls(Communicator& world, int repeat, const std::function<void()>& body,
                                const std::function<void()>& between = {});
 Percentiles percentiles_of(std::vector<double> times);

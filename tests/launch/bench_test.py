@@ -4,6 +4,7 @@ times are compared: those are of tests/bench."""
 import json
 import os
 import pathlib
+import re
 import shutil
 import subprocess
 import tempfile
@@ -92,6 +93,22 @@ class Bench(unittest.TestCase):
             self.assertGreaterEqual(axis["latency_s"], 0)
             self.assertEqual([size["bytes"] for size in axis["sizes"]], [8**power for power in range(1, 9)])
 
+    def test_comm_puts_the_links_into_a_machine_file(self):
+        machine, config = self.folder / "machine.yaml", self.folder / "ring.yaml"
+        machine.write_text((ROOT / "configs/machines/two_cpu_hosts.yaml").read_text())
+        config.write_text("mesh: {ring: 2}\nshape: {seq: 4096, heads: 4, dim: 64}\n")
+        done = self.done("comm", "--ranks", 2, "--repeat", 2, "--machine", machine)
+        self.assertEqual(done["machine"], str(machine))
+        job = done["axes"]["job"]
+        self.assertFalse(job["between_hosts"])
+        plan = subprocess.run([DATTN, "plan", config, "--simulate", machine, "--json"], capture_output=True, text=True, timeout=120)
+        self.assertEqual(plan.returncode, 0, plan.stderr)
+        ring = json.loads(plan.stdout)["simulate"]["forward"]["axes"]["ring"]
+        self.assertAlmostEqual(ring["bytes"] / ring["busiest_link_s"] / job["bandwidth"], 1, delta=1e-3)
+        text = machine.read_text()
+        self.assertIn("Links measured by dattn bench comm with 2 ranks", text)
+        self.assertEqual([float(number) for number in re.findall(r"node_bandwidth: ([\d.e+]+)", text)], [12.5e9])  # as it was
+
     def test_a_trace_shows_what_every_rank_did(self):
         trace = self.folder / "trace.json"
         self.done("attention", "--seq", 256, "--heads", 2, "--dim", 32, "--repeat", 2, "--threads", 1, "--backward", "--ranks", 2,
@@ -128,6 +145,7 @@ class Bench(unittest.TestCase):
                                                              "--set", "train.seq_len=2048"))
         self.assertIn("no_such.yaml", self.refused("train", "no_such.yaml"))
         self.assertIn("mesh", self.refused("attention", "--mesh", "circle=2"))
+        self.assertIn("no_such.yaml", self.refused("comm", "--ranks", 2, "--machine", "no_such.yaml"))
 
 
 if __name__ == "__main__":
