@@ -1,4 +1,7 @@
 // Contexts, communicators and meshes.
+#include <cstdlib>
+
+#include "core/base/log.h"
 #include "parallel/comm/mpi.h"
 #include "parallel/comm/nccl.h"
 #include "parallel/comm/staged.h"
@@ -40,6 +43,7 @@ using namespace dattn::c;
 
 dattn_status dattn_context_create(const dattn_context_options* given, dattn_context** context) {
   return create(context, "context", [&] {
+    if (std::getenv("DATTN_LOG") == nullptr) set_log_level(LogLevel::kQuiet);  // stderr is the host's
     const dattn_context_options options = read_optional(given, "dattn_context_options");
     require(options.threads >= 0, "dattn_context_options.threads is {}; it must be positive, or 0", options.threads);
     const Device device = to_device(options.device, "dattn_context_options.device");

@@ -1,6 +1,6 @@
 /* dattn.h: the stable C interface of dattn, exact attention whose heads and sequence are sharded over many ranks.
  *
- *   dattn_context_create(NULL, &context);                    devices, threads, log
+ *   dattn_context_create(NULL, &context);                    device, threads
  *   dattn_comm_mpi(context, NULL, &comm);                    or _self, _threads, _tcp, _nccl, _callbacks
  *   dattn_mesh_create(comm, &(dattn_mesh_options){.struct_size = sizeof(dattn_mesh_options), .ring = 4}, &mesh);
  *   dattn_plan_create(mesh, &options, &plan);                checks, plans; nothing is sent
@@ -10,17 +10,19 @@
  * Conventions
  * - A function that can fail returns dattn_status. On failure nothing was written to output handles, and dattn_last_error()
  *   of the same thread has the message: what is wrong, both values, the remedy, the rank.
- * - Every struct begins with struct_size: set it to sizeof(the struct). Members are only ever added at the end, and mean
- *   their default when they are 0 or NULL, so a program built against an older header works with a newer library.
+ * - Every struct of options, arguments or results begins with struct_size: set it to sizeof(the struct). Members are only ever
+ *   added at the end, and mean their default when they are 0 or NULL, so a program built against an older header works with a
+ *   newer library. dattn_device, dattn_dtype, dattn_tensor (DLPack's) and dattn_part have no size and never change.
  * - Handles are opaque. Whoever creates one destroys it, in any order: a handle keeps alive what it was made from. Destroying
- *   NULL does nothing. No function prints, exits, or installs signal handlers.
+ *   NULL does nothing. No function exits or installs signal handlers; none prints, unless the environment has DATTN_LOG=info or
+ *   debug, for lines on stderr.
  * - Threads: handles of different ranks may be used at the same time; one rank's handles, by one thread at a time. All ranks
  *   of a communicator make the same calls in the same order (mesh_create, attention_*, shard_*, cache_*). Every wait has a
  *   deadline (dattn_comm_options.timeout_s): when a rank fails or vanishes, the others return DATTN_PEER.
- * - Tensors are windows on memory of the caller: never kept after the call, copied or freed. Shapes and strides count elements.
+ * - Tensors are windows on memory of the caller: never kept after the call, nor freed. Inputs are read where they lie; results
+ *   are made in memory of the library and copied into the caller's tensors at the end. Shapes and strides count elements.
  *   Axis order is stated where a tensor is named; any strides, but the last axis of 4-d tensors is contiguous.
- *   B batch, S queries of this rank, T keys of this rank, H query heads, K key/value heads of this rank, D dim of q and k, V of
- * v.
+ *   B batch, S queries and T keys of this rank, H query and K key/value heads of this rank, D dim of q and k, V of v.
  * - Symbols are only ever added within one major version; dattn_version() says which is loaded.
  */
 #ifndef DATTN_H
@@ -120,7 +122,8 @@ DATTN_API dattn_status dattn_comm_mpi(dattn_context* context, const void* host_c
 DATTN_API dattn_status dattn_comm_tcp(dattn_context* context, const char* host, int32_t port, int32_t rank, int32_t size,
                                       const dattn_comm_options* options, dattn_comm** comm);
 
-/* The host carries everything: for frameworks with communication of their own, such as a torch ProcessGroup. Functions return
+/* The host carries everything: for frameworks with communication of their own, such as a torch ProcessGroup. Collectives
+ * (gathers, sums in rank order) are made of its transfers, so that it needs none of its own. Functions return
  * 0, or another value after they have failed. They are called by the thread that made the dattn call, never by others. */
 typedef struct dattn_part {
   int32_t peer; /* rank of the communicator */

@@ -17,6 +17,7 @@ struct Whole {
   HostTensor v = HostTensor::random({kBatch, kSeq, kKvHeads, kDim}, 3),
              dout = HostTensor::random({kBatch, kSeq, kHeads, kDim}, 4);
   HostTensor bias = HostTensor::random({1, kSeq, kHeads, kSeq}, 5), sink = HostTensor::random({kHeads}, 6);
+  const char *strategy = nullptr, *determinism = nullptr;
 };
 
 struct Results {
@@ -54,7 +55,8 @@ void attend(dattn_comm* comm, dattn_mesh_options axes, const Whole& whole, Resul
   PlanHandle plan;
   ShardingHandle rows;
   DATTN_OK_OR_FAIL(dattn_mesh_create(comm, &axes, &mesh));
-  const dattn_attention_options options = options_of_call();
+  dattn_attention_options options = options_of_call();
+  options.strategy = whole.strategy, options.determinism = whole.determinism;
   DATTN_OK_OR_FAIL(dattn_plan_create(mesh, &options, &plan));
   DATTN_OK_OR_FAIL(dattn_plan_verify(plan));
   DATTN_OK_OR_FAIL(dattn_sharding_create(mesh, kSeq, nullptr, nullptr, &rows));
@@ -179,6 +181,23 @@ TEST(CAttention, IsTheSameOnEveryMeshOfThreads) {
   }
 }
 
+TEST(CAttention, HasTheSameBitsOnEveryMeshWithDeterminismInvariant) {
+  ContextHandle context;
+  DATTN_OK_OR_FAIL(dattn_context_create(nullptr, &context));
+  Whole whole;
+  whole.strategy = "ring", whole.determinism = "invariant";  // which has a strategy of its own
+  testing::internal::CaptureStderr();
+  const Results alone = run(thread_ranks(context, 1), {}, whole);
+  const dattn_mesh_options meshes[] = {{0, 0, 0, 4, 0, 0, 0}, {0, 0, 0, 2, 0, 2, 0}};
+  for (const dattn_mesh_options& axes : meshes) {
+    const Results other = run(thread_ranks(context, 4), axes, whole);
+    for (const auto member : {&Results::out, &Results::lse, &Results::dq, &Results::dk, &Results::dv}) {
+      EXPECT_EQ(difference(alone.*member, other.*member), 0);
+    }
+  }
+  EXPECT_EQ(testing::internal::GetCapturedStderr(), "");  // that the strategy is replaced is no reason to print
+}
+
 TEST(CAttention, IsTheSameOverTheHostsCallbacks) {
   ContextHandle context;
   DATTN_OK_OR_FAIL(dattn_context_create(nullptr, &context));
@@ -216,6 +235,11 @@ TEST(CAttention, PlansTellTheirCosts) {
     const char* text = nullptr;
     DATTN_OK_OR_FAIL(dattn_plan_explain(plan, &text));
     EXPECT_NE(std::string(text).find("\"strategy\":\"ring\""), std::string::npos) << text;
+    const std::int64_t state = 4 * 32 * (32 + 1) * 4;  // out and lse in fp32
+    EXPECT_GE(info.forward_memory, info.forward_bytes + state);
+    EXPECT_GT(info.backward_memory, info.forward_memory);
+    const std::string peak = "\"peak_memory_bytes\":" + std::to_string(info.backward_memory);
+    EXPECT_NE(std::string(text).find(peak), std::string::npos) << text;
     std::vector<std::int64_t> positions(32);
     DATTN_OK_OR_FAIL(dattn_plan_positions(plan, 0, positions.data(), 32));
     EXPECT_EQ(positions[0], dattn_comm_rank(comm) == 0 ? 0 : 16);  // zigzag
@@ -230,6 +254,7 @@ TEST(CAttention, ThePlannerAnswersWithoutRanks) {
       dattn_plan_query("{shape: {seq: 65536, heads: 32, kv_heads: 8, dim: 128}, mesh: {ranks: 64}, dtype: bf16}", &text));
   EXPECT_NE(std::string(text).find("\"chosen\""), std::string::npos) << text;
   EXPECT_NE(std::string(text).find("\"ratio\""), std::string::npos) << text;
+  EXPECT_NE(std::string(text).find("\"peak_memory_bytes\""), std::string::npos) << text;
   dattn_text_free(text);
   EXPECT_EQ(dattn_plan_query("{shape: {heads: 3, kv_heads: 2}}", &text), DATTN_BAD_INPUT);
 }
