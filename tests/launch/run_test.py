@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
-"""launch/run with a stand-in for the dattn command and for mpirun: which processes it starts, and what it returns."""
+"""launch/run with a stand-in for the dattn command and for mpirun: which processes it starts, and what it returns; launch/test
+with stand-ins for CMake's commands: what it says."""
 import os
 import pathlib
 import shutil
@@ -161,6 +162,29 @@ class Setup(unittest.TestCase):
         result = subprocess.run([ROOT / "launch/setup.sh", "--pyhton"], capture_output=True, text=True, timeout=60)
         self.assertEqual(result.returncode, 2)
         self.assertIn("unknown option '--pyhton'", result.stderr)
+
+
+class Test(unittest.TestCase):
+    def test_it_says_which_tests_were_skipped_and_how_to_enable_them(self):
+        folder = pathlib.Path(tempfile.mkdtemp())
+        self.addCleanup(shutil.rmtree, folder)
+        (folder / "launch").mkdir()
+        shutil.copy(ROOT / "launch/test", folder / "launch")
+        for name in ("launch/setup.sh", "cmake", "ctest"):
+            (folder / name).write_text("#!/bin/bash\nexit ${STUB_EXIT:-0}\n" if name == "ctest" else "#!/bin/bash\n")
+            (folder / name).chmod(0o755)
+
+        def run(**variables):
+            environment = os.environ | {"PATH": f"{folder}:{os.environ['PATH']}"} | variables
+            return subprocess.run([folder / "launch/test"], env=environment, timeout=60, capture_output=True, text=True)
+
+        for code in (0, 8):
+            result = run(STUB_EXIT=str(code))
+            self.assertEqual(result.returncode, code, result.stderr)
+            self.assertRegex(result.stderr, "plugins were skipped; launch/setup.sh --python makes it$")
+        (folder / "build/venv/bin").mkdir(parents=True)
+        (folder / "build/venv/bin/python").symlink_to("/bin/true")
+        self.assertNotIn("skipped", run().stderr)
 
 
 if __name__ == "__main__":
