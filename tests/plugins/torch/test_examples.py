@@ -4,7 +4,6 @@ import subprocess
 import sys
 
 import pytest
-import torch
 
 from ranks import ROOT, on_ranks
 import dattn.torch
@@ -37,7 +36,7 @@ def test_example(name, ranks, arguments):
 @on_ranks(4)
 def test_readme():
     q, k, v, _ = (tensor.detach() for tensor in reference.inputs(seq=40))
-    names = {"torch": torch, "q": q, "k": k, "v": v}
+    names = {"q": q, "k": k, "v": v}
     exec(snippet("dattn.torch"), names)
     assert names["out"].shape[1] == 10
     reference.close(dattn.torch.unshard(names["out"], names["mesh"]), reference.attention(q, k, v)[0])

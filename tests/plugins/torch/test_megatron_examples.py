@@ -23,7 +23,7 @@ def test_example():
 def test_readme():
     want, whole = models.one_process(models.Formula), models.batch()
     models.initialize(cp=2)
-    names = {"spec": models.get_gpt_layer_local_spec()}
+    names = {}
     exec(snippet("dattn.megatron"), names)
     net = models.model(spec=names["spec"])
     models.compare(models.step(net, models.own_part(whole), whole["loss_mask"].sum()), want)
