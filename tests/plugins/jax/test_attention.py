@@ -104,6 +104,22 @@ def test_dropout_is_keyed_by_seed():
     reference.close(mean, reference.attention(q, k, v), 0.15)
 
 
+def test_dropout_and_its_gradients():
+    """Against the formula with the pairs that are kept, which equal weights over values of the unit matrix show."""
+    arrays = reference.inputs()
+    q, k, v, _ = arrays
+    drop = {"mask": "full", "dropout_p": 0.4, "dropout_seed": 9}
+    unit = jnp.broadcast_to(jnp.eye(48)[None, :, None, :], (2, 48, 2, 48))
+    keep = 48 * dattn.jax.attention(jnp.zeros_like(q), jnp.zeros_like(k), unit, **drop)  # [batch, seq, heads, keys]
+    kept = jnp.abs(keep - 1 / 0.6) < 1e-5
+    assert (kept | (keep == 0)).all() and abs(kept.mean() - 0.6) < 0.02
+
+    def formula(q, k, v):
+        weights = jax.nn.softmax(jnp.einsum("bshd,bthd->bsht", q, jnp.repeat(k, 2, 2)) / 4, -1)
+        return jnp.einsum("bsht,bthd->bshd", weights * keep, jnp.repeat(v, 2, 2))
+    reference.close(reference.with_gradients(ours(**drop), *arrays), reference.with_gradients(formula, *arrays))
+
+
 @pytest.mark.parametrize("mapped", ["all", "queries", "nested"])
 def test_vmap(mapped):
     many = [jnp.stack(arrays) for arrays in zip(*(reference.inputs(seq=12, seed=seed) for seed in range(3)))]
