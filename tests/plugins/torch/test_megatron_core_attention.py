@@ -158,7 +158,7 @@ def test_one_rank():
 @on_ranks(2)
 def test_two_ranks():
     groups = Groups(alone(), dist.group.WORLD)
-    for comm_type in ("p2p", "a2a"):
+    for comm_type in ("p2p", "a2a", "grid_gather"):
         check_masks(groups, 2, comm_type)
         check_packed(groups, 2, comm_type)
     # A packed batch may bring its own context parallel group, or none.
@@ -173,6 +173,22 @@ def test_four_ranks():
     groups = ProcessGroupCollection.use_mpu_process_groups(required_pgs=["tp", "cp", "hcp"])
     check_masks(groups, 4, "a2a+p2p")
     check_packed(groups, 4, "a2a+p2p")
+    check_masks(groups, 4, "grid_gather(ring=2, rows=2)")
+
+
+@on_ranks(4)
+def test_packed_documents_in_a_model():
+    """The rows of a batch behind each other, as documents: loss and gradients are those of the batch."""
+    want, whole = models.one_process(models.Formula), models.batch()
+    ends = torch.arange(0, models.B * models.S + 1, models.S, dtype=torch.int32)
+    packed = PackedSeqParams("thd", ends, ends, max_seqlen_q=models.S, max_seqlen_kv=models.S)
+    for mesh, comm_type in (({"tp": 2, "cp": 2}, "p2p"), ({"cp": 4}, "grid_gather")):
+        models.initialize(**mesh)
+        own = rows(models.S, mesh["cp"], models.parallel_state.get_context_parallel_rank())
+        at = (ends[:-1, None] + own).flatten()
+        part = {name: None if tensor is None else tensor.reshape(1, -1)[:, at] for name, tensor in whole.items()}
+        net = models.model(cp_comm_type=comm_type)
+        models.compare(models.step(net, part, whole["loss_mask"].sum(), packed), want)
 
 
 @on_ranks(2)
