@@ -3,7 +3,8 @@
 libstdc++, and with no compiler, MPI or CUDA in reach.
 
 The files are those that `cmake --install --component python` gives for the build in DATTN_BUILD; with DATTN_SWEEP=full, those of a
-wheel that pip builds from the tree. Skipped (exit 77) without build/venv."""
+wheel that pip builds from the tree, and the default wheel is installed into an environment of its own. Skipped (exit 77)
+without build/venv."""
 import glob
 import os
 import re
@@ -16,6 +17,7 @@ import unittest
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
 BUILD = os.environ.get("DATTN_BUILD", os.path.join(ROOT, "build", "release"))
 PYTHON = os.path.join(ROOT, "build", "venv", "bin", "python")
+FULL = os.environ.get("DATTN_SWEEP") == "full"
 OF_THE_SYSTEM = r"ld-linux-x86-64\.so\.2|lib(c|m|dl|rt|pthread)\.so\.\d|libstdc\+\+\.so\.6|libgcc_s\.so\.1"
 
 USE = """
@@ -45,16 +47,24 @@ def run(*command, **options):
     return result.stdout
 
 
+def make_wheel(folder, *settings):
+    run(PYTHON, "-m", "pip", "wheel", ROOT, "--no-deps", "--no-build-isolation", "-w", folder, *settings)
+    (wheel,) = glob.glob(os.path.join(folder, "*.whl"))
+    assert wheel.endswith("-py3-none-linux_x86_64.whl"), wheel
+    return wheel
+
+
+def site_of(python):
+    return run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))").strip()
+
+
 class WheelTest(unittest.TestCase):
     @classmethod
     def setUpClass(cls):
         cls.folder = tempfile.TemporaryDirectory()
         site = os.path.join(cls.folder.name, "moved", "site")
-        if os.environ.get("DATTN_SWEEP") == "full":
-            run(PYTHON, "-m", "pip", "wheel", ROOT, "--no-deps", "--no-build-isolation", "-w", cls.folder.name,
-                "--config-settings=build.targets=dattn_c;dattn_jax")
-            (wheel,) = glob.glob(os.path.join(cls.folder.name, "*.whl"))
-            assert wheel.endswith("-py3-none-linux_x86_64.whl"), wheel
+        if FULL:
+            wheel = make_wheel(os.path.join(cls.folder.name, "jax"), "--config-settings=build.targets=dattn_c;dattn_jax")
             run(PYTHON, "-m", "pip", "install", "--no-deps", "--no-index", "--target", site, wheel)
         else:
             shutil.copytree(os.path.join(ROOT, "plugins", "python", "dattn"), os.path.join(site, "dattn"))
@@ -104,6 +114,17 @@ class WheelTest(unittest.TestCase):
             self.assertNotRegex(os.path.basename(path), r"libmpi|libdattn_mpi")
             if os.path.basename(path) in self.libraries():
                 self.assertTrue(path.startswith((self.package, torch_folder)), path)
+
+    @unittest.skipUnless(FULL, "wheels are built with DATTN_SWEEP=full")
+    def test_it_installs_into_a_virtual_environment(self):
+        place = os.path.join(self.folder.name, "environment")
+        run(PYTHON, "-m", "venv", place)
+        python = os.path.join(place, "bin", "python")
+        run(python, "-m", "pip", "install", "--no-index", "--no-deps", make_wheel(os.path.join(self.folder.name, "default")))
+        with open(os.path.join(site_of(python), "torch.pth"), "w") as file:
+            file.write(site_of(PYTHON))  # build/venv's PyTorch, not the dattn that its own .pth file names
+        lines = run(python, "-c", USE, env={"PATH": "/nowhere"}, cwd=place).splitlines()
+        self.assertEqual(lines[0], os.path.join(site_of(python), "dattn", "libdattn.so.1"))
 
     def test_jax_takes_its_custom_calls_from_the_package(self):
         if "libdattn_jax.so" not in self.libraries():
