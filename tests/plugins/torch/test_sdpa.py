@@ -162,12 +162,46 @@ def test_a_mask_is_read_once(monkeypatch):
     assert len(calls) == 2
 
 
+@on_ranks(2)
 def test_torchs_own_modules():
-    layer = nn.TransformerEncoderLayer(32, 4, 64, dropout=0.0, batch_first=True)
-    x = torch.randn(2, S, 32)
-    want = layer(x, torch.zeros(S, S).masked_fill(D > 0, float("-inf")), is_causal=True)
-    with dattn.torch.sdpa():
-        close(layer(x, torch.zeros(S, S).masked_fill(D > 0, float("-inf")), is_causal=True), want)
+    torch.manual_seed(3)
+    layer = dict(d_model=32, nhead=4, dim_feedforward=64, dropout=0.0, batch_first=True)
+    encoder, decoder = nn.TransformerEncoderLayer(**layer), nn.TransformerDecoderLayer(**layer)  # that attends to a memory too
+    x, memory, dout = (torch.randn(2, S, 32) for _ in range(3))
+    causal = torch.zeros(S, S).masked_fill(D > 0, float("-inf"))
+    for where, options in ((mesh(ring=2), {}), (mesh(ulysses=2), {"seq_len": S})):
+        cut = lambda x: dattn.torch.shard(x, where)
+        for layer, arguments in ((encoder, {}), (encoder, {"src_mask": causal, "is_causal": True}), (decoder, {"memory": memory}),
+                                 (decoder, {"memory": memory, "tgt_mask": causal, "tgt_is_causal": True})):
+            own_arguments = {name: cut(value) if name == "memory" else value for name, value in arguments.items()}
+            want, gradients = run(layer, x, dout, **arguments)
+            with torch.device("cpu"), dattn.torch.sdpa(where, **options):  # a mode beneath ours, as set_default_device has
+                out, own = run(layer, x, dout, cut, **own_arguments)
+            close(out, cut(want)), close(own[0], cut(gradients[0]), 1e-5)
+            for got, right in zip(own[1:], gradients[1:]):
+                torch.distributed.all_reduce(got)
+                close(got, right, 1e-5)
+        with torch.no_grad():  # where PyTorch has a fast path past all of this
+            want = encoder.eval()(x)
+            with dattn.torch.sdpa(where):
+                close(encoder(cut(x)), cut(want))
+        encoder.train()
+
+
+@on_ranks(2)
+def test_what_torchs_module_would_do_with_this_ranks_keys_alone():
+    where, x = mesh(ring=2), torch.randn(2, S, 32)
+    own, taken = dattn.torch.shard(x, where), nn.MultiheadAttention(32, 4, batch_first=True)
+    with dattn.torch.sdpa(where):
+        with pytest.raises(dattn.torch.BadInput, match="need_weights looks at .* use dattn.torch.MultiheadAttention"):
+            taken(own, own, own)
+        for option in ("add_zero_attn", "add_bias_kv"):
+            with pytest.raises(dattn.torch.BadInput, match=option):
+                nn.MultiheadAttention(32, 4, batch_first=True, **{option: True})(own, own, own, need_weights=False)
+        with pytest.raises(dattn.torch.BadInput, match="does not say who sees keys of other ranks"):
+            taken(own, own, own, need_weights=False, key_padding_mask=torch.zeros(own.shape[:2], dtype=torch.bool))
+        out, _ = taken(own, own, own, need_weights=False)
+    close(out, dattn.torch.shard(taken(x, x, x, need_weights=False)[0], where))
 
 
 def test_under_compile():

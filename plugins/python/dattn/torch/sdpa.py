@@ -1,4 +1,7 @@
 """`with dattn.torch.sdpa(mesh):` calls of F.scaled_dot_product_attention run sharded, in code that knows nothing of it."""
+import inspect
+from types import FunctionType
+
 import torch
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
@@ -7,14 +10,17 @@ from dattn import _c
 from dattn.torch import _masks, _mesh, sharding
 from dattn.torch._attention import attention
 
+_arguments_of_multi_head = inspect.signature(F.multi_head_attention_forward).bind
+
 
 class sdpa(TorchFunctionMode):
     """Inside, q, k, v of F.scaled_dot_product_attention, [batch, heads, seq, dim], are this rank's rows.
 
     is_causal means the whole sequence's causality. attn_mask is the whole sequence's, [.., seq, keys] (equal on all ranks), or
     what is added to the scores of this rank's rows, [.., rows, keys]. Booleans, and floats of zeros and -inf, are recognised as
-    bands; other floats are a bias. mask= takes the place of both in every call. Keep the context around backward too where
-    activations are recomputed."""
+    bands; other floats are a bias. mask= takes the place of both in every call. nn.MultiheadAttention and the layers made of it are taken too, but for what they would do with this rank's keys
+    alone: need_weights, add_zero_attn, add_bias_kv (dattn.torch.MultiheadAttention has the first two). Keep the context around
+    backward too where activations are recomputed."""
 
     def __init__(self, mesh=None, *, layout="zigzag", strategy="auto", mask=None, seq_len=None, determinism=None, timeout_s=None):
         super().__init__()
@@ -26,6 +32,9 @@ class sdpa(TorchFunctionMode):
     def __torch_function__(self, function, types, args=(), kwargs=None):
         if function is F.scaled_dot_product_attention:
             return self.attend(*args, **(kwargs or {}))
+        if function is F.multi_head_attention_forward:
+            self._check_multi_head(_arguments_of_multi_head(*args, **(kwargs or {})).arguments)
+            return _multi_head_with(self.attend)(*args, **(kwargs or {}))
         return function(*args, **(kwargs or {}))
 
     def attend(self, query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, *, scale=None, enable_gqa=False):
@@ -42,6 +51,16 @@ class sdpa(TorchFunctionMode):
         elif attn_mask is not None:
             mask, bias = self._read(attn_mask, query, key, options)
         return attention(query, key, value, mask=mask, bias=bias, tensor_format="bhsd", scale=scale, dropout_p=dropout_p, **options)
+
+    def _check_multi_head(self, given):
+        """Refuses what F.multi_head_attention_forward would make of this rank's keys alone."""
+        if self.spec.sequence_ranks == 1:
+            return
+        for name, is_given in (("need_weights", given.get("need_weights", True)), ("add_zero_attn", given["add_zero_attn"]),
+                               ("add_bias_kv", given["bias_k"] is not None)):
+            if is_given:
+                raise _c.BadInput(f"nn.MultiheadAttention with {name} looks at this rank's keys alone, inside sdpa too; call it"
+                                  " without, or use dattn.torch.MultiheadAttention")
 
     def _read(self, mask, query, key, options):
         """(mask, bias) of an attn_mask."""
@@ -75,3 +94,11 @@ class sdpa(TorchFunctionMode):
     @staticmethod
     def _recognise(mask):
         return _masks.split(mask)
+
+
+def _multi_head_with(attend):
+    """F.multi_head_attention_forward with `attend` where it says scaled_dot_product_attention: PyTorch turns a mode off while
+    that runs a function for it, so it would not see the call inside."""
+    function = F.multi_head_attention_forward
+    names = {**function.__globals__, "scaled_dot_product_attention": attend, "has_torch_function": lambda _: False}
+    return FunctionType(function.__code__, names, function.__name__, function.__defaults__, function.__closure__)
