@@ -43,6 +43,8 @@ REFUSED = {
     "alibi": (lambda: (q(),) * 3, {"alibi_slopes": [1.0, 2.0]}),
 }
 
+OF_THE_PLAN = ("diagonal", "lef", "snake", "teleport", "alibi")  # refused once lengths are known, and the seed
+
 
 @pytest.mark.parametrize("words", REFUSED)
 def test_refused(words):
@@ -68,20 +70,27 @@ def test_refused_on_meshes_and_the_mesh_still_works():
     close(dattn.torch.attention(*own, mesh=where, seq_len=8), dattn.torch.attention(x, k, v)[:, rows])
 
 
+@pytest.mark.parametrize("given", [{"seq_len": 16}, {}, {"seq_len": 16, "dropout_p": 0.5}], ids=["length", "no length", "seed drawn"])
 @on_ranks(2)
-def test_refusals_send_nothing():
+def test_refusals_send_nothing(given):
     """One rank alone makes the calls that are refused; the other hears nothing of it."""
     where, x = mesh(ring=2), q()
-    attend = lambda *tensors, **options: dattn.torch.attention(*tensors, **{"mesh": where, "seq_len": 16, **options})
+    attend = lambda *tensors, **options: dattn.torch.attention(*tensors, **{"mesh": where, **given, **options})
+    module = dattn.torch.MultiheadAttention(16, 4, mesh=where, batch_first=True)
     attend(x, x, x)  # the mesh is made: from here on, only calls send
     transfers, exchange = [], _comm.GroupComm._exchange
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(_comm.GroupComm, "_exchange", lambda *arguments: transfers.append(1) or exchange(*arguments))
         if dist.get_rank() == 0:
             for words, (make, options) in REFUSED.items():
-                with pytest.raises(dattn.BadInput, match=words):
-                    attend(*make(), **options)
-            for sequence, words in ((17, "gives this rank"), (0, "seq")):
+                if words not in OF_THE_PLAN or given == {"seq_len": 16}:
+                    with pytest.raises(dattn.BadInput, match=words):
+                        attend(*make(), **options)
+            with pytest.raises(dattn.BadInput, match="k has 8 rows of 4 heads but v 7 rows"):
+                module(x[:, :, 0], x[:, :, 0], x[:, :7, 0])
+            with dattn.torch.sdpa(where), pytest.raises(dattn.BadInput, match="q has head dim 16 but k 12"):
+                torch.nn.functional.scaled_dot_product_attention(x, q(2, 8, 4, 12), x, torch.ones(8, 8))
+            for sequence, words in ((17, "gives this rank"), (0, "seq")) if "dropout_p" not in given else ():
                 with pytest.raises(dattn.BadInput, match=words):
                     attend(x, x, x, seq_len=sequence)
             assert not transfers
@@ -112,6 +121,7 @@ import dattn.transformers
 q = torch.randn(1, 8, 4, 16, requires_grad=True)
 dattn.transformers.register()
 dattn.torch.attention(q, q, q).sum().backward()
+dattn.torch.attention(q, q, q, strategy="ring", determinism="invariant")
 with dattn.torch.sdpa(): torch.nn.functional.scaled_dot_product_attention(q, q, q)
 dattn.torch.SelfAttention(16, 2)(q[0])
 """

@@ -140,13 +140,63 @@ def test_queries_and_keys_of_other_lengths():
     one.backward(dout)
     q_rows, k_rows = rows_of("zigzag", 21, where), rows_of("zigzag", 30, where)
     own = [q.detach()[:, q_rows].requires_grad_(), *(t.detach()[:, k_rows].requires_grad_() for t in (k, v))]
-    for lengths in ({}, {"seq_len": 21}, {"seq_len": 21, "seq_len_kv": 30}):
+    for lengths in ({}, {"seq_len": 21, "seq_len_kv": 30}):
         for tensor in own:
             tensor.grad = None
         out = dattn.torch.attention(*own, mask="full", mesh=where, **lengths)
         out.backward(dout[:, q_rows])
         close(out, one[:, q_rows])
         close(own[1].grad, k.grad[:, k_rows])
+    with pytest.raises(dattn.torch.BadInput, match="seq_len_kv where there are more or fewer keys"):
+        dattn.torch.attention(*own, mask="full", mesh=where, seq_len=21)
+
+
+@on_ranks(2)
+def test_lengths_are_told_in_one_gather():
+    """Of 21 queries and 22 keys one rank holds 11 and 11, the other 10 and 11: both must ask."""
+    where, gathers, gather = mesh(ring=2), [], dattn.torch._ops._gather
+    q, k, v, _ = (tensor.detach() for tensor in inputs(seq=21, keys=22))
+    cut = lambda tensor, dim=1: dattn.torch.shard(tensor, where, dim=dim)
+    own, mask = [cut(tensor) for tensor in (q, k, v)], torch.randn(21, 22)
+    heads = lambda tensor: tensor.transpose(1, 2).repeat_interleave(4 // tensor.shape[2], 1)
+    module = dattn.torch.MultiheadAttention(16, 4, batch_first=True, mesh=where)
+    alone = dattn.torch.MultiheadAttention(16, 4, batch_first=True)
+    alone.load_state_dict(module.state_dict())
+    calls = [(1, lambda: dattn.torch.attention(*own, mask="full", mesh=where), dattn.torch.attention(q, k, v, mask="full")),
+             (0, lambda: dattn.torch.attention(*own, mask="full", mesh=where, seq_len=21, seq_len_kv=22),
+              dattn.torch.attention(q, k, v, mask="full")),
+             (1, lambda: module(own[0][:, :, 0], *(x[:, :, 0] for x in own[1:]), need_weights=False)[0],
+              alone(q[:, :, 0], k[:, :, 0], v[:, :, 0], need_weights=False)[0])]
+    for attn_mask in (mask, mask[:, :1]):
+        want = torch.nn.functional.scaled_dot_product_attention(*map(heads, (q, k, v)), attn_mask).transpose(1, 2)
+        calls.append((1, lambda attn_mask=attn_mask: in_sdpa(where, *map(heads, own), attn_mask).transpose(1, 2), want))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dattn.torch._ops, "_gather", lambda *arguments: gathers.append(1) or gather(*arguments))
+        for count, call, want in calls:
+            gathers.clear()
+            close(call(), cut(want), 3e-6)
+            assert len(gathers) == count
+
+
+def in_sdpa(where, *arguments):
+    with dattn.torch.sdpa(where):
+        return torch.nn.functional.scaled_dot_product_attention(*arguments)
+
+
+@on_ranks(4)
+def test_packed_documents():
+    q, k, v, dout = inputs(batch=1, seq=38)
+    options = {"tensor_format": "thd", "mask": {"kind": "documents", "cu_seqlens": [0, 11, 30, 38], "within": "causal"}}
+    one, lse = dattn.torch.attention(q[0], k[0], v[0], return_lse=True, **options)
+    one.backward(dout[0])
+    for where in (mesh(ring=4), mesh(ring=2, ulysses=2)):
+        rows = rows_of("zigzag", 38, where)
+        own = [tensor.detach()[0, rows].requires_grad_() for tensor in (q, k, v)]
+        out, own_lse = dattn.torch.attention(*own, mesh=where, return_lse=True, **options)
+        out.backward(dout[0, rows])
+        close(out, one[rows]), close(own_lse, lse[:, rows])
+        for tensor, whole in zip(own, (q, k, v)):
+            close(tensor.grad, whole.grad[0, rows], whole=whole.grad)
 
 
 @on_ranks(2)
@@ -181,6 +231,8 @@ def test_dtensors():
     # In layout contiguous a DTensor's own order is the sequence's.
     own = [dist.tensor.distribute_tensor(tensor.detach(), where, placements) for tensor in (q, k, v)]
     close(dattn.torch.attention(*own, mask="full", layout="contiguous").full_tensor(), one)
+    with pytest.raises(dattn.torch.BadInput, match="seq_len is 39, but the DTensor has 40 rows"):
+        dattn.torch.attention(*own, seq_len=39)
     with_whole_keys = [own[0], *(tensor.redistribute(placements=[Replicate(), Replicate(), Shard(2)]) for tensor in own[1:])]
     with pytest.raises(dattn.torch.BadInput, match="redistribute it to"):
         dattn.torch.attention(*with_whole_keys)

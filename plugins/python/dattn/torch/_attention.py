@@ -24,7 +24,8 @@ def attention(q, k, v, *, mask="causal", mesh=None, layout="zigzag", strategy="a
     mesh: a DeviceMesh with dimensions out of data, ring_outer, ring, rows, ulysses, tensor; a ProcessGroup (a ring, or with
         strategy "ulysses" that); None = one rank.
     layout: who holds which rows: contiguous, zigzag, striped, balanced (dattn.torch.shard cuts so).
-    seq_len, seq_len_kv: length of the whole sequence; without it the ranks tell each other their lengths in each call.
+    seq_len, seq_len_kv: lengths of the whole sequence, of queries and of keys; seq_len alone is that of both. Without it the
+        ranks tell each other their lengths in each call.
     scale: of scores, 1 / sqrt(dim) if absent; softcap: scores become softcap * tanh(score / softcap); alibi_slopes: one for
         each head of the model.
     bias: [batch or 1, heads or 1, seq, all keys], added to this rank's scores; sink: [heads] logits of a key without value.
@@ -34,7 +35,8 @@ def attention(q, k, v, *, mask="causal", mesh=None, layout="zigzag", strategy="a
     determinism: off, repeatable, invariant. timeout_s: a rank silent for so long is lost; absent = the process group's.
     return_lse: also returns [batch, heads, seq] fp32 logarithms of the sums of exponentials; without gradient.
 
-    Raises dattn.BadInput (a ValueError) for what is refused, before anything is sent; dattn.PeerLost (a RuntimeError)."""
+    Raises dattn.BadInput (a ValueError) for what is refused, before anything is sent but the lengths and the seed that the
+    ranks tell each other; wrong tensors and meshes are refused before these too. dattn.PeerLost is a RuntimeError."""
     if isinstance(q, DTensor):
         return _dtensor.attention(attention, q, k, v, mesh=mesh, tensor_format=tensor_format, bias=bias, sink=sink,
                                   return_lse=return_lse, seq_len=seq_len, seq_len_kv=seq_len_kv, mask=mask, layout=layout,
@@ -46,15 +48,16 @@ def attention(q, k, v, *, mask="causal", mesh=None, layout="zigzag", strategy="a
     else:
         call, sequence_ranks = _call(mesh, mask, layout, strategy, tensor_format, scale, softcap, alibi_slopes, dropout_p,
                                      determinism, timeout_s)
+    if dropout_seed is not None and not 0 <= dropout_seed < 1 << 32:
+        raise _c.BadInput(f"dropout_seed is {dropout_seed}; it must lie in [0, 2**32)")
+    draws = dropout_p > 0 and dropout_seed is None
+    if (draws or (sequence_ranks > 1 and seq_len is None)) and (q.is_cpu or q.is_cuda) and not torch.compiler.is_compiling():
+        q, k, v, bias = _ops.checked(tensor_format, q, k, v, bias, sink)  # before ranks tell each other lengths or the seed
     axis = 1 if tensor_format == "bshd" else 2 if tensor_format == "bhsd" else 0
-    if sequence_ranks == 1:
-        seq_q = seq_len if seq_len is not None else q.shape[axis]
-        seq_kv = seq_len_kv if seq_len_kv is not None else k.shape[axis]
-    else:
-        seq_q, seq_kv = _lengths(call, q.shape[axis], k.shape[axis], seq_len, seq_len_kv)
-    seed, stream = None, 0
-    if dropout_p > 0:
-        seed, stream = _seed(call, dropout_seed)
+    seq_q, seq_kv = sharding.whole_lengths(sequence_ranks, q.shape[axis], k.shape[axis], seq_len, seq_len_kv,
+                                           lambda *rows: sharding.total_rows(_plan.call_of(call).mesh_spec, *rows))
+    seed = _ops.ops.agree(torch.randint(0, 1 << 32, (1,), dtype=torch.int64), call) if draws else None
+    stream = dropout_seed if dropout_p > 0 and not draws else 0
     plain = (type(q) is torch.Tensor and (q.is_cpu or q.is_cuda) and not torch.compiler.is_compiling() and torch._C._len_torch_dispatch_stack() == 0
              and torch._C._functorch.peek_interpreter_stack() is None)
     if not plain:
@@ -62,9 +65,7 @@ def attention(q, k, v, *, mask="causal", mesh=None, layout="zigzag", strategy="a
             _ops.refuse_tangents(q, k, v, bias, sink)
         out, lse = _ops.ops.attention_forward(q, k, v, bias, sink, seed, call, seq_q, seq_kv, stream)
     else:
-        device = "cpu" if q.is_cpu else "cuda"
-        if torch.is_autocast_enabled(device):
-            q, k, v, bias = _ops.autocast(device, q, k, v, bias)
+        q, k, v, bias = _ops.under_autocast(q, k, v, bias)
         if torch.is_grad_enabled():
             out, lse = _ops.Attention.apply(q, k, v, bias, sink, seed, call, seq_q, seq_kv, stream)
         else:
@@ -125,28 +126,3 @@ def _fixed(value):
 
 def plain_values(values):
     return values.tolist() if isinstance(values, torch.Tensor) else [float(value) for value in values]
-
-
-def _lengths(call, rows, keys, seq_len, seq_len_kv):
-    """Lengths of the whole sequence on both sides; what is not given is added up over the sequence's ranks."""
-    if torch.compiler.is_compiling() and seq_len is None:
-        raise _c.BadInput("seq_len must be given under torch.compile: without it ranks exchange their lengths in each call")
-    if seq_len is None:
-        seq_len = _total(call, rows)
-    if seq_len_kv is None:
-        seq_len_kv = seq_len if keys == rows else _total(call, keys)
-    return seq_len, seq_len_kv
-
-
-def _total(call, rows):
-    return sharding.total_rows(_plan.call_of(call).mesh_spec, rows)
-
-
-def _seed(call, dropout_seed):
-    """(seed tensor, stream): equal on all ranks of the mesh."""
-    if dropout_seed is not None:
-        if not 0 <= dropout_seed < 1 << 32:
-            raise _c.BadInput(f"dropout_seed is {dropout_seed}; it must lie in [0, 2**32)")
-        return None, dropout_seed
-    drawn = torch.randint(0, 1 << 32, (1,), dtype=torch.int64)
-    return _ops.ops.agree(drawn, call), 0

@@ -14,6 +14,9 @@ def attention(function, q, k, v, *, mesh, tensor_format, bias, sink, return_lse,
         if not isinstance(tensor, DTensor) or tensor.device_mesh != q.device_mesh:
             raise _c.BadInput(f"q is a DTensor; {name} must be one on the same mesh")
         _check_placements(name, tensor, axes)
+    for name, given, tensor in (("seq_len", seq_len, q), ("seq_len_kv", seq_len_kv, k)):
+        if given is not None and given != tensor.shape[axes[1]]:
+            raise _c.BadInput(f"{name} is {given}, but the DTensor has {tensor.shape[axes[1]]} rows; leave {name} out")
     local = {name: tensor.to_local() if isinstance(tensor, DTensor) else tensor for name, tensor in
              (("q", q), ("k", k), ("v", v), ("bias", bias), ("sink", sink))}
     out, lse = function(local["q"], local["k"], local["v"], mesh=mesh, tensor_format=tensor_format, bias=local["bias"],

@@ -141,6 +141,19 @@ def autocast(device, *tensors):
     return tuple(tensor if tensor is None or tensor.dtype == torch.float64 else tensor.to(dtype) for tensor in tensors)
 
 
+def under_autocast(q, k, v, bias):
+    """The tensors as the operator gets them, where autocast is on."""
+    device = "cpu" if q.is_cpu else "cuda"
+    return autocast(device, q, k, v, bias) if torch.is_autocast_enabled(device) else (q, k, v, bias)
+
+
+def checked(form, q, k, v, bias=None, sink=None):
+    """under_autocast's tensors; what no plan could take is refused."""
+    q, k, v, bias = under_autocast(q, k, v, bias)
+    _plan.check_tensors(form, q, k, v, bias, sink)
+    return q, k, v, bias
+
+
 library.impl("attention_forward", _autocast("cpu"), "AutocastCPU")
 library.impl("attention_forward", _autocast("cuda"), "AutocastCUDA")
 

@@ -127,7 +127,7 @@ class Plan:
         self.handle = None
         self.call = call
         options, axes = call.options, call.axes
-        check_tensors(options["format"], axes, q, k, v, bias, sink)
+        check_tensors(options["format"], q, k, v, bias, sink)
         at = lambda tensor, axis: 1 if axes[axis] is None else tensor.shape[axes[axis]]
         self.batch, self.rows, self.heads, self.dim_v = at(q, 0), at(q, 1), at(q, 2), at(v, 3)
         self.out_shape = tuple(q.shape[:-1]) + (self.dim_v,)
@@ -157,7 +157,8 @@ class Plan:
         if (info.q_rows, info.kv_rows) != (self.rows, keys):
             raise _c.BadInput(
                 f"q has {self.rows} rows and k {keys}, but layout {options['layout']} gives this rank {info.q_rows} of {seq_q}"
-                f" queries and {info.kv_rows} of {seq_kv} keys; cut the sequence with dattn.torch.shard, and give seq_len")
+                f" queries and {info.kv_rows} of {seq_kv} keys; cut the sequence with dattn.torch.shard, and give seq_len, and"
+                " seq_len_kv where there are more or fewer keys")
 
     def _make_structs(self, axes):
         forward, backward = _c.Forward(batch_begin=self.batch_begin), _c.Backward(batch_begin=self.batch_begin)
@@ -218,9 +219,9 @@ def contiguous_like(tensor):
     return torch.empty_like(tensor, memory_format=torch.contiguous_format)
 
 
-def check_tensors(form, axes, q, k, v, bias, sink):
-    """Refuses what no plan could take, before any message."""
-    dims = 3 if form == "thd" else 4
+def check_tensors(form, q, k, v, bias=None, sink=None):
+    """Refuses what no plan could take."""
+    axes, dims = FORMATS[form], 3 if form == "thd" else 4
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         if tensor.dim() != dims:
             raise _c.BadInput(f"{name} has shape {list(tensor.shape)}; tensor_format {form} has {dims} axes")

@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from dattn import _c
-from dattn.torch import _masks, _mesh, sharding
+from dattn.torch import _masks, _mesh, _ops, sharding
 from dattn.torch._attention import attention
 
 
@@ -50,8 +50,11 @@ class MultiheadAttention(nn.MultiheadAttention):
             query, key, value = (tensor.transpose(0, 1) for tensor in (query, key, value))
         q, k, v = (tensor.unflatten(-1, (self.num_heads, -1)) for tensor in self._project(query, key, value))
         spec = _mesh.spec_of(self.mesh, self.options["strategy"])
-        seq = seq_len if seq_len is not None else sharding.total_rows(spec, q.shape[1])
-        keys = seq_len_kv if seq_len_kv is not None else seq if k.shape[1] == q.shape[1] else sharding.total_rows(spec, k.shape[1])
+
+        def total(*rows):
+            _ops.checked("bshd", q, k, v)
+            return sharding.total_rows(spec, *rows)
+        seq, keys = sharding.whole_lengths(spec.sequence_ranks, q.shape[1], k.shape[1], seq_len, seq_len_kv, total)
         mask, bias = self._masks(spec, q, keys, seq, attn_mask, key_padding_mask, is_causal)
         sink = q.new_zeros(self.num_heads, dtype=torch.float32) if self.add_zero_attn else None  # a zero key with a zero value
         out = attention(q, k, v, mask=mask, mesh=self.mesh, layout=self.layout, bias=bias, sink=sink, seq_len=seq, seq_len_kv=keys,

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
 from dattn import _c
-from dattn.torch import _masks, _mesh, sharding
+from dattn.torch import _masks, _mesh, _ops, sharding
 from dattn.torch._attention import attention
 
 _arguments_of_multi_head = inspect.signature(F.multi_head_attention_forward).bind
@@ -18,7 +18,8 @@ class sdpa(TorchFunctionMode):
 
     is_causal means the whole sequence's causality. attn_mask is the whole sequence's, [.., seq, keys] (equal on all ranks), or
     what is added to the scores of this rank's rows, [.., rows, keys]. Booleans, and floats of zeros and -inf, are recognised as
-    bands; other floats are a bias. mask= takes the place of both in every call. nn.MultiheadAttention and the layers made of it are taken too, but for what they would do with this rank's keys
+    bands; other floats are a bias. mask= takes the place of both in every call. seq_len= is the length of queries and keys of
+    all calls. nn.MultiheadAttention and the layers made of it are taken too, but for what they would do with this rank's keys
     alone: need_weights, add_zero_attn, add_bias_kv (dattn.torch.MultiheadAttention has the first two). Keep the context around
     backward too where activations are recomputed."""
 
@@ -49,7 +50,7 @@ class sdpa(TorchFunctionMode):
         if self.mask is not None:
             mask = self.mask
         elif attn_mask is not None:
-            mask, bias = self._read(attn_mask, query, key, options)
+            mask, bias = self._read(attn_mask, query, key, value, options)
         return attention(query, key, value, mask=mask, bias=bias, tensor_format="bhsd", scale=scale, dropout_p=dropout_p, **options)
 
     def _check_multi_head(self, given):
@@ -62,22 +63,22 @@ class sdpa(TorchFunctionMode):
                 raise _c.BadInput(f"nn.MultiheadAttention with {name} looks at this rank's keys alone, inside sdpa too; call it"
                                   " without, or use dattn.torch.MultiheadAttention")
 
-    def _read(self, mask, query, key, options):
+    def _read(self, mask, query, key, value, options):
         """(mask, bias) of an attn_mask."""
         rows, keys, ranks = query.shape[-2], key.shape[-2], self.spec.sequence_ranks
-        seq_kv = mask.shape[-1]
-        if ranks > 1 and options["seq_len"] is None:
-            options["seq_len"] = sharding.total_rows(self.spec, rows)
-        seq = rows if ranks == 1 else options["seq_len"]
-        if seq_kv == 1:
-            seq_kv = options["seq_len_kv"] = keys if ranks == 1 else seq if keys == rows else sharding.total_rows(self.spec, keys)
+
+        def total(*own):
+            _ops.checked("bhsd", query, key, value)
+            return sharding.total_rows(self.spec, *own)
+        all_keys = mask.shape[-1] if mask.shape[-1] > 1 else None
+        seq, seq_kv = sharding.whole_lengths(ranks, rows, keys, options["seq_len"], all_keys, total)
         if ranks > 1 and seq_kv == keys:
             raise _c.BadInput(
                 f"attn_mask has {mask.shape[-2]} x {seq_kv} positions, this rank's own; it does not say who sees keys of other"
                 " ranks: give the whole sequence's mask, or sdpa(mask=)")
-        options["seq_len_kv"] = seq_kv
+        options["seq_len"], options["seq_len_kv"] = seq, seq_kv
         if mask.shape[-2] == 1 or mask.shape[-2] == seq:
-            found, bias = self._recognise(mask.expand(*mask.shape[:-2], seq, seq_kv) if mask.shape[-2] == 1 or mask.shape[-1] == 1 else mask)
+            found, bias = _masks.split(mask.expand(*mask.shape[:-2], seq, seq_kv) if 1 in mask.shape[-2:] else mask)
             if bias is not None and ranks > 1:
                 bias = sharding.shard(bias, self.spec, self.layout, dim=-2, mask=self.mask)
         elif mask.shape[-2] == rows and mask.is_floating_point():
@@ -90,10 +91,6 @@ class sdpa(TorchFunctionMode):
             while bias.dim() < 4:
                 bias = bias[None]
         return found, bias
-
-    @staticmethod
-    def _recognise(mask):
-        return _masks.split(mask)
 
 
 def _multi_head_with(attend):

@@ -43,18 +43,35 @@ def position_ids(mesh, layout="zigzag", *, seq_len=None, rows=None, mask=None, d
     return _ops.ops.positions(torch.empty(0, dtype=torch.int64, device=device), sharding, seq_len)
 
 
-def total_rows(spec, rows):
-    """The sum of the ranks' rows along the sequence. Collective."""
+def total_rows(spec, *rows):
+    """The sums of the ranks' rows along the sequence, of queries and keys or whatever else. One collective."""
     if spec.sequence_ranks == 1:
-        return rows
+        return list(rows)
     own = torch.tensor([rows], dtype=torch.int64)
-    return int(_ops.unshard(own, _text(spec, "contiguous", None), spec.sequence_ranks, 0, False).sum())
+    return _ops.unshard(own, _text(spec, "contiguous", None), spec.sequence_ranks, 0, False).sum(0).tolist()
+
+
+def whole_lengths(ranks, rows, keys, seq_len, seq_len_kv, total):
+    """(queries, keys) of the whole sequence, of which this rank holds rows and keys. Whether total(rows, keys) is asked, a
+    collective, hangs on nothing in which ranks differ: without seq_len it is; seq_len alone is the length of the keys too."""
+    if ranks == 1:
+        seq, seq_kv = rows, keys
+    elif seq_len is None:
+        _refuse_in_graphs()
+        seq, seq_kv = total(rows, keys)
+    else:
+        seq = seq_kv = seq_len
+    return seq if seq_len is None else seq_len, seq_kv if seq_len_kv is None else seq_len_kv
+
+
+def _refuse_in_graphs():
+    if torch.compiler.is_compiling():
+        raise _c.BadInput("seq_len must be given under torch.compile: without it ranks exchange their lengths in each call")
 
 
 def _sum_of_rows(mesh, timeout_s, rows):
-    if torch.compiler.is_compiling():
-        raise _c.BadInput("seq_len must be given under torch.compile: without it ranks exchange their lengths in each call")
-    return total_rows(_mesh.spec_of(mesh, timeout_s=timeout_s), rows)
+    _refuse_in_graphs()
+    return total_rows(_mesh.spec_of(mesh, timeout_s=timeout_s), rows)[0]
 
 
 def _axis(x, dim):
