@@ -1,4 +1,6 @@
 """attention() on one rank: against the formula, and as PyTorch wants operators to behave."""
+import ctypes
+
 import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
@@ -6,6 +8,7 @@ from torch.utils.checkpoint import checkpoint
 import ranks  # noqa: F401  puts the package on the path
 import dattn.torch
 import reference
+from dattn import _c
 from reference import close, double, inputs
 
 MASKS = ["full", "causal", {"kind": "window", "left": 9, "right": 3},
@@ -98,6 +101,24 @@ def test_a_last_axis_of_other_stride_is_taken():
     close(dattn.torch.attention(q, k, v), reference.attention(q, k, v)[0])
 
 
+def test_dlpack_capsules_are_tensors_of_the_c_interface():
+    tensor_in = ctypes.pythonapi.PyCapsule_GetPointer
+    tensor_in.restype, tensor_in.argtypes = ctypes.c_void_p, [ctypes.py_object, ctypes.c_char_p]
+    q, k, v, _ = (tensor.detach().transpose(1, 2).contiguous().transpose(1, 2) for tensor in inputs())  # strided
+    out = torch.empty(q.shape)
+    capsules = {"q": q.__dlpack__(), "k": k.__dlpack__(), "v": v.__dlpack__(), "out": out.__dlpack__()}
+    call = _c.Forward(**{name: ctypes.cast(tensor_in(capsule, b"dltensor"), ctypes.POINTER(_c.Tensor))
+                         for name, capsule in capsules.items()})
+    plan = dattn.torch._plan.call_of(call_text()).plan(q, k, v, None, None, 37, 37)
+    _c.check(_c.lib().dattn_attention_forward(plan.handle, ctypes.byref(call)))
+    close(out, reference.attention(q, k, v)[0])
+
+
+def call_text(mask="causal", tensor_format="bshd"):
+    """What operators have of a call on one rank."""
+    return dattn.torch._attention._call(None, mask, "zigzag", "auto", tensor_format, None, None, None, 0.0, None, None)[0]
+
+
 CALLS = [dict(), dict(mask="full", tensor_format="bhsd"), dict(bias=True, sink=True)]
 
 
@@ -109,9 +130,7 @@ def test_opcheck(options):
     sink = torch.randn(4, requires_grad=True) if options.pop("sink", False) else None
     if options.get("tensor_format") == "bhsd":
         q, k, v = (x.detach().transpose(1, 2).requires_grad_() for x in (q, k, v))
-    call, _ = dattn.torch._attention._call(None, options.get("mask", "causal"), "zigzag", "auto",
-                                           options.get("tensor_format", "bshd"), None, None, None, 0.0, None, None)
-    arguments = (q, k, v, bias, sink, None, call, 16, 16, 0)
+    arguments = (q, k, v, bias, sink, None, call_text(**options), 16, 16, 0)
     torch.library.opcheck(torch.ops.dattn.attention_forward, arguments)
     out, lse = torch.ops.dattn.attention_forward(*(x.detach() if isinstance(x, torch.Tensor) else x for x in arguments))
     detached = [x.detach() if isinstance(x, torch.Tensor) else x for x in arguments]
@@ -123,8 +142,10 @@ def test_opcheck_of_the_others():
     sharding = dattn.torch.sharding._text(dattn.torch._mesh.ONE_RANK, "zigzag", None)
     x = torch.randn(2, 16, 3, requires_grad=True)
     torch.library.opcheck(torch.ops.dattn.unshard, (x, sharding, 16, 1, True))
+    torch.library.opcheck(torch.ops.dattn.unshard, (x, sharding, 16, 1, False))
     torch.library.opcheck(torch.ops.dattn.reduce_shard, (x, sharding, 16, 1))
     torch.library.opcheck(torch.ops.dattn.positions, (x.detach(), sharding, 16))
+    torch.library.opcheck(torch.ops.dattn.agree, (torch.tensor([5]), call_text()))
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
@@ -255,8 +276,7 @@ def test_autocast():
     q, k, v, dout = inputs()
     with torch.autocast("cpu", torch.bfloat16):
         out = dattn.torch.attention(q, k, v)
-        call, _ = dattn.torch._attention._call(None, "causal", "zigzag", "auto", "bshd", None, None, None, 0.0, None, None)
-        operator, _ = torch.ops.dattn.attention_forward(q, k, v, None, None, None, call, 37, 37, 0)
+        operator, _ = torch.ops.dattn.attention_forward(q, k, v, None, None, None, call_text(), 37, 37, 0)
     assert out.dtype == torch.bfloat16
     close(operator, out, 0)
     out.backward(dout.bfloat16())
@@ -304,7 +324,7 @@ def test_an_operator_call_is_seen_by_dispatch_modes():
 
 def test_plain_and_dispatched_calls_are_one_function():
     q, k, v, dout = inputs()
-    call, _ = dattn.torch._attention._call(None, "causal", "zigzag", "auto", "bshd", None, None, None, 0.0, None, None)
+    call = call_text()
     out, _ = torch.ops.dattn.attention_forward(q, k, v, None, None, None, call, 37, 37, 0)
     close(dattn.torch.attention(q, k, v), out, 0)
     own = [tensor.detach().requires_grad_() for tensor in (q, k, v)]

@@ -118,6 +118,10 @@ def check_multihead(where, case):
     loss(out, weights).backward()
     for part, whole in zip(parts, inputs):
         close(part.grad, cut(whole.grad), 1e-5)
+    for got, right in zip(sharded.parameters(), plain.parameters()):
+        if where is not None:
+            dist.all_reduce(got.grad)
+        close(got.grad, right.grad, 1e-5)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -130,6 +134,12 @@ def test_multihead_attention_on_two_ranks():
     for case in CASES:
         check_multihead(mesh(ring=2), case)
     check_multihead(mesh(ulysses=2), "padding")
+
+
+@on_ranks(4)
+def test_multihead_attention_on_four_ranks():
+    for case in CASES:
+        check_multihead(mesh(ring=2, ulysses=2), case)
 
 
 def test_multihead_attention_refuses():
