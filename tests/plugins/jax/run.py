@@ -1,14 +1,15 @@
 #!/usr/bin/env python3
 """Runs the JAX plugin's tests in build/venv (`launch/setup.sh --python`); skipped (exit 77) where that is missing.
 
-usage: run.py [pytest arguments]    DATTN_BUILD names the build whose lib/libdattn_jax.so is loaded"""
+usage: run.py [pytest arguments]    DATTN_BUILD names the build whose lib/libdattn_jax.so is loaded; DATTN_VENV=PLACE: another
+                                    environment, with other versions"""
 import os
 import subprocess
 import sys
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(HERE)))
-PYTHON = os.path.join(ROOT, "build", "venv", "bin", "python")
+PYTHON = os.path.join(os.environ.get("DATTN_VENV", os.path.join(ROOT, "build", "venv")), "bin", "python")
 
 
 def skip(why):

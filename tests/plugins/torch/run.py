@@ -1,14 +1,15 @@
 #!/usr/bin/env python3
 """Runs the PyTorch plugin's tests in build/venv (`launch/setup.sh --python`); skipped (exit 77) where that is missing.
 
-usage: run.py [parts or pytest arguments]    DATTN_LIBRARY, or DATTN_BUILD's lib/libdattn.so, is what is loaded"""
+usage: run.py [parts or pytest arguments]    DATTN_LIBRARY, or DATTN_BUILD's lib/libdattn.so, is what is loaded; DATTN_VENV=PLACE:
+                                             another environment, with other versions"""
 import os
 import subprocess
 import sys
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(HERE)))
-PYTHON = os.path.join(ROOT, "build", "venv", "bin", "python")
+PYTHON = os.path.join(os.environ.get("DATTN_VENV", os.path.join(ROOT, "build", "venv")), "bin", "python")
 PARTS = {"attention": ["attention", "errors"], "sharded": ["sharded", "sharding"], "use": ["sdpa", "modules", "examples"],
          "failures": ["failures"], "transformers": ["transformers", "transformers_generate", "transformers_examples"],
          "megatron": ["megatron", "megatron_core_attention", "megatron_examples"]}
