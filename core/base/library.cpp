@@ -8,6 +8,8 @@
 #include <filesystem>
 #include <string_view>
 
+#include <fmt/format.h>
+
 namespace dattn {
 namespace {
 
@@ -139,6 +141,15 @@ Library open_nvidia_library(const char* variable, const char* soname, int flags)
     library.tried += (library.tried.empty() ? "" : "; ") + (why != nullptr ? std::string(why) : path);
   }
   return library;
+}
+
+std::string missing_text(const Library& library, const char* variable, const char* soname, std::string_view wanted) {
+  if (const char* named = std::getenv(variable))
+    return fmt::format("{}={} cannot be loaded: {}", variable, named, library.tried);
+  return fmt::format(
+      "{} is neither on the loader's paths nor in site-packages/nvidia nor in the CUDA toolkit; install {}, or set {} to its "
+      "path",
+      soname, wanted, variable);
 }
 
 }  // namespace dattn

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <string>
+#include <string_view>
 #include <vector>
 
 namespace dattn {
@@ -30,5 +31,7 @@ struct Library {
   std::string tried;  // why it is in none of these places, for messages
 };
 Library open_nvidia_library(const char* variable, const char* soname, int flags);
+// Says of a library that was not opened where it was looked for and what to install, such as "cuDNN 9.19 or later (pip ..)".
+std::string missing_text(const Library& library, const char* variable, const char* soname, std::string_view wanted);
 
 }  // namespace dattn

@@ -90,7 +90,7 @@ struct CudaModule {
   std::string (*matmul_library)();  // path and version of cuBLASLt, or why the plain kernel serves
 };
 
-inline constexpr int kCudaModuleVersion = 4;
+inline constexpr int kCudaModuleVersion = 5;
 
 // What the module asks of the program: so that its errors carry the rank, and its kernels the thread's stream.
 struct CudaHost {

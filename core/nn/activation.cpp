@@ -51,17 +51,18 @@ DATTN_VECTORIZED void swiglu_gradient_block(const T* __restrict gate, const T* _
 
 }  // namespace
 
-Tensor gelu_forward(const TensorView& u) {
-  Tensor a = Tensor::uninitialized(u.dtype, u.shape);
-  if (on_cuda({&u, &a.view()})) {
-    cuda_nn().gelu(u, a, cuda_stream());
-    return a;
-  }
+void gelu_forward(const TensorView& u, const TensorView& a) {
+  if (on_cuda({&u, &a})) return cuda_nn().gelu(u, a, cuda_stream());
   with_number(u.dtype, [&](auto zero) {
     using T = decltype(zero);
     parallel_blocks(u.elements(), kBlock,
                     [&](std::int64_t i, std::int64_t end) { gelu_block(u.ptr<T>() + i, a.ptr<T>() + i, end - i); });
   });
+}
+
+Tensor gelu_forward(const TensorView& u) {
+  Tensor a = Tensor::uninitialized(u.dtype, u.shape);
+  gelu_forward(u, a);
   return a;
 }
 

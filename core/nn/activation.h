@@ -10,6 +10,7 @@ namespace dattn {
 
 // All [N, F], in one type (fp32, bf16 or fp16), but da: fp32.
 Tensor gelu_forward(const TensorView& u);
+void gelu_forward(const TensorView& u, const TensorView& a);
 struct GeluGradients {
   Tensor a, du;
 };

@@ -93,13 +93,19 @@ void attention_backward(const TransformerBlock& block, int layer, const Pass& pa
   enter_half_backward(block.attention_norm, pass, std::move(dh), keep.x0, keep.stats0, dx);
 }
 
+// -> [N, F]
+Tensor mlp_hidden(const TransformerBlock& block, const Pass& pass, Activations& keep) {
+  if (!block.gated()) return linear_gelu_forward(block.up, keep.h1, pass.compute, keep.up, pass.rows.tree);
+  keep.up = linear_forward(block.up, keep.h1, pass.compute, pass.rows.tree);
+  keep.gate = linear_forward(block.gate, keep.h1, pass.compute, pass.rows.tree);
+  return swiglu_forward(keep.gate, keep.up);
+}
+
 Tensor mlp_forward(const TransformerBlock& block, const Pass& pass, Activations& keep) {
   keep.h1 = enter_half(block.mlp_norm, pass, keep.x1, keep.stats1);
-  keep.up = linear_forward(block.up, keep.h1, pass.compute, pass.rows.tree);  // [N, F]
-  if (block.gated()) keep.gate = linear_forward(block.gate, keep.h1, pass.compute, pass.rows.tree);
-  const Tensor a = block.gated() ? swiglu_forward(keep.gate, keep.up) : gelu_forward(keep.up);  // [N, F]
-  Tensor y = linear_forward(block.down, a, DType::kF32, pass.rows.tree);                        // [N, M]
-  return pass.boundary.leave(std::move(y), pass.batch * pass.seq);                              // [R, M]
+  const Tensor a = mlp_hidden(block, pass, keep);
+  Tensor y = linear_forward(block.down, a, DType::kF32, pass.rows.tree);  // [N, M]
+  return pass.boundary.leave(std::move(y), pass.batch * pass.seq);        // [R, M]
 }
 
 void mlp_backward(const TransformerBlock& block, int layer, const Pass& pass, Activations& keep, const TensorView& dx) {

@@ -41,10 +41,12 @@ struct CudaMatmul {
   bool accumulate = false;
   bool tf32 = false;   // fp32 factors may be rounded to TF32
   bool fixed = false;  // no sum is split over blocks
+  const TensorView* before_gelu = nullptr;
 };
 
 struct CudaNn {
   // c [m, n] = a [m, k] b [k, n] (+ c) (+ bias [n]); a and b of one T with one stride of 1, c of any T with contiguous rows.
+  // With before_gelu, contiguous as c is then and of its T, the product goes there and c is its gelu; nothing is added to c.
   // The order of its sums depends on shapes, strides, types and alignment of rows alone.
   void (*matmul)(const TensorView& a, const TensorView& b, const TensorView& c, const CudaMatmul& how, void* stream);
   void (*column_sums)(const TensorView& x, const TensorView& sums, void* stream);  // x [N, M] of T, sums [M] += ..

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 
+#include "core/nn/activation.h"
 #include "core/nn/matmul.h"
 #include "core/nn/on_cuda.h"
 #include "core/nn/vector_math.h"
@@ -100,6 +101,8 @@ TensorView weight_in(const Linear& layer, DType type, Tensor& storage) {
   return rounded.defined() && rounded->dtype == type ? rounded.view() : as_compute(layer.weight->value, type, storage);
 }
 
+const float* bias_of(const Linear& layer) { return layer.bias != nullptr ? layer.bias->value.ptr<float>() : nullptr; }
+
 }  // namespace
 
 TensorView as_compute(const TensorView& x, DType type, Tensor& storage) {
@@ -135,11 +138,24 @@ void leaf_product(const TensorView& dy, const TensorView& x, const TensorView& t
   });
 }
 
+Tensor linear_gelu_forward(const Linear& layer, const TensorView& x, DType result, Tensor& y, const RowTree& tree) {
+  if (!tree.empty()) {
+    y = linear_forward(layer, x, result, tree);
+    return gelu_forward(y);
+  }
+  Tensor rounded;
+  const TensorView weight = weight_in(layer, x.dtype, rounded);
+  y = Tensor::uninitialized(result, {x.size(0), weight.size(0)});
+  Tensor a = Tensor::uninitialized(result, y->shape);
+  matmul(x, weight.transpose(0, 1), a, {.bias = bias_of(layer), .before_gelu = &y.view()});
+  return a;
+}
+
 Tensor linear_forward(const Linear& layer, const TensorView& x, DType result, const RowTree& tree) {
   Tensor rounded;
   const TensorView weight = weight_in(layer, x.dtype, rounded);
   Tensor y = Tensor::uninitialized(result, {x.size(0), weight.size(0)});
-  const MatmulOptions options{.bias = layer.bias != nullptr ? layer.bias->value.ptr<float>() : nullptr};
+  const MatmulOptions options{.bias = bias_of(layer)};
   if (tree.empty())
     matmul(x, weight.transpose(0, 1), y, options);
   else

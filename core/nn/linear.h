@@ -17,6 +17,8 @@ struct Linear {
 
 // y [N, out] in type `result`; x [N, in] fp32, bf16 or fp16, the type that the product is computed in.
 Tensor linear_forward(const Linear& layer, const TensorView& x, DType result, const RowTree& tree = {});
+// gelu(y) [N, out], as one product where there is no tree; y itself is left in `y`.
+Tensor linear_gelu_forward(const Linear& layer, const TensorView& x, DType result, Tensor& y, const RowTree& tree = {});
 // Adds to the gradients: dW += dy^T x (or writes it: no sum, and no zeros to begin with), db += sum over rows of dy. dy [N,
 // out] in the type of x. With a tree it always adds.
 void linear_backward_weights(const Linear& layer, const TensorView& x, const TensorView& dy, const RowTree& tree = {},

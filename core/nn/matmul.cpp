@@ -9,6 +9,7 @@
 
 #include "core/base/error.h"
 #include "core/base/threads.h"
+#include "core/nn/activation.h"
 #include "core/nn/on_cuda.h"
 #include "core/nn/vector_math.h"
 #include "core/tensor/shape_format.h"
@@ -198,11 +199,20 @@ void allow_tf32(bool allowed) { g_tf32 = allowed; }
 void matmul(const TensorView& a, const TensorView& b, const TensorView& c, const MatmulOptions& options) {
   ensure(a.size(1) == b.size(0) && a.size(0) == c.size(0) && b.size(1) == c.size(1) && a.dtype == b.dtype,
          "matrix product {} {} x {} {} into {}", name_of(a.dtype), a.shape, name_of(b.dtype), b.shape, c.shape);
-  ensure(!options.accumulate || (c.dtype == DType::kF32 && options.bias == nullptr), "accumulate is for fp32 without bias");
+  const TensorView* const before_gelu = options.before_gelu;
+  ensure(!options.accumulate || (c.dtype == DType::kF32 && options.bias == nullptr && before_gelu == nullptr),
+         "accumulate is for fp32 without bias or gelu");
+  ensure(before_gelu == nullptr ||
+             (before_gelu->shape == c.shape && before_gelu->dtype == c.dtype && before_gelu->contiguous() && c.contiguous()),
+         "gelu's input and result are contiguous, of one type and shape");
   if (c.elements() == 0) return;
   if (on_cuda({&a, &b, &c})) {
-    const CudaMatmul how{options.bias, options.accumulate, g_tf32, options.fixed};
+    const CudaMatmul how{options.bias, options.accumulate, g_tf32, options.fixed, before_gelu};
     return cuda_nn().matmul(a, b, c, how, cuda_stream());
+  }
+  if (before_gelu != nullptr) {
+    matmul(a, b, *before_gelu, {.bias = options.bias, .fixed = options.fixed});
+    return gelu_forward(*before_gelu, c);
   }
   if (a.size(1) == 0) {
     if (!options.accumulate) fill_rows(c, options.bias);

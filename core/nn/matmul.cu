@@ -38,13 +38,15 @@ struct Product {
 }  // namespace
 
 void plain_matmul(const TensorView& a, const TensorView& b, const TensorView& c, const CudaMatmul& how, NativeStream stream) {
+  const TensorView& to = how.before_gelu != nullptr ? *how.before_gelu : c;
   with_number(a.dtype, [&]<class In>(In) {
-    with_number(c.dtype, [&]<class Out>(Out) {
-      for_each(c.elements(), stream,
+    with_number(to.dtype, [&]<class Out>(Out) {
+      for_each(to.elements(), stream,
                Product<In, Out>{a.ptr<In>(), b.ptr<In>(), a.stride(0), a.stride(1), b.stride(0), b.stride(1), a.size(1),
-                                c.size(1), c.stride(0), how.bias, how.accumulate, how.tf32, c.ptr<Out>()});
+                                to.size(1), to.stride(0), how.bias, how.accumulate, how.tf32, to.ptr<Out>()});
     });
   });
+  if (how.before_gelu != nullptr) gelu(to, c, stream);
 }
 
 }  // namespace dattn::cuda

@@ -11,6 +11,8 @@ struct MatmulOptions {
   bool accumulate = false;      // c += a b instead of c = a b; fp32 c and no bias only
   bool fixed = false;           // the same bits whatever number of threads the rank has: on the calling thread alone; on a
                                 // device, without sums that are split over blocks
+  const TensorView* before_gelu = nullptr;  // a b + bias goes here, and c is its gelu (activation.h); both contiguous, of one
+                                            // type; not with accumulate
 };
 
 // c [m, n] = a [m, k] b [k, n]. a and b: both fp32, both bf16 or both fp16, one stride of each is 1 (so transposes cost

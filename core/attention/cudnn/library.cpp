@@ -2,8 +2,6 @@
 
 #include <dlfcn.h>
 
-#include <cstdlib>
-
 #include <fmt/format.h>
 
 #include "core/base/library.h"
@@ -17,13 +15,9 @@ constexpr const char* kName = "libcudnn.so.9";
 // Other libraries find what they share with these by name.
 constexpr int kForAll = RTLD_NOW | RTLD_GLOBAL;
 
-std::string missing_text(const Library& library) {
-  if (const char* named = std::getenv(kVariable))
-    return fmt::format("{}={} cannot be loaded: {}", kVariable, named, library.tried);
-  return fmt::format(
-      "{} is neither on the loader's paths nor in site-packages/nvidia nor in the CUDA toolkit; install cuDNN {} or "
-      "later (pip install nvidia-cudnn-cu13), or set {} to its path",
-      kName, version_text(kOldestVersion), kVariable);
+std::string why_missing(const Library& library) {
+  const std::string wanted = fmt::format("cuDNN {} or later (pip install nvidia-cudnn-cu13)", version_text(kOldestVersion));
+  return missing_text(library, kVariable, kName, wanted);
 }
 
 // The front end asks the process for CUDA's runtime by name, so one from the same folders is loaded where none is at hand.
@@ -35,7 +29,7 @@ void load_runtime() {
 
 CudnnLibrary load() {
   const Library opened = open_nvidia_library(kVariable, kName, kForAll);
-  CudnnLibrary found{opened.handle, opened.path, 0, opened.handle != nullptr ? "" : missing_text(opened)};
+  CudnnLibrary found{opened.handle, opened.path, 0, opened.handle != nullptr ? "" : why_missing(opened)};
   if (found.handle == nullptr) return found;
   auto* const version = reinterpret_cast<std::size_t (*)()>(dlsym(found.handle, "cudnnGetVersion"));
   if (version != nullptr) found.version = version();

@@ -21,6 +21,9 @@
 namespace dattn::testing {
 namespace {
 
+// A device's product may round its bias as it rounds the result.
+constexpr double kRoundedTwice = 1.6e-2;
+
 // Runs a body on the host and on the device: inputs come through in(), results go through out().
 class CudaNnTest : public OnCuda {
  protected:
@@ -79,7 +82,25 @@ TEST_F(CudaNnTest, MatrixProducts) {
             matmul(a->transpose(0, 1), e, d, {.accumulate = true});
             out(d);
           },
-          is_half(result) ? 8e-3 : 1e-5);
+          is_half(result) ? kRoundedTwice : 1e-5);
+    }
+  }
+}
+
+TEST_F(CudaNnTest, ProductsThroughGelu) {
+  for (const DType type : {DType::kF32, DType::kBF16, DType::kF16}) {
+    for (const std::int64_t width : {16, 11}) {  // as one product, or two passes
+      for (const bool biased : {true, false}) {
+        same(
+            [&] {
+              Parameter weight = parameter({width, 23}, 1), bias = parameter({width}, 3);
+              const Tensor x = in(type, {17, 23}, 5);
+              Tensor y;
+              out(linear_gelu_forward({&weight, biased ? &bias : nullptr}, x, type, y));
+              out(y);
+            },
+            is_half(type) ? kRoundedTwice : 1e-5);
+      }
     }
   }
 }

@@ -3,29 +3,16 @@
 #include <nccl.h>
 
 #include <cstddef>
-#include <type_traits>
 
 #include <gtest/gtest.h>
 
 #include "parallel/comm/nccl_api.h"
+#include "tests/standins/same_abi.h"
 
 namespace dattn::nccl {
 namespace {
 
-// Passed alike: pointers by pointers, integers and enumerations by those of equal size, structures of equal size.
-template <class A, class B>
-constexpr bool alike = std::is_pointer_v<A> == std::is_pointer_v<B>&& std::is_class_v<A> == std::is_class_v<B> &&
-                       sizeof(A) == sizeof(B) && alignof(A) == alignof(B);
-
-template <class Ours, class Real>
-struct Same : std::false_type {};
-template <class R, class... A, class S, class... B>
-requires(sizeof...(A) == sizeof...(B)) struct Same<R (*)(A...), S(B...)>
-    : std::bool_constant<alike<R, S> && (alike<A, B> && ...)> {
-};
-
-template <class Ours, class Real>
-constexpr bool same = Same<Ours, Real>::value;
+using standin::same;
 
 static_assert(same<decltype(Api::get_version), decltype(ncclGetVersion)>);
 static_assert(same<decltype(Api::get_unique_id), decltype(ncclGetUniqueId)>);

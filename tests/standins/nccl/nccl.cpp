@@ -5,8 +5,6 @@
 // Work is enqueued by cudaLaunchHostFunc of whatever CUDA (or stand-in of it) the process has loaded; where there is none,
 // or the stream is null, it is done at once. Environment: DATTN_NCCL_FAULT (world.h), DATTN_NCCL_STANDIN_TIMEOUT_S,
 // DATTN_NCCL_STANDIN_VERSION (the version it claims, e.g. 21800).
-#include <dlfcn.h>
-#include <link.h>
 #include <unistd.h>
 
 #include <atomic>
@@ -21,10 +19,13 @@
 #include <fmt/format.h>
 
 #include "core/base/dtype.h"
+#include "tests/standins/cuda_function.h"
 #include "tests/standins/nccl/world.h"
 
 using namespace dattn::nccl;  // NOLINT: this file is that interface
+using standin::cuda_function;
 using standin::Kind;
+using standin::launch_host_function;
 using standin::Transfer;
 using standin::Work;
 using standin::World;
@@ -63,33 +64,6 @@ struct ncclComm {
 };
 
 namespace {
-
-using HostFunction = void (*)(void*);
-using LaunchHostFunction = int (*)(void* stream, HostFunction function, void* data);
-
-// A function of the CUDA runtime. The module that has one is loaded out of sight of the global scope: all loaded libraries are
-// asked.
-void* cuda_function(const char* name) {
-  struct Search {
-    const char* name;
-    void* found;
-  } search{name, dlsym(RTLD_DEFAULT, name)};
-  const auto ask = [](dl_phdr_info* info, std::size_t, void* data) {
-    auto& wanted = *static_cast<Search*>(data);
-    void* library = dlopen(info->dlpi_name, RTLD_LAZY | RTLD_NOLOAD);
-    if (library == nullptr) return 0;
-    wanted.found = dlsym(library, wanted.name);
-    dlclose(library);
-    return wanted.found != nullptr ? 1 : 0;
-  };
-  if (search.found == nullptr) dl_iterate_phdr(ask, &search);
-  return search.found;
-}
-
-LaunchHostFunction launch_host_function() {
-  static const auto found = reinterpret_cast<LaunchHostFunction>(cuda_function("cudaLaunchHostFunc"));
-  return found;
-}
 
 struct Enqueued {
   std::shared_ptr<World> world;
