@@ -151,13 +151,15 @@ int current_device_index() {
   return device;
 }
 
-void check(cudaError_t error, const char* call) {
+void check(cudaError_t error, const char* call, const char* file, int line) {
   if (error == cudaSuccess) return;
   cudaGetLastError();  // it has been told here
   adopt_error_context();
   int device = -1;
   cudaGetDevice(&device);
-  fail(ErrorCode::kSystem, "cuda:{}: {}{}", device, error_text(error, call), remedy_of(error));
+  const std::string_view path = file;
+  fail(ErrorCode::kSystem, "cuda:{}: {} at {}:{}{}", device, error_text(error, call), path.substr(path.rfind('/') + 1), line,
+       remedy_of(error));
 }
 
 std::vector<CudaDevice> devices(std::string& why) {

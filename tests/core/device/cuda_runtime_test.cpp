@@ -50,10 +50,10 @@ TEST_F(CudaRuntime, OutOfMemorySaysHowMuchAndWhatToDo) {
   EXPECT_EQ(message_of([] { Tensor::uninitialized(DType::kF32, {4}); }), "nothing was thrown");
 }
 
-TEST_F(CudaRuntime, ErrorsNameCallAndCudasName) {
+TEST_F(CudaRuntime, ErrorsNameCallPlaceAndCudasName) {
   const std::string text = message_of([] { cuda_module().set_device(std::numeric_limits<int>::max()); });
   EXPECT_THAT(text, HasSubstr("cudaSetDevice: "));
-  EXPECT_THAT(text, HasSubstr("(cudaErrorInvalidDevice)"));
+  EXPECT_THAT(text, HasSubstr("(cudaErrorInvalidDevice) at runtime.cpp:"));
 }
 
 TEST_F(CudaRuntime, BytesMayBeReusedAtTheReturn) {
