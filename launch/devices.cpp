@@ -10,86 +10,16 @@
 #include <fmt/format.h>
 
 #include "core/base/error.h"
-#include "core/base/host.h"
 #include "core/base/log.h"
 #include "core/device/cuda_module.h"
 #include "core/device/stream.h"
 #include "core/nn/matmul.h"
 #include "parallel/comm/nccl.h"
+#include "parallel/comm/rank_place.h"
 #include "parallel/comm/staged.h"
 
 namespace dattn {
 namespace {
-
-// What every rank says of itself: its host, so that ranks which share a device are seen, its device and its release; and the
-// versions of what it computes with, empty where it has none or does not use it.
-struct RankPlace {
-  std::string host, device, version, nccl, cudnn, runtime, driver, gpu;
-
-  static constexpr std::string RankPlace::*kParts[] = {&RankPlace::host,   &RankPlace::device, &RankPlace::version,
-                                                       &RankPlace::nccl,   &RankPlace::cudnn,  &RankPlace::runtime,
-                                                       &RankPlace::driver, &RankPlace::gpu};
-  std::string text() const {
-    std::string all;
-    for (const auto part : kParts) all += this->*part + "\n";
-    return all;
-  }
-  static RankPlace of(std::string_view text) {
-    RankPlace place;
-    for (const auto part : kParts) {
-      place.*part = text.substr(0, text.find('\n'));
-      text.remove_prefix(std::min(text.size(), (place.*part).size() + 1));
-    }
-    return place;
-  }
-};
-
-// What is told of two ranks that differ in it.
-struct Compared {
-  const char* what;
-  std::string RankPlace::*version;
-  const char* remedy;
-
-  std::string text(const RankPlace& other, std::size_t rank, const RankPlace& first) const {
-    const std::string &theirs = other.*version, &ours = first.*version;
-    return fmt::format("{} of rank {} on {}: {}, of rank 0 on {}: {}; {}", what, rank, other.host,
-                       theirs.empty() ? "none" : theirs, first.host, ours.empty() ? "none" : ours, remedy);
-  }
-};
-// Sums are taken in its order, or both ends of a transfer are its own: one version for all.
-constexpr Compared kRefused[] = {
-    {"NCCL", &RankPlace::nccl, "install one version on all hosts, name it with DATTN_NCCL, or set comm.transfers=staged"},
-    {"cuDNN", &RankPlace::cudnn,
-     "install one version on all hosts, name it with DATTN_CUDNN, or set DATTN_KERNEL=cuda on all ranks"},
-    {"the CUDA runtime", &RankPlace::runtime, "install one build of dattn on all hosts"}};
-// What a user may not be able to change, and often works.
-constexpr Compared kNoted[] = {
-    {"CUDA of the driver", &RankPlace::driver, "where ranks hang or their results differ, install one driver on all hosts"},
-    {"the GPU", &RankPlace::gpu, "all wait for the slowest, and determinism invariant holds among GPUs of one kind alone"}};
-
-// Kernel cudnn is the first choice of attention on a device (core/attention/kernel.cpp).
-std::string cudnn_in_use() {
-  const char* forced = std::getenv("DATTN_KERNEL");
-  return forced == nullptr || *forced == '\0' || std::string_view(forced) == "cudnn" ? cuda_module().cudnn_version() : "";
-}
-
-RankPlace place_of(const DeviceOptions& options) {
-  const Device own = current_device();
-  RankPlace place;
-  place.host = host_name();
-  place.device = to_text(own);
-  place.version = options.version.empty() ? DATTN_VERSION : options.version;
-  if (!own.is_cuda()) return place;
-  if (options.transfers != Transfers::kStaged) place.nccl = probe_nccl().version;
-  const CudaVersions cuda = cuda_module().versions();
-  place.cudnn = cudnn_in_use();
-  place.runtime = cuda.runtime;
-  place.driver = cuda.driver;
-  std::string why;
-  const CudaDevice& gpu = cuda_devices(why)[static_cast<std::size_t>(own.index)];
-  place.gpu = fmt::format("{} (compute capability {}.{})", gpu.name, gpu.major, gpu.minor);
-  return place;
-}
 
 // NCCL takes no two ranks of one host on one device: each process says it is a host of its own, and they talk by loopback.
 void pretend_hosts(int rank) {
@@ -105,25 +35,6 @@ bool shares_devices(const std::vector<RankPlace>& places) {
   std::set<std::pair<std::string, std::string>> taken;
   for (const RankPlace& place : places) taken.emplace(place.host, place.device);
   return taken.size() < places.size();
-}
-
-// All ranks hear all and say the same.
-void require_alike(const std::vector<RankPlace>& places) {
-  const auto is_cuda = [](const RankPlace& place) { return place.device.starts_with("cuda"); };
-  const RankPlace& first = places[0];
-  for (std::size_t rank = 1; rank < places.size(); ++rank) {
-    const RankPlace& other = places[rank];
-    require(other.version == first.version,
-            "rank {} on {} runs dattn {}, rank 0 on {} runs {}; install one version on all hosts", rank, other.host,
-            other.version, first.host, first.version);
-    require(is_cuda(other) == is_cuda(first), "rank {} on {} computes on {}, rank 0 on {} on {}; set device=cpu or device=cuda",
-            rank, other.host, other.device, first.host, first.device);
-    for (const Compared& compared : kRefused)
-      require(other.*compared.version == first.*compared.version, "{}", compared.text(other, rank, first));
-    for (const Compared& compared : kNoted) {
-      if (other.*compared.version != first.*compared.version) note_once(compared.text(other, rank, first), LogLevel::kInfo);
-    }
-  }
 }
 
 // Of the devices that the ranks of this host take.
@@ -167,10 +78,9 @@ Device choose_device(const DeviceOptions& options, int local_rank, int local_siz
 
 std::unique_ptr<Communicator> device_world(std::unique_ptr<Communicator> control, const DeviceOptions& options,
                                            double timeout_s) {
-  const RankPlace mine = place_of(options);
-  std::vector<RankPlace> places;
-  for (const std::string& text : control->gather_strings(mine.text(), {"devices"})) places.push_back(RankPlace::of(text));
-  require_alike(places);
+  RankPlace mine = place_of_rank(options.transfers != Transfers::kStaged);
+  if (!options.version.empty()) mine.version = options.version;
+  const std::vector<RankPlace> places = gather_alike(*control, mine);
   if (!current_device().is_cuda()) return control;
   const bool shared = shares_devices(places);
   Transfers transfers = options.transfers;

@@ -4,6 +4,7 @@
 #include "core/base/log.h"
 #include "parallel/comm/mpi.h"
 #include "parallel/comm/nccl.h"
+#include "parallel/comm/rank_place.h"
 #include "parallel/comm/staged.h"
 #include "parallel/comm/tcp.h"
 #include "parallel/comm/thread.h"
@@ -101,6 +102,7 @@ dattn_status dattn_comm_nccl(dattn_context* context, dattn_comm* control, void* 
     const CommOptions options = comm_options(given);
     NcclOptions nccl = NcclOptions::from_environment(options.timeout_s);
     nccl.lent = static_cast<nccl::Comm>(host_comm);
+    gather_alike(*control->held->world, place_of_rank(true));
     return std::make_shared<Comm>(Comm{context->held, control->held, nccl_world(whole_group(*control->held->world), nccl)});
   });
 }

@@ -153,8 +153,9 @@ typedef struct dattn_callbacks {
 DATTN_API dattn_status dattn_comm_callbacks(dattn_context* context, const dattn_callbacks* callbacks,
                                             const dattn_comm_options* options, dattn_comm** comm);
 /* Tensors of the context's CUDA device by NCCL. `control`, any communicator of the same ranks (of a cpu context, as a rule),
- * carries ids, errors and signs of life. host_comm: a ncclComm_t of the host with the same ranks on this device, used but never
- * destroyed, or NULL for one of our own. */
+ * carries ids, errors and signs of life. Ranks whose dattn, NCCL, cuDNN or CUDA runtime have other versions are refused on all
+ * of them. host_comm: a ncclComm_t of the host with the same ranks on this device, used but never destroyed, or NULL for one of
+ * our own. */
 DATTN_API dattn_status dattn_comm_nccl(dattn_context* context, dattn_comm* control, void* host_comm,
                                        const dattn_comm_options* options, dattn_comm** comm);
 

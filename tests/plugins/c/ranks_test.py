@@ -1,8 +1,9 @@
 #!/usr/bin/env python3
 """Processes as ranks, of a host that has no way to communicate of its own: joined by the library's sockets, and by MPI, which the
-library initialises and finalises since the host does not. Every rank compares its rows with what it computes alone.
+library initialises and finalises since the host does not. Every rank compares its rows with what it computes alone. Ranks with a
+CUDA device each, of the stand-in, are joined by NCCL's.
 
-usage: ranks_test.py    or, as a rank: ranks_test.py tcp RANK SIZE PORT | ranks_test.py mpi"""
+usage: ranks_test.py    or, as a rank: ranks_test.py tcp|nccl RANK SIZE PORT | ranks_test.py mpi"""
 import ctypes
 import math
 import os
@@ -12,10 +13,14 @@ import subprocess
 import sys
 import unittest
 
-from ctypes_test import FP32, AttentionOptions, Forward, MeshOptions, lib, tensor
+from ctypes_test import FP32, AttentionOptions, Device, Forward, MeshOptions, lib, tensor
 
 SEQ, RANKS = 12, 3
 lib.dattn_comm_rank.argtypes = lib.dattn_comm_size.argtypes = [ctypes.c_void_p]
+
+
+class ContextOptions(ctypes.Structure):
+    _fields_ = [("struct_size", ctypes.c_size_t), ("device", Device), ("threads", ctypes.c_int32)]
 
 
 def check(status):
@@ -51,6 +56,10 @@ def be_a_rank(kind, rank=None, size=RANKS, port=0):
         comm = made(lib.dattn_comm_mpi, context, None, None)
     else:
         comm = made(lib.dattn_comm_tcp, context, b"127.0.0.1", int(port), int(rank), int(size), None)
+    if kind == "nccl":
+        options = ContextOptions(ctypes.sizeof(ContextOptions), device=Device(2, int(rank)))
+        made(lib.dattn_comm_nccl, made(lib.dattn_context_create, ctypes.byref(options)), comm, None, None)
+        return print(f"rank {rank} has joined", flush=True)
     if lib.dattn_comm_size(comm) != RANKS:
         sys.exit(f"{lib.dattn_comm_size(comm)} ranks, not {RANKS}")
     own, alone = attend(comm, RANKS), attend(made(lib.dattn_comm_self, context), 1)
@@ -65,15 +74,31 @@ class Ranks(unittest.TestCase):
     def check_lines(self, out):
         self.assertEqual(sorted(out.split("\n")), ["", *(f"rank {rank}: {SEQ // RANKS} rows" for rank in range(RANKS))])
 
-    def test_sockets(self):
+    def join_by_sockets(self, kind, size, code, variables=lambda rank: {}):
+        """What each rank writes to stdout and stderr."""
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        ranks = [subprocess.Popen([sys.executable, __file__, "tcp", str(rank), str(RANKS), str(port)], text=True,
-                                  stdout=subprocess.PIPE, stderr=subprocess.PIPE) for rank in range(RANKS)]
+        ranks = [subprocess.Popen([sys.executable, __file__, kind, str(rank), str(size), str(port)], text=True,
+                                  stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, **variables(rank)})
+                 for rank in range(size)]
         results = [rank.communicate(timeout=120) for rank in ranks]
-        self.assertEqual([rank.returncode for rank in ranks], [0] * RANKS, results)
-        self.check_lines("".join(out for out, _ in results))
+        self.assertEqual([rank.returncode for rank in ranks], [code] * size, results)
+        return results
+
+    def test_sockets(self):
+        self.check_lines("".join(out for out, _ in self.join_by_sockets("tcp", RANKS, 0)))
+
+    @unittest.skipUnless("DATTN_NCCL" in os.environ, "no NCCL; set DATTN_NCCL")
+    def test_versions_of_nccl(self):
+        def version(number):  # the stand-in of CUDA has more thread-local variables than Python leaves room for
+            return {"DATTN_NCCL_STANDIN_VERSION": str(number), "GLIBC_TUNABLES": "glibc.rtld.optional_static_tls=16384"}
+
+        for rank, (out, _) in enumerate(self.join_by_sockets("nccl", 2, 0, lambda rank: version(22800))):
+            self.assertEqual(out, f"rank {rank} has joined\n")
+        for _, text in self.join_by_sockets("nccl", 2, 1, lambda rank: version(22800 + 100 * rank)):
+            for part in ("NCCL of rank 1", "2.29.0", "2.28.0", "install one version on all hosts"):
+                self.assertIn(part, text)
 
     @unittest.skipUnless(shutil.which("mpirun"), "no mpirun; launch/setup.sh installs it")
     def test_mpi(self):
