@@ -90,6 +90,7 @@ std::unique_ptr<Communicator> device_world(std::unique_ptr<Communicator> control
   if (transfers == Transfers::kStaged) return staged(std::move(control));
   if (shared) pretend_hosts(control->rank());
   NcclOptions nccl = NcclOptions::from_environment(timeout_s);
+  nccl.tuning = options.nccl;
   nccl.ordered_sums = options.ordered_sums;
   nccl.stuck = options.stuck;
   return nccl_world(std::move(control), nccl);

@@ -11,6 +11,7 @@
 #include "core/config/config.h"
 #include "core/device/device.h"
 #include "parallel/comm/communicator.h"
+#include "parallel/comm/nccl.h"
 
 namespace dattn {
 
@@ -37,6 +38,7 @@ struct DeviceOptions {
   Transfers transfers = Transfers::kAuto;
   bool ordered_sums = true;  // sums over ranks in rank order, not NCCL's own
   bool tf32 = false;         // core/nn/matmul.h
+  NcclTuning nccl{};
   // Ends the process of a failed job whose device does not come to rest, so that the host is not held up for ever.
   std::function<void(const JobEnd& end)> stuck{};
   std::string version{};  // of dattn, the same on all ranks; empty: this one's

@@ -28,6 +28,7 @@ struct ConfigNames<TensorFormat> {
 struct CommConfig {
   double timeout_s = 60;
   Transfers transfers = Transfers::kAuto;
+  NcclTuning nccl;
 };
 
 struct RunConfig {
@@ -52,9 +53,18 @@ struct RunConfig {
 };
 
 template <class V>
+void describe(V& v, NcclTuning& c) {
+  v("max_ctas", c.max_ctas, "thread blocks that a group's transfers may take from computation; 0 = NCCL's choice");
+  v("zero_cta", c.zero_cta, "gathers through symmetric memory take none: copy engines move them (NCCL 2.28, over NVLink)");
+  v("symmetric_bytes", c.symmetric_bytes, "of each group's buffer in symmetric memory, for gathers (NCCL 2.27); 0 = none");
+  v("register_buffers", c.register_buffers, "registers the memory of transfers with NCCL");
+}
+
+template <class V>
 void describe(V& v, CommConfig& c) {
   v("timeout_s", c.timeout_s, "seconds without an answer after which a peer counts as lost");
   v("transfers", c.transfers, "how device tensors travel: nccl, staged (through host memory), or auto: nccl where it can");
+  v("nccl", c.nccl, "how NCCL moves them");
 }
 
 template <class V>
@@ -82,6 +92,12 @@ void describe(V& v, RunConfig& c) {
   v("model", c.model, "the transformer");
   v("train", c.train, "the training loop");
   v("shape", c.shape, "sizes of one attention call, for plan and bench");
+}
+
+inline void check(const NcclTuning& c, const ConfigCheck& at) {
+  at.require("max_ctas", c.max_ctas >= 0, "must be at least 0");
+  at.require("symmetric_bytes", c.symmetric_bytes >= 0, "must be at least 0");
+  at.require("zero_cta", !c.zero_cta || c.symmetric_bytes > 0, "moves what is in symmetric memory: give symmetric_bytes");
 }
 
 inline void check(const CommConfig& c, const ConfigCheck& at) {

@@ -185,7 +185,7 @@ Communicator::Ticket NcclCommunicator::start(std::span<const SendPart> sends, st
   note(sends, true);
   Running& running = running_[next_ticket_];
   if (!transfer->parts.empty()) {
-    if (job_->options.register_buffers) register_memory(sends, receives);
+    if (job_->options.tuning.register_buffers) register_memory(sends, receives);
     if (job_->options.check_calls) running.check = tell_calls(sends, receives, label);
     job_->launch(
         *group_, transfer, [&] { return enqueue(sends, receives); }, [] {});
@@ -401,6 +401,11 @@ void borrow(NcclJob& job, NcclGroup& group, nccl::Comm lent) {
   group.lent = true;
 }
 
+void require_version(const nccl::Api& api, bool asked, int least, const char* key) {
+  require(!asked || api.version >= least, "comm.nccl.{} needs NCCL {}, but {} is {}; install a newer one, or leave the key out",
+          key, nccl::version_text(least), api.path, nccl::version_text(api.version));
+}
+
 }  // namespace
 
 NcclOptions NcclOptions::from_environment(double timeout_s) {
@@ -424,6 +429,8 @@ std::unique_ptr<Communicator> nccl_world(std::unique_ptr<Communicator> control, 
          "path",
          report);
   }
+  require_version(*api, options.tuning.zero_cta, nccl::kZeroCtaVersion, "zero_cta");
+  require_version(*api, options.tuning.symmetric_bytes > 0, nccl::kSymmetricVersion, "symmetric_bytes");
   std::vector<int> all(static_cast<std::size_t>(control->size()));
   std::iota(all.begin(), all.end(), 0);
   const int rank = control->rank();

@@ -22,6 +22,21 @@
 
 namespace dattn {
 
+// What trades the device's thread blocks and memory for the speed of transfers. nccl_world refuses what the library's version
+// does not have.
+struct NcclTuning {
+  int max_ctas = 0;       // thread blocks that NCCL may take from computation; 0: NCCL's choice
+  bool zero_cta = false;  // transfers by copy engines where NCCL (2.28, over NVLink) can; see symmetric_bytes
+
+  // Of a group's buffer in symmetric memory (NCCL 2.27): gathers of equal slots go through it, which lets them take NVLink's
+  // short ways, and no thread blocks with zero_cta. 0: none.
+  std::int64_t symmetric_bytes = 0;
+
+  // Registers the memory of transfers with NCCL, once each. Off by default: it pays only where the memory is shared by handles
+  // (ncclMemAlloc, cuMem), and memory of CUDA's stream-ordered pools is not.
+  bool register_buffers = false;
+};
+
 struct NcclOptions {
   double timeout_s = 60;
 
@@ -34,16 +49,7 @@ struct NcclOptions {
   // is named. Costs a message each, which wait() waits for; for finding out which calls do not match. DATTN_COMM_CHECK=1.
   bool check_calls = false;
 
-  int max_ctas = 0;       // thread blocks that NCCL may take from computation; 0: NCCL's choice
-  bool zero_cta = false;  // transfers by copy engines where NCCL (2.28, over NVLink) can; see symmetric_bytes
-
-  // Of a group's buffer in symmetric memory (NCCL 2.27): gathers of equal slots go through it, which lets them take NVLink's
-  // short ways, and no thread blocks with zero_cta. 0: none.
-  std::size_t symmetric_bytes = 0;
-
-  // Registers the memory of transfers with NCCL, once each. Off by default: it pays only where the memory is shared by handles
-  // (ncclMemAlloc, cuMem), and memory of CUDA's stream-ordered pools is not.
-  bool register_buffers = false;
+  NcclTuning tuning{};
 
   // The world's id in a file that all ranks see, for a control communicator that should not carry it: rank 0 writes it, and
   // takes it away when all have come. DATTN_NCCL_ID_FILE.

@@ -100,8 +100,8 @@ nccl::Config NcclJob::configuration(const NcclGroup& group) const {
   config.blocking = 0;
   config.split_share = 0;  // groups transfer at the same time, which communicators of shared resources must not
   config.comm_name = group.name.c_str();
-  if (options.max_ctas > 0) config.max_ctas = options.max_ctas;
-  if (options.zero_cta && nccl.version >= nccl::kZeroCtaVersion) config.cta_policy = nccl::kCtaPolicyZero;
+  if (options.tuning.max_ctas > 0) config.max_ctas = options.tuning.max_ctas;
+  if (options.tuning.zero_cta) config.cta_policy = nccl::kCtaPolicyZero;
   return config;
 }
 
@@ -154,11 +154,11 @@ void NcclJob::settle(std::unique_lock<std::mutex>& lock, NcclGroup& group, nccl:
 }
 
 void NcclJob::make_arena(NcclGroup& group) {
-  if (options.symmetric_bytes == 0 || nccl.version < nccl::kSymmetricVersion || nccl.comm_window_register == nullptr) return;
+  if (options.tuning.symmetric_bytes == 0) return;
   constexpr std::size_t kPage = 4096;
   std::unique_lock lock(mutex);
   check_running_locked();
-  group.arena_bytes = (options.symmetric_bytes + kPage - 1) / kPage * kPage;
+  group.arena_bytes = (static_cast<std::size_t>(options.tuning.symmetric_bytes) + kPage - 1) / kPage * kPage;
   nccl::Result result = nccl.mem_alloc(&group.arena, group.arena_bytes);
   if (result == nccl::kSuccess) {
     result = nccl.comm_window_register(group.comm, group.arena, group.arena_bytes, &group.window, nccl::kWindowSymmetric);

@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
-"""What is wrong with a GPU, its driver or its libraries is said once, with the remedy, by the right exit code and in time: on the
-stand-ins, which the environment makes fail."""
+"""What is wrong with a GPU, its driver or its libraries is said once, with the remedy, by the right exit code and in time, and so is
+what is missing or can be had: on the stand-ins, which the environment makes fail."""
 import json
 import os
 import pathlib
@@ -40,9 +40,10 @@ class BadGpu(unittest.TestCase):
         words = [word for one in ("device=cuda", *sets) for word in ("--set", one)]
         return self.run_dattn("train", "small.yaml", *words, code=code, **more).stderr
 
-    def two_ranks(self, code, transfers="auto", timeout=20, **variables):
-        return self.run_dattn("train", "small.yaml", "--ranks", "2", "--set", "mesh.ring=2", "--set", "device=cuda", "--set",
-                              f"comm.timeout_s={timeout}", "--set", f"comm.transfers={transfers}", code=code, **variables).stderr
+    def two_ranks(self, code, transfers="auto", timeout=20, sets=(), **variables):
+        words = [word for one in (f"comm.timeout_s={timeout}", f"comm.transfers={transfers}", *sets) for word in ("--set", one)]
+        return self.run_dattn("train", "small.yaml", "--ranks", "2", "--set", "mesh.ring=2", "--set", "device=cuda", *words, code=code,
+                              **variables).stderr
 
     def told_once(self, text, *parts):
         lines = [line for line in text.splitlines() if line.startswith("dattn: ") and "note" not in line]
@@ -101,6 +102,19 @@ class BadGpu(unittest.TestCase):
         text = self.two_ranks(SYSTEM, "nccl", DATTN_NCCL="/nowhere/libnccl.so.2")
         self.told_once(text, "NCCL cannot be loaded", "/nowhere/libnccl.so.2", "nvidia-nccl-cu13")
         self.two_ranks(0, DATTN_NCCL="/nowhere/libnccl.so.2")  # auto: through host memory
+
+    def test_options_of_nccl(self):
+        keys = [f"comm.nccl.{key}" for key in ("max_ctas=4", "zero_cta=true", "symmetric_bytes=5000", "register_buffers=true")]
+        said = ("world: max_ctas 4, cta_policy 2", "window of 8192 bytes", "registers ")
+        text, plain = (self.two_ranks(0, "nccl", sets=sets, NCCL_DEBUG="INFO") for sets in (keys, ()))
+        for part in said:
+            self.assertIn(part, text)
+            self.assertNotIn(part, plain)
+        for sets, version, *parts in ((["comm.nccl.ctas=4"], "22809", "comm.nccl.ctas"),
+                                      (keys[1:2], "22809", "comm.nccl.zero_cta", "give symmetric_bytes"),
+                                      (keys, "22709", "comm.nccl.zero_cta needs NCCL 2.28.0, but", "is 2.27.9"),
+                                      (keys[2:3], "22609", "comm.nccl.symmetric_bytes needs NCCL 2.27.0, but", "is 2.26.9")):
+            self.told_once(self.two_ranks(BAD_INPUT, "nccl", sets=sets, DATTN_NCCL_STANDIN_VERSION=version), *parts)
 
     def test_an_nccl_that_is_too_old(self):
         self.assertIn("is NCCL 2.8.3, but at least 2.19.0 is needed", self.doctor(DATTN_NCCL_STANDIN_VERSION="2803")["nccl"]["detail"])

@@ -164,7 +164,7 @@ TEST(Nccl, CollectivesOfItsOwnAreCounted) {
 }
 
 TEST(Nccl, GathersThroughSymmetricMemory) {
-  const NcclOptions options{.timeout_s = 60, .zero_cta = true, .symmetric_bytes = 10000, .register_buffers = true};
+  const NcclOptions options{.timeout_s = 60, .tuning = {.zero_cta = true, .symmetric_bytes = 10000, .register_buffers = true}};
   run_nccl_ranks(2, options, [](Communicator& world) {
     for (const std::int64_t count : {1000, 5000}) {  // the second is larger than the buffer
       Tensor all(DType::kF32, Shape{2 * count});

@@ -4,7 +4,7 @@
 //
 // Work is enqueued by cudaLaunchHostFunc of whatever CUDA (or stand-in of it) the process has loaded; where there is none,
 // or the stream is null, it is done at once. Environment: DATTN_NCCL_FAULT (world.h), DATTN_NCCL_STANDIN_TIMEOUT_S,
-// DATTN_NCCL_STANDIN_VERSION (the version it claims, e.g. 21800).
+// DATTN_NCCL_STANDIN_VERSION (the version it claims, e.g. 21800), NCCL_DEBUG=INFO.
 #include <unistd.h>
 
 #include <atomic>
@@ -208,6 +208,19 @@ Blocks& blocks() {
   return all;
 }
 
+// With NCCL_DEBUG=INFO, as NCCL does: what it was asked for.
+template <class... Args>
+void tell(fmt::format_string<Args...> format, Args&&... args) {
+  const char* wanted = std::getenv("NCCL_DEBUG");
+  if (wanted != nullptr && std::string_view(wanted) == "INFO")
+    fmt::print(stderr, "NCCL INFO {}\n", fmt::format(format, std::forward<Args>(args)...));
+}
+
+void tell(const Config* config) {
+  if (config != nullptr && config->comm_name != nullptr)
+    tell("{}: max_ctas {}, cta_policy {}", config->comm_name, config->max_ctas, config->cta_policy);
+}
+
 bool valid(const Config* config) { return config == nullptr || (config->magic == 0xcafebeef && config->size >= 24); }
 
 // Makes the communicator and joins it: in the background unless it is blocking.
@@ -257,6 +270,7 @@ Result ncclGetUniqueId(UniqueId* id) {
 Result ncclCommInitRankConfig(Comm* comm, int ranks, UniqueId id, int rank, Config* config) {
   if (!valid(config) || rank < 0 || rank >= ranks || ranks > standin::kMostRanks) return kInvalidArgument;
   id.internal[sizeof id.internal - 1] = '\0';
+  tell(config);
   const auto make = [name = std::string(id.internal), ranks, rank] { return std::make_shared<World>(name, ranks, rank); };
   return join(comm, make, config == nullptr || config->blocking != 0);
 }
@@ -316,6 +330,7 @@ Result ncclCommUserRank(Comm comm, int* rank) {
 
 Result ncclCommRegister(Comm comm, void* memory, std::size_t bytes, void** handle) {
   if (memory == nullptr || bytes == 0) return kInvalidArgument;
+  tell("registers {} bytes", bytes);
   ++comm->world()->registered;
   *handle = memory;
   return kSuccess;
@@ -353,6 +368,7 @@ Result ncclCommWindowRegister(Comm comm, void* memory, std::size_t bytes, Window
   for (const auto& [its_bytes, its_flags] : *all) {
     if (its_bytes != static_cast<std::int64_t>(bytes) || its_flags != flags) return kInvalidUsage;
   }
+  tell("window of {} bytes", bytes);
   *window = memory;
   return kSuccess;
 }
