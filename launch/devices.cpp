@@ -48,6 +48,15 @@ void require_usable(const std::vector<CudaDevice>& devices, int needed) {
   }
 }
 
+// On rank 0 alone: all chose alike.
+void tell_transfers(int ranks, Transfers asked, Transfers taken, bool shared) {
+  if (asked == Transfers::kAuto && taken == Transfers::kStaged && !shared && ranks > 1)
+    return note_once("tensors travel between devices through host memory, slower than by NCCL: " + probe_nccl().detail,
+                     LogLevel::kInfo);
+  note_once(fmt::format("{} ranks on CUDA devices{}: tensors travel {}", ranks, shared ? ", some shared" : "",
+                        taken == Transfers::kNccl ? "by NCCL" : "through host memory"));
+}
+
 }  // namespace
 
 Device choose_device(const DeviceOptions& options, int local_rank, int local_size) {
@@ -85,8 +94,7 @@ std::unique_ptr<Communicator> device_world(std::unique_ptr<Communicator> control
   const bool shared = shares_devices(places);
   Transfers transfers = options.transfers;
   if (transfers == Transfers::kAuto) transfers = shared || mine.nccl.empty() ? Transfers::kStaged : Transfers::kNccl;
-  note_once(fmt::format("{} ranks on CUDA devices{}: tensors travel {}", control->size(), shared ? ", some shared" : "",
-                        transfers == Transfers::kNccl ? "by NCCL" : "through host memory"));
+  if (control->rank() == 0) tell_transfers(control->size(), options.transfers, transfers, shared);
   if (transfers == Transfers::kStaged) return staged(std::move(control));
   if (shared) pretend_hosts(control->rank());
   NcclOptions nccl = NcclOptions::from_environment(timeout_s);

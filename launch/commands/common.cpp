@@ -1,9 +1,12 @@
 #include <algorithm>
 #include <cstdio>
+#include <cstdlib>
 #include <exception>
 #include <filesystem>
 
+#include "core/attention/kernel.h"
 #include "core/base/file.h"
+#include "core/base/log.h"
 #include "core/base/philox.h"
 #include "launch/commands/commands.h"
 #include "parallel/comm/decorators.h"
@@ -56,6 +59,24 @@ RunConfig load_run_config(const std::string& path, const CommonOptions& common) 
   return config;
 }
 
+namespace {
+
+// What the ranks of CUDA devices do otherwise than a user may think; all do alike, and rank 0 says so.
+void tell_choices(const RunConfig& config) {
+  if (!config.determinism) {
+    note_once(
+        "determinism is off, as always on CUDA devices where the config does not ask for it: results may differ in their last "
+        "bits from run to run; determinism=repeatable keeps them, more slowly",
+        LogLevel::kInfo);
+  }
+  const char* forced = std::getenv("DATTN_KERNEL");
+  if (!is_half(config.dtype) || (forced != nullptr && *forced != '\0')) return;
+  const Support cudnn = find_kernel("cudnn", current_device()).supports({config.dtype, 64, 64, current_device()});
+  if (!cudnn.ok) note_once("attention without cuDNN, by kernel cuda, which is slower: " + cudnn.why, LogLevel::kInfo);
+}
+
+}  // namespace
+
 int run_with_config(const CommonOptions& common, const std::function<RunConfig()>& load,
                     const std::function<void(const RunConfig&, Communicator&)>& body) {
   RunConfig config;
@@ -73,6 +94,7 @@ int run_with_config(const CommonOptions& common, const std::function<RunConfig()
        config.determinism.value_or(Determinism::kOff) != Determinism::kOff, config.tf32, config.comm.nccl}};
   return run_job(options, [&](Communicator& world) {
     if (failure) std::rethrow_exception(failure);
+    if (current_device().is_cuda() && world.rank() == 0) tell_choices(config);
     if (common.trace.empty()) return body(config, world);
     run_traced(common.trace, world, [&](Communicator& traced_world) { body(config, traced_world); });
   });

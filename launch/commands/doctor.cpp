@@ -44,16 +44,17 @@ Json cuda_report() {
   const CudaModule* module = find_cuda_module(why);
   if (module == nullptr) return finding(false, why);
   const std::vector<CudaDevice>& devices = cuda_devices(why);
-  if (devices.empty()) return finding(false, why);
+  const CudaVersions cuda = module->versions();
+  Json report =
+      finding(!devices.empty(), devices.empty() ? why
+                                                : fmt::format("{} device(s), driver {}, runtime {}, module: {}", devices.size(),
+                                                              cuda.driver, cuda.runtime, module->flavour));
   Json names = Json::array();
   for (const CudaDevice& device : devices) {
     names.push_back(fmt::format("{} (compute capability {}.{}, {} multiprocessors, {:.1f} GiB){}", device.name, device.major,
                                 device.minor, device.multiprocessors, static_cast<double>(device.memory_bytes) / 0x1p30,
                                 device.unusable.empty() ? "" : ", not usable: " + device.unusable));
   }
-  const CudaVersions cuda = module->versions();
-  Json report = finding(true, fmt::format("{} device(s), driver {}, runtime {}, module: {}", devices.size(), cuda.driver,
-                                          cuda.runtime, module->flavour));
   report["devices"] = names;
   report["matrix_products"] = module->matmul_library();
   report["determinism"] = "off unless the config asks for repeatable or invariant";
@@ -149,14 +150,24 @@ Json self_tests(Communicator& world) {
   return results;
 }
 
+// One line for each finding, one below it for each part that a finding has beside; lists of text have a line for each entry.
+void print_value(const std::string& key, const Json& value, const std::string& indent) {
+  if (value.is_object() && value.contains("detail")) {
+    print_value(key, fmt::format("{}: {}", value["found"].get<bool>() ? "found" : "off", value["detail"].get<std::string>()),
+                indent);
+    for (const auto& [part, content] : value.items()) {
+      if (part != "detail" && part != "found") print_value(part, content, indent + "  ");
+    }
+  } else if (value.is_array() && !indent.empty()) {
+    for (const Json& entry : value) print_value(key, entry, indent);
+  } else {
+    print_line(fmt::format("{:<14} {}", indent + key, value.is_string() ? value.get<std::string>() : value.dump()));
+  }
+}
+
 void print_report(const Json& done) {
   for (const auto& [key, value] : done.items()) {
-    if (key == "event") continue;
-    std::string text = value.is_string() ? value.get<std::string>() : value.dump();
-    if (value.is_object() && value.contains("detail")) {
-      text = fmt::format("{}: {}", value["found"].get<bool>() ? "found" : "off", value["detail"].get<std::string>());
-    }
-    print_line(fmt::format("{:<14} {}", key, text));
+    if (key != "event") print_value(key, value, "");
   }
 }
 

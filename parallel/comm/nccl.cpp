@@ -423,11 +423,7 @@ std::unique_ptr<Communicator> nccl_world(std::unique_ptr<Communicator> control, 
   std::string report;
   const auto api = nccl::find_nccl(report);
   if (!api) {
-    fail(ErrorCode::kSystem,
-         "NCCL cannot be loaded ({}); install it (for example the package nvidia-nccl-cu13), or set DATTN_NCCL to "
-         "libnccl.so.2's "
-         "path",
-         report);
+    fail(ErrorCode::kSystem, "NCCL cannot be loaded: {}", report);
   }
   require_version(*api, options.tuning.zero_cta, nccl::kZeroCtaVersion, "zero_cta");
   require_version(*api, options.tuning.symmetric_bytes > 0, nccl::kSymmetricVersion, "symmetric_bytes");

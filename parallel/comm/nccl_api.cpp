@@ -60,8 +60,7 @@ std::string examine(void* library, Api& api) {
   if (get_version == nullptr) return "has no ncclGetVersion, so it is no NCCL";
   if (get_version(&api.version) != kSuccess) return "does not tell its version";
   if (api.version < kLeastVersion) {
-    return fmt::format("is NCCL {}, but at least {} is needed; install a newer one, or set DATTN_NCCL to its path",
-                       version_text(api.version), version_text(kLeastVersion));
+    return fmt::format("is NCCL {}, but at least {} is needed", version_text(api.version), version_text(kLeastVersion));
   }
   const Table table(library, api);
   if (!table.missing.empty()) return fmt::format("is NCCL {} without {}", version_text(api.version), table.missing);
@@ -99,6 +98,8 @@ std::optional<Api> find_nccl(std::string& report) {
     }
     report += (report.empty() ? "" : "; ") + why;
   }
+  report += fmt::format("; install NCCL {} or later (pip install nvidia-nccl-cu13), or set DATTN_NCCL to libnccl.so.2's path",
+                        version_text(kLeastVersion));
   return std::nullopt;
 }
 

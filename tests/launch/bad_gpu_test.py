@@ -101,7 +101,31 @@ class BadGpu(unittest.TestCase):
     def test_no_nccl(self):
         text = self.two_ranks(SYSTEM, "nccl", DATTN_NCCL="/nowhere/libnccl.so.2")
         self.told_once(text, "NCCL cannot be loaded", "/nowhere/libnccl.so.2", "nvidia-nccl-cu13")
-        self.two_ranks(0, DATTN_NCCL="/nowhere/libnccl.so.2")  # auto: through host memory
+        text = self.two_ranks(0, DATTN_NCCL="/nowhere/libnccl.so.2")  # auto
+        self.told_once(text, "through host memory, slower than by NCCL", "/nowhere/libnccl.so.2", "install NCCL 2.19.0 or later")
+
+    def test_no_cublaslt(self):
+        missing = {"DATTN_CUBLASLT": "/nowhere/libcublasLt.so.13"}
+        self.told_once(self.train(**missing), "plain kernel, much slower than cuBLASLt", "/nowhere/libcublasLt.so.13")
+        self.assertIn("DATTN_CUBLASLT=/nowhere/libcublasLt.so.13 cannot be loaded", self.doctor(**missing)["cuda"]["matrix_products"])
+
+    def test_no_cudnn(self):
+        self.told_once(self.train("dtype=bf16"), "attention without cuDNN", "launch/setup.sh")
+        for sets, variables in ((["dtype=fp32"], {}), (["dtype=bf16"], {"DATTN_KERNEL": "cuda"})):
+            self.assertNotIn("cuDNN", self.train(*sets, **variables))
+
+    def test_determinism_that_nobody_asked_for(self):
+        self.told_once(self.two_ranks(0), "determinism is off", "determinism=repeatable")
+        self.assertNotIn("determinism", self.train("determinism=repeatable"))
+
+    def test_doctor_says_in_words_what_its_json_says(self):
+        text = self.run_dattn("doctor", DATTN_CUDA_STANDIN_CAPABILITY="7.5").stdout
+        for part in ("not usable: compute capability 7.5", "matrix_products", "determinism", "off unless the config asks for"):
+            self.assertIn(part, text)
+        text = self.run_dattn("doctor", DATTN_CUDA_STANDIN_DEVICES="0", DATTN_NCCL="/nowhere/libnccl.so.2",
+                              DATTN_CUBLASLT="/nowhere/libcublasLt.so.13").stdout
+        for part in ("sees no CUDA device", "/nowhere/libcublasLt.so.13", "install NCCL 2.19.0 or later (pip install nvidia-nccl-cu13)"):
+            self.assertIn(part, text)
 
     def test_options_of_nccl(self):
         keys = [f"comm.nccl.{key}" for key in ("max_ctas=4", "zero_cta=true", "symmetric_bytes=5000", "register_buffers=true")]
