@@ -28,6 +28,26 @@ Tensor owned_field(ValueData& value, std::size_t field) {
   return value.owned.empty() ? to_dtype(value.fields[field], value.fields[field].dtype) : std::move(value.owned[field]);
 }
 
+std::string memory_remedies(const Plan& plan) {
+  std::string text = "more ranks on mesh.ring or mesh.ulysses hold less each";
+  if (plan.strategy == "allgather" || plan.strategy == "grid_gather")
+    text += ", strategy=ring on mesh.ring holds two blocks of keys instead of all";
+  if (plan.problem->shape.dtype == DType::kF32) text += ", dtype=bf16 halves it";
+  return text + ", a smaller batch lowers it";
+}
+
+// body(), whose device may run out of memory: the message then says what this rank's plan needs.
+template <class Body>
+auto within_memory(const Plan& plan, const RankPlan& mine, std::string_view what, const Body& body) {
+  try {
+    return body();
+  } catch (const OutOfMemory& error) {
+    throw OutOfMemory(fmt::format("{}; {} of attention holds {} bytes beside what it is given (strategy {}, mesh {}): {}",
+                                  error.message(), what, mine.cost.peak_memory, plan.strategy, plan.problem->mesh.text(),
+                                  memory_remedies(plan)));
+  }
+}
+
 }  // namespace
 
 struct ShardedAttention::Impl {
@@ -84,6 +104,33 @@ struct ShardedAttention::Impl {
     return {q, call.bias};
   }
 
+  AttentionResult forward(const TensorView& q, const TensorView& k, const TensorView& v, const AttentionCall& call) {
+    check_inputs(q, k, v);
+    std::vector<ValueData> outputs = forward_runner.run({with_bias(q, call), {k, v}}, call);
+    Tensor lse = owned_field(outputs[0], 0);
+    return {owned_field(outputs[0], 1), std::move(lse)};
+  }
+
+  AttentionGradients backward(const TensorView& q, const TensorView& k, const TensorView& v, const AttentionResultView& result,
+                              const TensorView& dout, const AttentionCall& call) {
+    check_inputs(q, k, v);
+    check_result(result);
+    check_tensor("dout", dout, result.out.shape, shape.dtype);
+    Tensor delta = Tensor::uninitialized(result.lse.dtype, result.lse.shape);
+    attention_delta(dout, result.out, delta);
+    std::vector<ValueData> outputs = backward_runner.run({with_bias(q, call), {k, v}, {result.lse, delta, dout}}, call);
+    AttentionGradients gradients;
+    gradients.dq = owned_field(outputs[0], 0);
+    if (shape.bias) gradients.dbias = owned_field(outputs[0], 1);
+    gradients.dk = owned_field(outputs[1], 0);
+    gradients.dv = owned_field(outputs[1], 1);
+    if (shape.sink) {
+      gradients.dsink = Tensor(delta->dtype, {q_block().heads.q.count()});
+      if (call.sink.data != nullptr) add_sink_gradient(result.lse, delta, call.sink, gradients.dsink);
+    }
+    return gradients;
+  }
+
   const Mesh& mesh;
   AttentionShape shape;
   Plan forward_plan, backward_plan;
@@ -109,33 +156,16 @@ const RankPlan& ShardedAttention::backward_rank_plan() const { return impl_->bac
 AttentionResult ShardedAttention::forward(const TensorView& q, const TensorView& k, const TensorView& v,
                                           const AttentionCall& call) {
   const WorkSpan span(impl_->mesh.world().trace(), {"forward", call.layer});
-  impl_->check_inputs(q, k, v);
-  std::vector<ValueData> outputs = impl_->forward_runner.run({impl_->with_bias(q, call), {k, v}}, call);
-  Tensor lse = owned_field(outputs[0], 0);
-  return {owned_field(outputs[0], 1), std::move(lse)};
+  return within_memory(impl_->forward_plan, impl_->forward_mine, "the forward pass",
+                       [&] { return impl_->forward(q, k, v, call); });
 }
 
 AttentionGradients ShardedAttention::backward(const TensorView& q, const TensorView& k, const TensorView& v,
                                               const AttentionResultView& result, const TensorView& dout,
                                               const AttentionCall& call) {
   const WorkSpan span(impl_->mesh.world().trace(), {"backward", call.layer});
-  impl_->check_inputs(q, k, v);
-  impl_->check_result(result);
-  check_tensor("dout", dout, result.out.shape, impl_->shape.dtype);
-  Tensor delta = Tensor::uninitialized(result.lse.dtype, result.lse.shape);
-  attention_delta(dout, result.out, delta);
-  std::vector<ValueData> outputs =
-      impl_->backward_runner.run({impl_->with_bias(q, call), {k, v}, {result.lse, delta, dout}}, call);
-  AttentionGradients gradients;
-  gradients.dq = owned_field(outputs[0], 0);
-  if (impl_->shape.bias) gradients.dbias = owned_field(outputs[0], 1);
-  gradients.dk = owned_field(outputs[1], 0);
-  gradients.dv = owned_field(outputs[1], 1);
-  if (impl_->shape.sink) {
-    gradients.dsink = Tensor(delta->dtype, {impl_->q_block().heads.q.count()});
-    if (call.sink.data != nullptr) add_sink_gradient(result.lse, delta, call.sink, gradients.dsink);
-  }
-  return gradients;
+  return within_memory(impl_->backward_plan, impl_->backward_mine, "the backward pass",
+                       [&] { return impl_->backward(q, k, v, result, dout, call); });
 }
 
 struct DistributedAttention::Impl {

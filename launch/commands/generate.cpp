@@ -15,6 +15,18 @@ RunConfig run_folder_config(const std::string& path, const CommonOptions& common
   return load_config<RunConfig>(existing_run_folder(path).config(), common.set);
 }
 
+namespace {
+
+// What the keys and values of a full context take, on all ranks of mesh.tensor, mesh.ring and mesh.ulysses together.
+std::string cache_text(const RunConfig& config) {
+  const ModelConfig model = resolve(config.model);
+  const std::int64_t window = model.position == "learned" ? model.max_seq : config.train.seq_len;
+  const std::int64_t bytes = 2 * model.layers * window * model.kv_heads * model.head_dim * size_of(config.dtype);
+  return fmt::format("keys and values of {} positions take {} bytes, beside the weights", window, bytes);
+}
+
+}  // namespace
+
 Command add_generate(CLI::App& app) {
   CLI::App* command = app.add_subcommand("generate", "continue a text with a model of a run folder");
   struct Options {
@@ -52,8 +64,15 @@ Command add_generate(CLI::App& app) {
         std::fflush(stdout);
       };
       stream(options->prompt);
-      const GenerateResult result =
-          generate(world, config.mesh.shape(), options->run, options->prompt, options->generate, stream);
+      const GenerateResult result = [&] {
+        try {
+          return generate(world, config.mesh.shape(), options->run, options->prompt, options->generate, stream);
+        } catch (const OutOfMemory& error) {
+          throw OutOfMemory(
+              fmt::format("{}; {}: more ranks on mesh.tensor share both, on mesh.ring and mesh.ulysses the former",
+                          error.message(), cache_text(config)));
+        }
+      }();
       stream("\n");
       if (!first || streams) return;
       print_json({{"event", "done"},

@@ -84,6 +84,17 @@ class BadGpu(unittest.TestCase):
         text = self.train(code=SYSTEM, DATTN_CUDA_STANDIN_MEMORY="200000")
         self.told_once(text, "out of memory on cuda:0", "training holds", "weights", "activations", "train.recompute=block")
 
+    def test_out_of_memory_in_attention_says_what_was_planned(self):
+        text = self.run_dattn("bench", "attention", "--seq", "512", "--heads", "8", "--dim", "64", "--set", "device=cuda", code=SYSTEM,
+                              DATTN_CUDA_STANDIN_MEMORY="5000000").stderr
+        self.told_once(text, "out of memory on cuda:0", "the forward pass of attention holds", "mesh.ring", "dtype=bf16")
+
+    def test_out_of_memory_while_generating_says_what_the_cache_takes(self):
+        folder = self.run_dattn("train", "small.yaml", "--set", "device=cpu").stdout.strip()
+        text = self.run_dattn("generate", folder, "--prompt", "It is", "--set", "device=cuda", code=SYSTEM,
+                              DATTN_CUDA_STANDIN_MEMORY="50000").stderr
+        self.told_once(text, "out of memory on cuda:0", "keys and values of 32 positions take 8192 bytes", "mesh.tensor")
+
     def test_errors_of_the_hardware_end_all_ranks(self):
         for fault, name, remedy in (("ecc 1 40", "cudaErrorECCUncorrectable", "Xid"), ("address 0 25", "cudaErrorIllegalAddress", "Xid")):
             for transfers in ("nccl", "staged"):
