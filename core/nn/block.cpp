@@ -33,8 +33,7 @@ TensorView as_rows(const TensorView& heads) {
 // x [R, M] -> norm -> [N, M] in the compute type
 Tensor enter_half(const Norm& norm, const Pass& pass, const TensorView& x, Tensor& stats) {
   stats = Tensor::uninitialized(DType::kF32, {x.size(0), 2});
-  Tensor normed = norm_forward(norm, x, stats);
-  return to_compute(pass.boundary.enter(std::move(normed), pass.batch * pass.seq), pass.compute);
+  return pass.boundary.enter(norm_forward(norm, x, stats, pass.compute), pass.batch * pass.seq);
 }
 
 // dh [N, M] fp32 -> through enter and norm, onto dx [R, M]

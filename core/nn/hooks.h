@@ -47,7 +47,8 @@ class Boundary {
   virtual ~Boundary() = default;
   virtual std::int64_t residual_rows(std::int64_t rows) const { return rows; }  // of N token rows, how many are kept here
   virtual std::int64_t residual_begin(std::int64_t) const { return 0; }         // and from which one on
-  // rows: N. x holds residual_rows(N) x M floats; the result holds N x M, and the reverse for leave. fp32.
+  // rows: N. x holds residual_rows(N) x M numbers; the result holds N x M, and the reverse for leave. fp32, but for enter,
+  // which takes and gives back the compute type.
   virtual Tensor enter(Tensor x, std::int64_t) { return x; }
   virtual Tensor enter_backward(Tensor dy, std::int64_t) { return dy; }
   virtual Tensor leave(Tensor x, std::int64_t) { return x; }

@@ -4,6 +4,7 @@
 #include <cmath>
 #include <vector>
 
+#include "core/nn/linear.h"
 #include "core/nn/on_cuda.h"
 #include "core/nn/vector_math.h"
 
@@ -12,7 +13,8 @@ namespace {
 
 constexpr std::int64_t kRows = 64;  // rows of one block
 
-DATTN_VECTORIZED void forward_row(const Norm& norm, const float* x, const float* w, const float* b, float* y, float* stats,
+template <class T>
+DATTN_VECTORIZED void forward_row(const Norm& norm, const float* x, const float* w, const float* b, T* y, float* stats,
                                   std::int64_t dim) {
   float mean = 0.0f;
   if (norm.centered) {
@@ -27,9 +29,9 @@ DATTN_VECTORIZED void forward_row(const Norm& norm, const float* x, const float*
   stats[0] = mean;
   stats[1] = scale;
   if (b != nullptr) {
-    for (std::int64_t j = 0; j < dim; ++j) y[j] = (x[j] - mean) * scale * w[j] + b[j];
+    for (std::int64_t j = 0; j < dim; ++j) store(y[j], (x[j] - mean) * scale * w[j] + b[j]);
   } else {
-    for (std::int64_t j = 0; j < dim; ++j) y[j] = (x[j] - mean) * scale * w[j];
+    for (std::int64_t j = 0; j < dim; ++j) store(y[j], (x[j] - mean) * scale * w[j]);
   }
 }
 
@@ -91,19 +93,22 @@ std::vector<Interval> blocks_of(std::int64_t rows) {
 
 }  // namespace
 
-Tensor norm_forward(const Norm& norm, const TensorView& x, const TensorView& stats) {
-  Tensor y = Tensor::uninitialized(DType::kF32, x.shape);
+Tensor norm_forward(const Norm& norm, const TensorView& x, const TensorView& stats, DType result) {
   const std::int64_t dim = x.size(1);
   const float* w = norm.weight->value.ptr<float>();
   const float* b = norm.bias != nullptr ? norm.bias->value.ptr<float>() : nullptr;
-  if (on_cuda({&x, &y.view(), &stats, &norm.weight->value.view()})) {
+  if (on_cuda({&x, &stats, &norm.weight->value.view()})) {
+    Tensor y = Tensor::uninitialized(DType::kF32, x.shape);
     cuda_nn().norm(x, w, b, norm.centered, norm.epsilon, y, stats, cuda_stream());
-    return y;
+    return to_compute(std::move(y), result);
   }
-  parallel_blocks(x.size(0), kRows, [&](std::int64_t begin, std::int64_t end) {
-    for (std::int64_t row = begin; row < end; ++row) {
-      forward_row(norm, x.ptr<float>() + row * dim, w, b, y.ptr<float>() + row * dim, stats.ptr<float>() + 2 * row, dim);
-    }
+  Tensor y = Tensor::uninitialized(result, x.shape);
+  with_number(result, [&](auto zero) {
+    auto* to = y.ptr<decltype(zero)>();
+    parallel_blocks(x.size(0), kRows, [&](std::int64_t begin, std::int64_t end) {
+      for (std::int64_t row = begin; row < end; ++row)
+        forward_row(norm, x.ptr<float>() + row * dim, w, b, to + row * dim, stats.ptr<float>() + 2 * row, dim);
+    });
   });
   return y;
 }

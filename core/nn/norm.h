@@ -14,8 +14,8 @@ struct Norm {
   float epsilon = 1e-5f;
 };
 
-// y [R, M]; stats [R, 2] receives the mean (0 for rmsnorm) and the reciprocal standard deviation of each row.
-Tensor norm_forward(const Norm& norm, const TensorView& x, const TensorView& stats);
+// y [R, M] in type `result`; stats [R, 2] receives the mean (0 for rmsnorm) and the reciprocal standard deviation of each row.
+Tensor norm_forward(const Norm& norm, const TensorView& x, const TensorView& stats, DType result = DType::kF32);
 // dx [R, M] += gradient through the norm; adds to the gradients of weight and bias, in the order of a tree if given one.
 void norm_backward(const Norm& norm, const TensorView& x, const TensorView& stats, const TensorView& dy, const TensorView& dx,
                    const RowTree& tree = {});

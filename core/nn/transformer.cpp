@@ -292,7 +292,7 @@ Tensor Transformer::Impl::blocks_without_gradient(const Pass& pass, Tensor x) co
 // x [R, M] -> final norm -> [N, M] in the compute type
 Tensor Transformer::Impl::enter_head(const Pass& pass, const TensorView& x, Tensor& stats) const {
   stats = Tensor::uninitialized(DType::kF32, {x.size(0), 2});
-  return to_compute(boundary.enter(norm_forward(norm, x, stats), pass.batch * pass.seq), options.compute);
+  return boundary.enter(norm_forward(norm, x, stats, options.compute), pass.batch * pass.seq);
 }
 
 // h [N, M] -> the loss; with dh [N, M] fp32, its gradient too. By pieces of the rows, so that logits [n, V] stay small;

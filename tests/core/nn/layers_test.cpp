@@ -66,6 +66,19 @@ TEST(Norm, HandNumbers) {
   EXPECT_NEAR(layer->at<float>(0, 1), 1.0, 1e-5);
 }
 
+TEST(Norm, WritesTheTypeAskedFor) {
+  Parameter weight = whole_parameter({9}, 1), bias = whole_parameter({9}, 2);
+  const Tensor x = normal({4, 9}, 3), stats(DType::kF32, {4, 2});
+  for (Parameter* b : {&bias, static_cast<Parameter*>(nullptr)}) {
+    const Norm norm{&weight, b, b != nullptr, 1e-5f};
+    const Tensor exact = norm_forward(norm, x, stats), rounded = norm_forward(norm, x, stats, DType::kBF16);
+    ASSERT_EQ(rounded->dtype, DType::kBF16);
+    const Tensor wide = to_dtype(rounded, DType::kF32);
+    for (std::int64_t i = 0; i < exact->elements(); ++i)
+      EXPECT_NEAR(wide.ptr<float>()[i], exact.ptr<float>()[i], std::abs(exact.ptr<float>()[i]) / 256);
+  }
+}
+
 TEST(Activation, GradientsByFiniteDifferences) {
   const Tensor up = normal({5, 9}, 1), gate = normal({5, 9}, 2), da = normal({5, 9}, 3);
   const GeluGradients gelu = gelu_backward(up, da);

@@ -58,7 +58,7 @@ class GroupBoundary final : public Boundary {
     Tensor all(DType::kF32, {rows, x->size(1)});
     copy(x, all->slice(0, mine(rows).begin, mine(rows).count()));
     group_.sum(index_, all);
-    return all;
+    return to_dtype(all, x->dtype);
   }
   Tensor summed(Tensor x, std::int64_t rows) {
     group_.sum(index_, x);
