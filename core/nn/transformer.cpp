@@ -134,6 +134,11 @@ Recompute recompute_from(std::string_view name) {
 
 std::string_view name_of(Recompute recompute) { return recompute == Recompute::kBlock ? "block" : "none"; }
 
+std::int64_t logit_rows(std::int64_t rows, std::int64_t vocab, std::int64_t logits_at_a_time) {
+  const std::int64_t most = std::max<std::int64_t>(1, logits_at_a_time / vocab);
+  return div_up(rows, std::max<std::int64_t>(1, div_up(rows, most)));
+}
+
 PartRanges ranges_of(const ModelConfig& resolved, const ModelPart& part) {
   PartRanges ranges;
   ranges.heads = split_evenly(resolved.heads, part.count, part.index);
@@ -295,12 +300,12 @@ Tensor Transformer::Impl::enter_head(const Pass& pass, const TensorView& x, Tens
   return boundary.enter(norm_forward(norm, x, stats, options.compute), pass.batch * pass.seq);
 }
 
-// h [N, M] -> the loss; with dh [N, M] fp32, its gradient too. By pieces of the rows, so that logits [n, V] stay small;
-// the pieces are equal on every part.
+// h [N, M] -> the loss; with dh [N, M] fp32, its gradient too. By pieces of the rows, so that logits [n, V] stay within
+// logits_at_a_time; the pieces are equal on every part.
 double Transformer::Impl::head(const TokenBatch& batch, const Pass& pass, const TensorView& h, const TensorView& dh) const {
   if (!pass.rows.tree.empty()) return head_by_tree(batch, pass.rows.tree, h, dh);
   const std::int64_t widest = split_evenly(config.vocab, options.part.count, 0).count();
-  const std::int64_t piece = std::max<std::int64_t>(1, options.logits_at_a_time / widest);
+  const std::int64_t piece = logit_rows(h.size(0), widest, options.logits_at_a_time);
   double total = 0.0;
   for (std::int64_t begin = 0; begin < h.size(0); begin += piece) {
     const Interval rows{begin, std::min(begin + piece, h.size(0))};

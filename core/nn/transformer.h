@@ -33,7 +33,11 @@ enum class Recompute {
 Recompute recompute_from(std::string_view name);  // "none" | "block"; throws Error(kBadInput)
 std::string_view name_of(Recompute recompute);
 
-inline constexpr std::int64_t kLogitsAtATime = std::int64_t{1} << 24;  // held by the loss: 64 MiB
+// The loss holds at most so many logits, 64 MiB, whatever the batch: of 50,257 tokens, those of 333 rows.
+inline constexpr std::int64_t kLogitsAtATime = std::int64_t{1} << 24;
+// How many of `rows` have their logits held at a time, of a vocabulary of `vocab`: pieces of one size, since a last one of few
+// rows would be multiplied slowly.
+std::int64_t logit_rows(std::int64_t rows, std::int64_t vocab, std::int64_t logits_at_a_time = kLogitsAtATime);
 
 struct TransformerOptions {
   ModelPart part;

@@ -63,8 +63,7 @@ Sizes sizes_of(const ModelConfig& model, const PartRanges& part, const TrainConf
   is.lse = kFloat * rows * part.heads.count();
   is.statistics = kStatistics * residual_rows;
   const std::int64_t widest_vocab = div_up(model.vocab, tensor);
-  is.logits = std::min(rows, std::max<std::int64_t>(1, kLogitsAtATime / widest_vocab)) * vocab *
-              (kFloat + (dtype == DType::kF32 ? 0 : e));
+  is.logits = logit_rows(rows, widest_vocab) * vocab * (kFloat + (dtype == DType::kF32 ? 0 : e));
   is.to_float = kFloat / e;
   is.ups = ups_of(model);
   return is;
