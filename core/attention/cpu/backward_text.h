@@ -248,7 +248,7 @@ DATTN_INLINE void keep_band(const Backward<Unit>& b, const Terms& t, const Band&
   for (std::int64_t row = band.row_begin; row < band.row_end; ++row) {
     const KeyRange range = keys_of_row(band, row);
     const std::int64_t begin = range.begin / kPanel * kPanel;  // whole bytes
-    if (begin < range.end) keep_bits(t, band, row, begin, range.end - begin, b.keep + row * kKeepStride + begin / 8);
+    if (begin < range.end) keep_bits(t, band, row, 1, begin, range.end - begin, b.keep + row * kKeepStride + begin / 8, 0);
   }
 }
 

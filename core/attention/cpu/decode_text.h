@@ -109,7 +109,7 @@ DATTN_INLINE void decode_block(const DecodeJob& job, const Band& band, std::int6
   if constexpr (kTerms) {
     if (job.terms->drop_below != 0) {
       unsigned char bits[keep_bytes(kDecodeBlock)];
-      keep_bits(*job.terms, band, row, begin, count, bits);
+      keep_bits(*job.terms, band, row, 1, begin, count, bits, 0);
       const std::int64_t bit = first_bit(band, begin);
       for (std::int64_t i = 0; i < count; i += kLanes) store(p + i, keep_lanes(load(p + i), bits, bit + i));
     }

@@ -25,28 +25,36 @@ DATTN_INLINE PhiloxRow philox_row(const Terms& t, std::int64_t query) {
           (b2 >> 32) ^ (t.key[0] + 2 * kPhiloxKeyA), static_cast<std::uint32_t>(a1) ^ (t.key[1] + 2 * kPhiloxKeyB), b2};
 }
 
-// The four words of each counter.
-DATTN_INLINE void philox(const Terms& t, const PhiloxRow& row, Longs counter, Longs (&words)[4]) {
+// The four words of each counter, of kMany vectors of counters for each of kRows rows at once: a round waits for the
+// multiplications of the one before, and what the other vectors need fills the time.
+template <int kRows, int kMany>
+DATTN_INLINE void philox(const Terms& t, const PhiloxRow (&rows)[kRows], const Longs (&counters)[kMany],
+                         Longs (&words)[kRows * kMany][4]) {
   const Longs factor_a = splat_long(kPhiloxA), factor_b = splat_long(kPhiloxB);
-  const Longs b1 = multiply_low(factor_b, counter ^ splat_long(row.first));
-  const Longs a2 = multiply_low(factor_a, (b1 >> 32) ^ splat_long(row.second));
-  Longs word0 = b1 ^ splat_long(row.third_a), word1 = splat_long(row.word), word2 = (a2 >> 32) ^ splat_long(row.third_b),
-        word3 = a2;
+#pragma GCC unroll 4
+  for (int i = 0; i < kRows * kMany; ++i) {
+    const PhiloxRow& row = rows[i / kMany];
+    const Longs b1 = multiply_low(factor_b, counters[i % kMany] ^ splat_long(row.first));
+    const Longs a2 = multiply_low(factor_a, (b1 >> 32) ^ splat_long(row.second));
+    words[i][0] = b1 ^ splat_long(row.third_a);
+    words[i][1] = splat_long(row.word);
+    words[i][2] = (a2 >> 32) ^ splat_long(row.third_b);
+    words[i][3] = a2;
+  }
   std::uint32_t key0 = t.key[0] + 3 * kPhiloxKeyA, key1 = t.key[1] + 3 * kPhiloxKeyB;
 #pragma GCC unroll 7
   for (int round = 3; round < 10; ++round) {
-    const Longs a = multiply_low(factor_a, word0), b = multiply_low(factor_b, word2);
-    word0 = (b >> 32) ^ word1 ^ splat_long(key0);
-    word2 = (a >> 32) ^ word3 ^ splat_long(key1);
-    word1 = b;
-    word3 = a;
+#pragma GCC unroll 4
+    for (int i = 0; i < kRows * kMany; ++i) {
+      const Longs a = multiply_low(factor_a, words[i][0]), b = multiply_low(factor_b, words[i][2]);
+      words[i][0] = (b >> 32) ^ words[i][1] ^ splat_long(key0);
+      words[i][2] = (a >> 32) ^ words[i][3] ^ splat_long(key1);
+      words[i][1] = b;
+      words[i][3] = a;
+    }
     key0 += kPhiloxKeyA;
     key1 += kPhiloxKeyB;
   }
-  words[0] = word0;
-  words[1] = word1;
-  words[2] = word2;
-  words[3] = word3;
 }
 
 // Lower halves of `even` and `odd` side by side.
@@ -60,28 +68,42 @@ DATTN_INLINE Longs in_turn(Longs a, Longs b, std::integer_sequence<int, kLane...
   return __builtin_shufflevector(a, b, (kFirst + kLane / 2 + kLane % 2 * (kLanes / 2))...);
 }
 
-// Words of 2 kLanes neighbouring keys from position `key` on, a multiple of 4.
-DATTN_INLINE void words_of_neighbours(const Terms& t, const PhiloxRow& row, std::int64_t key, Words (&words)[2]) {
-  constexpr std::make_integer_sequence<int, kLanes / 2> kEveryLane;
-  Longs w[4];
-  philox(t, row, splat_long(static_cast<std::uint64_t>(key) >> 2) + long_numbers(), w);
-  const Longs first = side_by_side(w[0], w[1]), second = side_by_side(w[2], w[3]);
-  words[0] = (Words)in_turn<0>(first, second, kEveryLane);
-  words[1] = (Words)in_turn<kLanes / 4>(first, second, kEveryLane);
-}
-
 // Words of kLanes / 2 keys at key, key + step, ..: each has a counter of its own.
-DATTN_INLINE Longs words_apart(const Terms& t, const PhiloxRow& row, std::int64_t key, std::int64_t step) {
+DATTN_INLINE Longs words_apart(const Terms& t, const PhiloxRow (&row)[1], std::int64_t key, std::int64_t step) {
   const Longs position =
       splat_long(static_cast<std::uint64_t>(key)) + multiply_low(long_numbers(), splat_long(static_cast<std::uint64_t>(step)));
-  Longs w[4];
-  philox(t, row, position >> 2, w);
+  const Longs counters[1] = {position >> 2};
+  Longs w[1][4];
+  philox(t, row, counters, w);
   const Longs word = position & splat_long(3);
-  return word < splat_long(2) ? (word == splat_long(0) ? w[0] : w[1]) : (word == splat_long(2) ? w[2] : w[3]);
+  return word < splat_long(2) ? (word == splat_long(0) ? w[0][0] : w[0][1]) : (word == splat_long(2) ? w[0][2] : w[0][3]);
 }
 
-DATTN_INLINE std::uint32_t kept_bits(const Terms& t, Words words) {
-  return bits_of((Ints)(words >> 8) >= splat_int(static_cast<std::int32_t>(t.drop_below)));
+// One bit a key for two vectors of words.
+DATTN_INLINE void store_kept(const Terms& t, Words low, Words high, unsigned char* bits) {
+  const Ints least = splat_int(static_cast<std::int32_t>(t.drop_below));
+  const std::uint32_t both = bits_of((Ints)(low >> 8) >= least) | bits_of((Ints)(high >> 8) >= least) << kLanes;
+  __builtin_memcpy(bits, &both, kLanes / 4);
+}
+
+// The bits of 2 kMany kLanes neighbouring keys from position `key` on, a multiple of 4; those of the rows lie `stride` bytes
+// apart.
+template <int kMany, int kRows>
+DATTN_INLINE void keep_neighbours(const Terms& t, const PhiloxRow (&rows)[kRows], std::int64_t key, unsigned char* bits,
+                                  std::int64_t stride) {
+  constexpr std::make_integer_sequence<int, kLanes / 2> kEveryLane;
+  Longs counters[kMany], w[kRows * kMany][4];
+#pragma GCC unroll 2
+  for (int i = 0; i < kMany; ++i)
+    counters[i] =
+        splat_long((static_cast<std::uint64_t>(key) >> 2) + static_cast<std::uint64_t>(i * kLanes / 2)) + long_numbers();
+  philox(t, rows, counters, w);
+#pragma GCC unroll 4
+  for (int i = 0; i < kRows * kMany; ++i) {
+    const Longs first = side_by_side(w[i][0], w[i][1]), second = side_by_side(w[i][2], w[i][3]);
+    store_kept(t, (Words)in_turn<0>(first, second, kEveryLane), (Words)in_turn<kLanes / 4>(first, second, kEveryLane),
+               bits + i / kMany * stride + i % kMany * kLanes / 4);
+  }
 }
 
 // Bytes that keep_bits fills for `count` keys, and what reading past them touches.
@@ -92,25 +114,46 @@ DATTN_INLINE std::int64_t first_bit(const Band& band, std::int64_t key) {
   return band.k_step == 1 ? (band.k_position + key - band.k_begin) & 3 : 0;
 }
 
-// One bit a key, set where it is kept: `count` keys from `key` on, for one row. Columns outside the band get any bits.
-static __attribute__((noinline)) void keep_bits(const Terms& t, const Band& band, std::int64_t row, std::int64_t key,
-                                                std::int64_t count, unsigned char* bits) {
-  const PhiloxRow from = philox_row(t, band.q_position + (row - band.row_begin) * band.q_step);
+// One bit a key, set where it is kept: `count` keys from `key` on, for kRows rows, whose bits lie `stride` bytes apart.
+template <int kRows>
+DATTN_INLINE void keep_rows(const Terms& t, const Band& band, std::int64_t row, std::int64_t key, std::int64_t count,
+                            unsigned char* bits, std::int64_t stride) {
+  constexpr std::int64_t kKeys = 2 * kLanes;
   const std::int64_t position = band.k_position + (key - band.k_begin) * band.k_step, first = first_bit(band, key);
-  for (std::int64_t i = 0; i < first + count; i += 2 * kLanes, bits += kLanes / 4) {
+  PhiloxRow from[kRows];
+  for (int r = 0; r < kRows; ++r) from[r] = philox_row(t, band.q_position + (row + r - band.row_begin) * band.q_step);
+  std::int64_t i = 0;
+  for (; i + kKeys < first + count; i += 2 * kKeys) keep_neighbours<2>(t, from, position - first + i, bits + i / 8, stride);
+  if (i < first + count) keep_neighbours<1>(t, from, position - first + i, bits + i / 8, stride);
+}
+
+// The same for one row where keys lie apart.
+DATTN_INLINE void keep_row_apart(const Terms& t, const Band& band, std::int64_t row, std::int64_t key, std::int64_t count,
+                                 unsigned char* bits) {
+  const PhiloxRow from[1] = {philox_row(t, band.q_position + (row - band.row_begin) * band.q_step)};
+  const std::int64_t position = band.k_position + (key - band.k_begin) * band.k_step, step = band.k_step;
+  for (std::int64_t i = 0; i < count; i += 2 * kLanes) {
     Words words[2];
-    if (band.k_step == 1) {
-      words_of_neighbours(t, from, position - first + i, words);
-    } else {
-      for (int half = 0; half < 2; ++half) {
-        const std::int64_t at = position + (i + half * kLanes) * band.k_step;
-        words[half] = (Words)side_by_side(words_apart(t, from, at, 2 * band.k_step),
-                                          words_apart(t, from, at + band.k_step, 2 * band.k_step));
-      }
+    for (int half = 0; half < 2; ++half) {
+      const std::int64_t at = position + (i + half * kLanes) * step;
+      words[half] = (Words)side_by_side(words_apart(t, from, at, 2 * step), words_apart(t, from, at + step, 2 * step));
     }
-    const std::uint32_t both = kept_bits(t, words[0]) | kept_bits(t, words[1]) << kLanes;
-    __builtin_memcpy(bits, &both, kLanes / 4);
+    store_kept(t, words[0], words[1], bits + i / 8);
   }
+}
+
+// The same for any number of rows. Rows and columns outside the band get any bits.
+static __attribute__((noinline)) void keep_bits(const Terms& terms, const Band& band, std::int64_t row, std::int64_t rows,
+                                                std::int64_t key, std::int64_t count, unsigned char* bits,
+                                                std::int64_t stride) {
+  const Terms t = terms;  // where no store to `bits` can reach it: its keys stay in registers
+  std::int64_t r = 0;
+  if (band.k_step == 1) {
+    for (; r + 1 < rows; r += 2) keep_rows<2>(t, band, row + r, key, count, bits + r * stride, stride);
+    if (r < rows) keep_rows<1>(t, band, row + r, key, count, bits + r * stride, stride);
+    return;
+  }
+  for (; r < rows; ++r) keep_row_apart(t, band, row + r, key, count, bits + r * stride);
 }
 
 // The lanes of `value` whose bits, from number `bit` on, are set; else 0.

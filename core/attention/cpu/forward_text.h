@@ -162,7 +162,7 @@ DATTN_INLINE void lazy_block(const Forward<Unit>& f, const ForwardJob& job, cons
   if constexpr (kTerms) {
     if (job.terms->drop_below != 0) {
       keep = {bits, first_bit(band, key)};
-      for (int r = 0; r < kBlock; ++r) keep_bits(*job.terms, band, row + r, key, kPanel, bits + r * kPanelBits);
+      keep_bits(*job.terms, band, row, kBlock, key, kPanel, bits, kPanelBits);
     }
   }
   Block<kWidth> acc;
@@ -212,7 +212,7 @@ DATTN_INLINE void softmax_strip(const Forward<Unit>& f, const ForwardJob& job, c
     if constexpr (kTerms) {
       if (job.terms->drop_below != 0) {
         unsigned char bits[keep_bytes(kForwardKeys)];
-        keep_bits(*job.terms, band, row, key, end - begin, bits);
+        keep_bits(*job.terms, band, row, 1, key, end - begin, bits, 0);
         f.sum[row] = f.sum[row] * f.rescale[row] +
                      exponentiate<true, Unit>(scores, begin, end, factor, -finite, bits, first_bit(band, key));
         continue;

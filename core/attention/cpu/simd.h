@@ -56,11 +56,13 @@ DATTN_INLINE void store(void* to, Floats value) { *static_cast<FloatsAnywhere*>(
 
 template <class Storage>
 DATTN_INLINE Floats widen(Halves half) {
-  if constexpr (Storage::kBrain) return (Floats)(__builtin_convertvector(half, Words) << 16);
 #if defined(__AVX512F__)
+  if constexpr (Storage::kBrain) return (Floats)_mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)half), 16);
   return _mm512_cvtph_ps((__m256i)half);
 #else
-  const Words bits = __builtin_convertvector(half, Words), size = bits & (0x7fffu - Words{});
+  const Words bits = __builtin_convertvector(half, Words);
+  if constexpr (Storage::kBrain) return (Floats)(bits << 16);
+  const Words size = bits & (0x7fffu - Words{});
   const Words normal = (size << 13) + ((112u << 23) - Words{}), special = (size << 13) | (0x7f800000u - Words{});
   const Words subnormal = (Words)(__builtin_convertvector((Ints)size, Floats) * splat(0x1p-24f));
   const Words finite = (Ints)size < splat_int(0x400) ? subnormal : normal;
@@ -219,8 +221,12 @@ DATTN_INLINE std::uint32_t bits_of(Ints truth) {
 
 // `value` in the lanes whose bit is set, else 0.
 DATTN_INLINE Floats where_set(std::uint32_t bits, Floats value) {
+#if defined(__AVX512F__)
+  return _mm512_maskz_mov_ps(static_cast<__mmask16>(bits), value);
+#else
   const Ints set = splat_int(static_cast<std::int32_t>(bits)) & (splat_int(1) << lane_numbers());
   return (Floats)((Ints)value & (Ints)(set != Ints{}));
+#endif
 }
 
 // Units: broadcast, multiply-add, and how many elements one holds.
