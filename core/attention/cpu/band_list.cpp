@@ -36,22 +36,26 @@ std::optional<Band> cut_ranges(Band band, std::int64_t begin, std::int64_t end) 
 }  // namespace
 
 BandList::BandList(std::span<const Tile> tiles, std::int64_t seq_q, std::int64_t block_rows, std::int64_t first_key,
-                   bool invariant)
-    : block_rows_(block_rows), first_key_(first_key), blocks_(static_cast<std::size_t>((seq_q + block_rows - 1) / block_rows)) {
+                   bool invariant, Interval keys)
+    : block_rows_(block_rows),
+      first_key_(first_key),
+      blocks_(static_cast<std::size_t>((seq_q + block_rows - 1) / block_rows)),
+      areas_(blocks_.size()) {
   std::vector<const Tile*> order;
   order.reserve(tiles.size());
   for (const Tile& tile : tiles) order.push_back(&tile);
   const auto before = [](const Tile* a, const Tile* b) { return a->region < b->region; };
   if (invariant) std::stable_sort(order.begin(), order.end(), before);
-  for (const Tile* tile : order) add(*tile);
+  for (const Tile* tile : order) add(*tile, keys);
 }
 
-void BandList::add(const Tile& tile) {
+void BandList::add(const Tile& tile, Interval keys) {
   const KeyRange* ranges = tile.stairs() ? add_ranges(tile) : nullptr;
   for (std::int64_t block = tile.rows.q.begin / block_rows_; block * block_rows_ < tile.rows.q.end; ++block) {
     const std::int64_t first_row = block * block_rows_;
-    const auto part = restrict_to(tile, {first_row, first_row + block_rows_}, tile.rows.k);
+    const auto part = restrict_to(tile, {first_row, first_row + block_rows_}, keys);
     if (!part) continue;
+    areas_[static_cast<std::size_t>(block)] += dattn::area(*part);
     const Region local = shift(part->rows, -first_row, -first_key_);
     Band band{};
     band.row_begin = local.q.begin;
@@ -102,6 +106,18 @@ void BandList::in_range(std::int64_t block, std::int64_t begin, std::int64_t end
     cut.k_position += (part->k.begin - band.k_begin) * band.k_step;
     bands.push_back(cut);
   }
+}
+
+std::vector<ListedBlock> heaviest_first(std::span<const BandList> lists) {
+  std::vector<ListedBlock> order;
+  for (std::size_t list = 0; list < lists.size(); ++list) {
+    for (std::int64_t block = 0; block < lists[list].blocks(); ++block)
+      order.push_back({static_cast<std::int64_t>(list), block});
+  }
+  const auto area_of = [&](const ListedBlock& at) { return lists[static_cast<std::size_t>(at.list)].area(at.block); };
+  std::stable_sort(order.begin(), order.end(),
+                   [&](const ListedBlock& a, const ListedBlock& b) { return area_of(a) > area_of(b); });
+  return order;
 }
 
 }  // namespace dattn::cpu

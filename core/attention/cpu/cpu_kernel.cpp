@@ -1,6 +1,6 @@
 // The cpu kernel: tiled online-softmax attention, forward and backward, over packed operands, with SIMD chosen at run
 // time. fp32, bf16 and fp16 storage, fp32 accumulation. Files: ops.h (border), path_*.cpp (instruction sets), *_text.h (the
-// kernels), forward.cpp, backward.cpp, decode.cpp (drivers).
+// kernels), forward.cpp, backward.cpp, decode.cpp (drivers), split_states.cpp (keys in parts).
 #include "core/attention/check_args.h"
 #include "core/attention/cpu/drive.h"
 #include "core/attention/cpu/paths.h"

@@ -1,6 +1,11 @@
 // A few query rows against many keys, as when a model generates: nothing is packed, every key and value is read once
 // and the pass runs at the speed of memory. The result is a state that is not normalised; the driver merges the states
 // of several ranges of keys ("split KV", Dao et al., Flash-Decoding, 2023).
+//
+// Keys, and then values, are read in the order in which they lie in memory, all heads of one before the next, and nothing else
+// is read from there: a processor fetches ahead along such a stream better than any instruction tells it to.
+//
+//   k  [key 0: head 0 | head 1 | ..][key 1: head 0 | ..      64 keys, then their values, then the next 64
 #pragma once
 
 #include "core/attention/cpu/bands.h"
@@ -11,142 +16,170 @@ namespace dattn::cpu::DATTN_ISA {
 
 constexpr std::int64_t kDecodeBlock = 64;  // keys between two updates of the maximum; a multiple of kLanes
 
-DATTN_INLINE std::int64_t decode_floats(std::int64_t dim_qk) { return kDecodeRows * (padded(dim_qk) + kDecodeBlock); }
-static std::int64_t decode_scratch(std::int64_t dim_qk, std::int64_t) { return decode_floats(dim_qk) * 4; }
+// Of each query row of each head.
+struct Decode {
+  std::int64_t q_width, v_width;  // D and V, padded
+  float* q;                       // [heads][rows][q_width]
+  float* products;                // [heads][rows][kLanes keys][kLanes]: q k, not summed yet
+  float* p;                       // [heads][rows][kDecodeBlock]: scores, then probabilities
+};
 
-// Asks for a row that is read soon. Rows of one head lie apart where heads lie side by side, and no processor foresees that.
-template <class Storage>
-DATTN_INLINE void prefetch_row(const Rows& rows, std::int64_t row) {
-  const auto* from = reinterpret_cast<const char*>(static_cast<const Storage*>(rows.data) + row * rows.stride);
-  for (std::int64_t byte = 0; byte < rows.dim * static_cast<std::int64_t>(sizeof(Storage)); byte += 64)
-    __builtin_prefetch(from + byte);
+DATTN_INLINE Decode take_decode(Arena& arena, std::int64_t dim_qk, std::int64_t dim_v, std::int64_t rows) {
+  Decode d;
+  d.q_width = padded(dim_qk);
+  d.v_width = padded(dim_v);
+  d.q = take<float>(arena, rows * d.q_width);
+  d.products = take<float>(arena, rows * kLanes * kLanes);
+  d.p = take<float>(arena, rows * kDecodeBlock);
+  return d;
 }
 
-// Scores of kLanes keys (fewer at the end: the rest is 0) for one query row. Asks for their values on the way.
-template <class Storage>
-DATTN_INLINE Floats score_keys(const float* q, const Rows& k, const Rows& v, std::int64_t key, std::int64_t count) {
-  Floats part[kLanes];
-  const auto* from = static_cast<const Storage*>(k.data) + key * k.stride;
-  for (int i = 0; i < kLanes; ++i) {
-    part[i] = Floats{};
-    if (i >= count) continue;
-    prefetch_row<Storage>(v, key + i);
-    for (std::int64_t d = 0; d < k.dim; d += kLanes)
-      part[i] += load(q + d) * load_units<Storage, float>(from + i * k.stride, d, k.dim);
+static std::int64_t decode_scratch(std::int64_t dim_qk, std::int64_t rows) {
+  Arena arena{0};
+  take_decode(arena, dim_qk, 0, rows);
+  return static_cast<std::int64_t>(arena.next);
+}
+
+// Calls body(query row, its number among those of all heads) for the rows of one head.
+template <class Body>
+DATTN_INLINE void for_each_row(const DecodeJob& job, std::int64_t head, const Body& body) {
+  for (std::int64_t row = 0; row < job.rows; ++row) body(row, head * job.rows + row);
+}
+
+// Calls body(c, elements [c, c + kLanes)) for all elements of a key or value; 0 past the end.
+template <class Storage, class Body>
+DATTN_INLINE void for_each_vector(const Storage* from, std::int64_t dim, const Body& body) {
+  std::int64_t c = 0;
+  for (; c + 4 * kLanes <= dim; c += 4 * kLanes) {
+#pragma GCC unroll 4
+    for (int i = 0; i < 4 * kLanes; i += kLanes) body(c + i, load_units<Storage, float>(from, c + i, c + i + kLanes));
   }
-  transpose(part);
-  Floats sum = part[0];
-#pragma GCC unroll 16
-  for (int i = 1; i < kLanes; ++i) sum += part[i];
-  return sum;
+  for (; c < dim; c += kLanes) body(c, load_units<Storage, float>(from, c, dim));
 }
 
-// out[column, column + kWidth vectors) = out * rescale + sum over keys of p[key] * v[key]; each(i) is called for every key.
-template <int kWidth, class Storage, class Each>
-DATTN_INLINE void add_value_columns(float* out, float rescale, const float* p, const Rows& v, const Storage* from,
-                                    std::int64_t column, std::int64_t count, const Each& each) {
-  Floats acc[kWidth];
-#pragma GCC unroll 8
-  for (int c = 0; c < kWidth; ++c) acc[c] = load(out + column + c * kLanes) * splat(rescale);
-  for (std::int64_t i = 0; i < count; ++i) {
-    each(i);
-#pragma GCC unroll 8
-    for (int c = 0; c < kWidth; ++c)
-      acc[c] += splat(p[i]) * load_units<Storage, float>(from + i * v.stride, column + c * kLanes, v.dim);
-  }
-#pragma GCC unroll 8
-  for (int c = 0; c < kWidth; ++c) store(out + column + c * kLanes, acc[c]);
-}
-
-// out[0, width) = out * rescale + sum over keys of p[key] * v[key], many columns at a time: whole cache lines of a row, and as
-// many sums under way. Asks for the next block's keys on the way.
+// Scores of up to kLanes keys from `key` on for all rows; those of keys past `count` are 0.
 template <class Storage>
-DATTN_INLINE void add_values(float* out, float rescale, const float* p, const Rows& k, const Rows& v, std::int64_t key,
-                             std::int64_t count) {
-  constexpr int kMany = 8;  // vectors
-  const auto* from = static_cast<const Storage*>(v.data) + key * v.stride;
-  const std::int64_t width = padded(v.dim);
-  const auto nothing = [](std::int64_t) __attribute__((always_inline)){};
-  const auto next_key = [&](std::int64_t i) __attribute__((always_inline)) {
-    prefetch_row<Storage>(k, smaller(key + kDecodeBlock + i, k.count - 1));
-  };
-  std::int64_t column = 0;
-  for (; column + kMany * kLanes <= width; column += kMany * kLanes) {
-    if (column == 0)
-      add_value_columns<kMany>(out, rescale, p, v, from, column, count, next_key);
-    else
-      add_value_columns<kMany>(out, rescale, p, v, from, column, count, nothing);
+DATTN_INLINE void score_keys(const Decode& d, const DecodeJob& job, std::int64_t key, std::int64_t count, std::int64_t column) {
+  const auto* keys = static_cast<const Storage*>(job.k.data) + key * job.k.stride;
+  for (std::int64_t i = 0; i < smaller(count, kLanes); ++i, keys += job.k.stride) {
+    for (std::int64_t head = 0; head < job.n_heads; ++head) {
+      const Storage* from = keys + job.heads[head].kv * job.k_head;
+      for_each_row(
+          job, head, [&](std::int64_t, std::int64_t n) __attribute__((always_inline)) {
+            Floats products{};
+            const float* q = d.q + n * d.q_width;
+            for_each_vector(
+                from, job.k.dim, [&](std::int64_t c, Floats k) __attribute__((always_inline)) { products += load(q + c) * k; });
+            store(d.products + (n * kLanes + i) * kLanes, products);
+          });
+    }
   }
-  for (; column < width; column += kLanes) add_value_columns<1>(out, rescale, p, v, from, column, count, nothing);
+  for (std::int64_t n = 0; n < job.n_heads * job.rows; ++n) {
+    Floats products[kLanes];
+    for (int i = 0; i < kLanes; ++i) products[i] = i < count ? load(d.products + (n * kLanes + i) * kLanes) : Floats{};
+    store(d.p + n * kDecodeBlock + column, sums_of(products));
+  }
 }
 
-// One row over the keys [begin, begin + count), count <= kDecodeBlock.
-template <bool kTerms, class Storage>
-DATTN_INLINE void decode_block(const DecodeJob& job, const Band& band, std::int64_t row, const float* q, float* p,
-                               std::int64_t begin, std::int64_t count) {
-  const Ints lanes = lane_numbers();
+// Scores of the keys [begin, begin + count) of a block that starts with key `block` become probabilities of one row, others 0;
+// out, top and sum follow the maximum.
+DATTN_INLINE void softmax_row(const Decode& d, const DecodeJob& job, const Band& band, std::int64_t head, std::int64_t row,
+                              std::int64_t block, KeyRange range) {
+  const Terms* terms = job.heads[head].terms;
+  const RowStates& state = job.heads[head].state;
+  float* p = d.p + (head * job.rows + row) * kDecodeBlock;
+  if (terms != nullptr && terms->scores) true_scores(*terms, band, row, block, kDecodeBlock, p, nullptr);
+  const Ints begin = splat_int(static_cast<std::int32_t>(range.begin - block)),
+             end = splat_int(static_cast<std::int32_t>(range.end - block));
   Floats tops = splat(kMinusInfinity);
-  if constexpr (kTerms) {
-    for (std::int64_t i = 0; i < count; i += kLanes) store(p + i, score_keys<Storage>(q, job.k, job.v, begin + i, count - i));
-    if (job.terms->scores) true_scores(*job.terms, band, row, begin, count, p, nullptr);
-  }
-  for (std::int64_t i = 0; i < count; i += kLanes) {
-    Floats s = kTerms ? load(p + i) : score_keys<Storage>(q, job.k, job.v, begin + i, count - i);
-    s = lanes < splat_int(static_cast<std::int32_t>(count - i)) ? s * splat(job.scale_log2) : splat(kMinusInfinity);
+  for (int i = 0; i < kDecodeBlock; i += kLanes) {
+    const Ints at = lane_numbers() + splat_int(i);
+    const Floats s = ((at >= begin) & (at < end)) ? load(p + i) * splat(job.scale_log2) : splat(kMinusInfinity);
     tops = at_least(tops, s);
     store(p + i, s);
   }
-  const float seen = maximum_of(tops), old = job.top[row];
+  const float seen = maximum_of(tops), old = state.top[row];
   const float top = seen > old ? seen : old;
   const float finite = top == kMinusInfinity ? 0.0f : top;
   const float rescale = top == old ? 1.0f : exp2(splat(old - finite))[0];
   Floats sum{};
-  for (std::int64_t i = 0; i < count; i += kLanes) {
+  for (std::int64_t i = 0; i < kDecodeBlock; i += kLanes) {
     const Floats e = exp2(load(p + i) - splat(finite));
     sum += e;
     store(p + i, e);
   }
-  if constexpr (kTerms) {
-    if (job.terms->drop_below != 0) {
-      unsigned char bits[keep_bytes(kDecodeBlock)];
-      keep_bits(*job.terms, band, row, 1, begin, count, bits, 0);
-      const std::int64_t bit = first_bit(band, begin);
-      for (std::int64_t i = 0; i < count; i += kLanes) store(p + i, keep_lanes(load(p + i), bits, bit + i));
+  if (terms != nullptr && terms->drop_below != 0) {
+    unsigned char bits[keep_bytes(kDecodeBlock)];
+    keep_bits(*terms, band, row, 1, block, kDecodeBlock, bits, 0);
+    for (std::int64_t i = 0; i < kDecodeBlock; i += kLanes)
+      store(p + i, keep_lanes(load(p + i), bits, first_bit(band, block) + i));
+  }
+  state.top[row] = top;
+  state.sum[row] = state.sum[row] * rescale + sum_of(sum);
+  if (rescale == 1) return;
+  float* out = state.out + row * d.v_width;
+  for (std::int64_t c = 0; c < d.v_width; c += kLanes) store(out + c, load(out + c) * splat(rescale));
+}
+
+// out += p v for the keys [block, block + count), of which each row sees ranges[row].
+template <class Storage>
+DATTN_INLINE void add_values(const Decode& d, const DecodeJob& job, std::int64_t block, std::int64_t count,
+                             const KeyRange (&ranges)[kDecodeRows]) {
+  const auto* values = static_cast<const Storage*>(job.v.data) + block * job.v.stride;
+  for (std::int64_t i = 0; i < count; ++i, values += job.v.stride) {
+    for (std::int64_t head = 0; head < job.n_heads; ++head) {
+      const Storage* from = values + job.heads[head].kv * job.v_head;
+      for_each_row(
+          job, head, [&](std::int64_t row, std::int64_t n) __attribute__((always_inline)) {
+            if (!overlaps(ranges[row], block + i, block + i + 1)) return;  // 0 times what is hidden might be NaN
+            float* out = job.heads[head].state.out + row * d.v_width;
+            const Floats p = splat(d.p[n * kDecodeBlock + i]);
+            for_each_vector(
+                from, job.v.dim, [&](std::int64_t c, Floats v) __attribute__((always_inline)) {
+                  store(out + c, load(out + c) + p * v);
+                });
+          });
     }
   }
-  job.top[row] = top;
-  job.sum[row] = job.sum[row] * rescale + sum_of(sum);
-  add_values<Storage>(job.out + row * padded(job.v.dim), rescale, p, job.k, job.v, begin, count);
+}
+
+// All rows against the keys [block, block + count) of a band, count <= kDecodeBlock.
+template <class Storage>
+DATTN_INLINE void decode_block(const Decode& d, const DecodeJob& job, const Band& band, std::int64_t block,
+                               std::int64_t count) {
+  KeyRange ranges[kDecodeRows];
+  for (std::int64_t row = 0; row < job.rows; ++row) {
+    const KeyRange seen = keys_of_row(band, row);
+    ranges[row] = {larger(seen.begin, block), smaller(seen.end, block + count)};
+  }
+  for (std::int64_t i = 0; i < count; i += kLanes) score_keys<Storage>(d, job, block + i, count - i, i);
+  for (std::int64_t head = 0; head < job.n_heads; ++head) {
+    for (std::int64_t row = 0; row < job.rows; ++row) {
+      if (ranges[row].begin < ranges[row].end) softmax_row(d, job, band, head, row, block, ranges[row]);
+    }
+  }
+  add_values<Storage>(d, job, block, count, ranges);
 }
 
 template <class Storage>
 void decode(const DecodeJob& job) {
   Arena arena{reinterpret_cast<std::uintptr_t>(job.scratch)};
-  const std::int64_t q_width = padded(job.q.dim), width = padded(job.v.dim);
-  auto* q = take<float>(arena, kDecodeRows * q_width);
-  auto* p = take<float>(arena, kDecodeBlock);
-  const auto* from = static_cast<const Storage*>(job.q.data);
-  for (std::int64_t row = 0; row < job.q.count; ++row) {
-    for (std::int64_t d = 0; d < q_width; d += kLanes) {
-      store(q + row * q_width + d, load_units<Storage, float>(from + row * job.q.stride, d, job.q.dim) * splat(job.scale_sign));
-    }
-    job.top[row] = kMinusInfinity;
-    job.sum[row] = 0;
-    for (std::int64_t d = 0; d < width; d += kLanes) store(job.out + row * width + d, Floats{});
+  const Decode d = take_decode(arena, job.k.dim, job.v.dim, job.n_heads * job.rows);
+  for (std::int64_t head = 0; head < job.n_heads; ++head) {
+    const DecodeHead& h = job.heads[head];
+    const auto* from = static_cast<const Storage*>(h.q.data);
+    for_each_row(job, head, [&](std::int64_t row, std::int64_t n) {
+      for (std::int64_t c = 0; c < d.q_width; c += kLanes)
+        store(d.q + n * d.q_width + c, load_units<Storage, float>(from + row * h.q.stride, c, h.q.dim) * splat(job.scale_sign));
+      h.state.top[row] = kMinusInfinity;
+      h.state.sum[row] = 0;
+      for (std::int64_t c = 0; c < d.v_width; c += kLanes) store(h.state.out + row * d.v_width + c, Floats{});
+    });
   }
   for (std::int64_t i = 0; i < job.n_bands; ++i) {
     const Band& band = job.bands[i];
-    for (std::int64_t block = band.k_begin; block < band.k_end; block += kDecodeBlock) {
-      for (std::int64_t row = band.row_begin; row < band.row_end; ++row) {
-        const KeyRange range = keys_of_row(band, row);
-        const std::int64_t begin = larger(range.begin, block), end = smaller(range.end, block + kDecodeBlock);
-        if (begin >= end) continue;
-        if (job.terms == nullptr)
-          decode_block<false, Storage>(job, band, row, q + row * q_width, p, begin, end - begin);
-        else
-          decode_block<true, Storage>(job, band, row, q + row * q_width, p, begin, end - begin);
-      }
-    }
+    for (std::int64_t block = band.k_begin; block < band.k_end; block += kDecodeBlock)
+      decode_block<Storage>(d, job, band, block, smaller(kDecodeBlock, band.k_end - block));
   }
 }
 

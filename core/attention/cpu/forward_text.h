@@ -323,6 +323,17 @@ DATTN_INLINE void finish_row(const float* from, float top, float sum, float kept
   for (std::int64_t d = 0; d < dim; ++d) out[d] = (keep == 0 ? 0.0f : keep * out[d]) + take * from[d];
 }
 
+// The states of all rows as they are.
+template <class Unit>
+DATTN_INLINE void write_states(const Forward<Unit>& f, const ForwardJob& job) {
+  for (std::int64_t row = 0; row < job.q.count; ++row) {
+    job.state.top[row] = f.top[row];
+    job.state.sum[row] = f.sum[row];
+    for (std::int64_t d = 0; d < f.width; d += kLanes)
+      store(job.state.out + row * f.width + d, load(f.out + row * f.width + d));
+  }
+}
+
 // m, l and O of all rows.
 template <bool kTerms, bool kLazy, class Unit>
 DATTN_INLINE void forward_bands(const Forward<Unit>& f, const ForwardJob& job) {
@@ -368,6 +379,7 @@ void forward(const ForwardJob& job) {
     forward_rows<false>(f, job);
   else
     forward_rows<true>(f, job);
+  if (job.state.out != nullptr) return write_states(f, job);
   const float kept = job.terms == nullptr ? 1.0f : job.terms->keep;
   for (std::int64_t row = 0; row < job.q.count; ++row) {
     finish_row(f.out + row * f.width, f.top[row], f.sum[row], kept, job.dim_v, job.merge, job.out + row * job.out_stride,

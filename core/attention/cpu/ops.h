@@ -12,12 +12,20 @@
 
 namespace dattn::cpu {
 
-inline constexpr std::int64_t kStrip = 6;           // query rows of one register block
-inline constexpr std::int64_t kForwardRows = 96;    // query rows of one forward task
-inline constexpr std::int64_t kForwardKeys = 256;   // keys between two updates of the running maximum
-inline constexpr std::int64_t kBackwardRows = 96;   // query rows of one backward piece
-inline constexpr std::int64_t kBackwardKeys = 384;  // keys of one backward task at most; Q and dO are packed once for them
-inline constexpr std::int64_t kDecodeRows = 4;      // up to this many query rows, keys are read once and never packed
+// Query rows of one register block: with four vectors of columns 24 sums, 4 columns and a broadcast row fill AVX-512's 32
+// registers; with two, 12 sums do so with the 16 of others. Fewer rows leave multiply-adds waiting for loads.
+inline constexpr std::int64_t kStrip = 6;
+// Query rows of one forward task: 16 strips share a panel of keys that is in the first cache; more rows gain 2 % at most.
+inline constexpr std::int64_t kForwardRows = 96;
+// Keys whose P is held at once: 96 x 256 floats, a tenth of a second-level cache of 1 MiB, beside which K's and V's panels
+// stay. For them O is loaded and stored once, which 64 keys would not hide. Blocks of the invariant mode, too.
+inline constexpr std::int64_t kForwardKeys = 256;
+// Query rows of one backward piece: P and dS of 96 x 384 floats (2 x 150 KiB) stay in the second-level cache.
+inline constexpr std::int64_t kBackwardRows = 96;
+// Keys of one backward task at most: Q and dO are packed anew for each, 4 to 7 % of a pass with 192 keys.
+inline constexpr std::int64_t kBackwardKeys = 384;
+// Up to this many query rows, keys are read once and never packed: packing them costs as much as reading them a few times.
+inline constexpr std::int64_t kDecodeRows = 4;
 
 struct KeyRange {
   std::int64_t begin, end;  // half-open
@@ -63,7 +71,14 @@ struct Rows {
   std::int64_t dim;
 };
 
-// One block of query rows of one head against all its keys.
+// A state that is not normalised, of some query rows: what split_states.h merges.
+struct RowStates {
+  float* out;  // [rows][V padded], without the factor keep
+  float* top;  // [rows] an exponent of 2 that no larger score is far above; -inf where nothing was seen
+  float* sum;  // [rows] of 2^(score - top)
+};
+
+// One block of query rows of one head against all its keys, or a part of them.
 struct ForwardJob {
   Rows q;
   const void* k_columns;  // [panels][units of D][panel width]
@@ -78,6 +93,7 @@ struct ForwardJob {
   float* lse;
   std::int64_t lse_stride;
   bool merge;
+  RowStates state;     // where it has memory it is written, and out and lse are not
   bool invariant;      // key blocks start at multiples of kForwardKeys, whatever the bands are
   const Terms* terms;  // null: none
   std::byte* scratch;  // forward_scratch bytes, 64-byte aligned
@@ -102,17 +118,24 @@ struct BackwardJob {
   std::byte* scratch;
 };
 
-// A few query rows (at most kDecodeRows) of one head against a range of keys: a state that is not normalised.
+// One query head of a decode job.
+struct DecodeHead {
+  Rows q;
+  std::int64_t kv;     // which of the job's KV heads it reads
+  const Terms* terms;  // null: none
+  RowStates state;
+};
+
+// A few query rows (at most kDecodeRows) of all heads that read some KV heads, against a range of keys.
 struct DecodeJob {
-  Rows q, k, v;
+  Rows k, v;                    // of the first KV head
+  std::int64_t k_head, v_head;  // elements from one KV head to the next
+  const DecodeHead* heads;
+  std::int64_t n_heads, rows;
   const Band* bands;
   std::int64_t n_bands;
   float scale_log2;
   float scale_sign;
-  const Terms* terms;  // null: none
-  float* out;          // [rows][V padded], without the factor keep
-  float* top;          // [rows] maximum, in base-2 exponents; -inf where nothing was seen
-  float* sum;          // [rows]
   std::byte* scratch;
 };
 
@@ -130,7 +153,7 @@ struct Ops {
   void (*forward)(const ForwardJob& job);
   std::int64_t (*backward_scratch)(std::int64_t dim_qk, std::int64_t dim_v);
   void (*backward)(const BackwardJob& job);
-  std::int64_t (*decode_scratch)(std::int64_t dim_qk, std::int64_t dim_v);
+  std::int64_t (*decode_scratch)(std::int64_t dim_qk, std::int64_t rows);  // of all heads together
   void (*decode)(const DecodeJob& job);
   // to[row] += factor * from[row]; rows of `from` are `from_stride` apart.
   void (*add_rows)(const float* from, std::int64_t from_stride, float factor, float* to, std::int64_t to_stride,

@@ -48,6 +48,17 @@ DATTN_INLINE void transpose(Floats (&v)[kLanes]) {
   if constexpr (kLanes > 8) exchange<8>(v);
 }
 
+// Lane i: the sum of v[i]'s lanes. As the transpose, but what meets is added at once, so that half as many vectors are left.
+template <int kHalf = 1>
+DATTN_INLINE Floats sums_of(Floats (&v)[kLanes]) {
+  constexpr std::make_integer_sequence<int, kLanes> kEveryLane;
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes / kHalf; i += 2)
+    v[i / 2] = interleave<kHalf, false>(v[i], v[i + 1], kEveryLane) + interleave<kHalf, true>(v[i], v[i + 1], kEveryLane);
+  if constexpr (2 * kHalf < kLanes) return sums_of<2 * kHalf>(v);
+  return v[0];
+}
+
 template <class Unit>
 DATTN_INLINE Words sign_bits(bool negate) {
   const std::uint32_t bits = UnitOf<Unit>::kElements == 1 ? 0x80000000u : 0x80008000u;

@@ -2,6 +2,7 @@
 #include "core/attention/cpu/band_list.h"
 
 #include <map>
+#include <set>
 
 #include <gtest/gtest.h>
 
@@ -56,11 +57,14 @@ TEST(BandList, HoldsTheTilesPairs) {
     const std::int64_t block_rows = pick(1, 200), cut = pick(1, 200);
     std::int64_t first_key = keys.count();
     for (const Tile& tile : tiles) first_key = std::min(first_key, tile.rows.k.begin);
-    const BandList list(tiles, queries.count(), block_rows, first_key, pick(0, 2) == 1);
-    Placed whole, pieces;
+    const bool invariant = pick(0, 2) == 1;
+    const BandList list(tiles, queries.count(), block_rows, first_key, invariant);
+    Placed whole, pieces, parts;
     std::vector<Band> bands;
     for (std::int64_t block = 0; block < list.blocks(); ++block) {
+      const std::size_t before = whole.size();
       for (const Band& band : list.block(block)) add_band(band, block * block_rows, first_key, whole);
+      RC_ASSERT(list.area(block) == static_cast<std::int64_t>(whole.size() - before));
       for (std::int64_t begin = 0; begin < keys.count(); begin += cut) {
         list.in_range(block, begin, begin + cut, bands);
         for (const Band& band : bands) {
@@ -69,8 +73,18 @@ TEST(BandList, HoldsTheTilesPairs) {
         }
       }
     }
+    for (std::int64_t begin = 0; begin < keys.count(); begin += cut) {
+      const BandList part(tiles, queries.count(), block_rows, first_key, invariant, {begin, begin + cut});
+      for (std::int64_t block = 0; block < part.blocks(); ++block) {
+        for (const Band& band : part.block(block)) {
+          RC_ASSERT(first_key + band.k_begin >= begin && first_key + band.k_end <= begin + cut);
+          add_band(band, block * block_rows, first_key, parts);
+        }
+      }
+    }
     RC_ASSERT(whole == expected);
     RC_ASSERT(pieces == expected);
+    RC_ASSERT(parts == expected);
   }));
 }
 
@@ -80,6 +94,32 @@ TEST(BandList, StairsAreABandOfABlock) {
   const std::vector<Tile> tiles = make_tiles(causal, Positions({{2, 300, 3}}), Positions::range(0, 1000));
   const BandList list(tiles, 300, 96, 0, true);
   for (std::int64_t block = 0; block < list.blocks(); ++block) EXPECT_EQ(list.block(block).size(), 1u);
+}
+
+// Block 0 of a global mask sees all keys, the others a window.
+TEST(BandList, HeaviestBlocksComeFirst) {
+  constexpr std::int64_t kSeq = 1000, kRows = 96;
+  const auto lists_of = [&](const Mask& mask) {
+    const std::vector<Tile> tiles =
+        make_tiles(RegionList(compile(mask, kSeq, kSeq)), Positions::range(0, kSeq), Positions::range(0, kSeq));
+    std::vector<BandList> halves;
+    for (const Interval keys : {Interval{0, 500}, Interval{500, kSeq}}) halves.emplace_back(tiles, kSeq, kRows, 0, false, keys);
+    return halves;
+  };
+  const std::vector<BandList> global = lists_of(Mask::global(40, 50, 0)), causal = lists_of(Mask::causal());
+  EXPECT_EQ(heaviest_first(global).front().block, 0);
+  EXPECT_EQ(heaviest_first(causal).front().list, 0);  // rows from 500 on see all of the first half
+  for (const auto* lists : {&global, &causal}) {
+    std::set<std::pair<std::int64_t, std::int64_t>> seen;
+    std::int64_t last = kRows * kSeq;
+    for (const auto& [list, block] : heaviest_first(*lists)) {
+      const std::int64_t area = (*lists)[static_cast<std::size_t>(list)].area(block);
+      EXPECT_LE(area, last);
+      last = area;
+      seen.emplace(list, block);
+    }
+    EXPECT_EQ(seen.size(), 2 * static_cast<std::size_t>(div_up(kSeq, kRows)));
+  }
 }
 
 }  // namespace
