@@ -44,13 +44,15 @@ double peak_flops(DType storage) {
 
 double read_bandwidth() {
   constexpr std::int64_t kWords = std::int64_t{1} << 25, kPart = std::int64_t{1} << 16;
-  std::vector<std::uint64_t> words(kWords, 1);
+  const Tensor memory = Tensor::uninitialized(DType::kF64, {kWords});  // in huge pages, as all that is large
+  auto* const words = memory.ptr<std::uint64_t>();
+  std::fill_n(words, kWords, 1);
   std::vector<std::uint64_t> sums(kWords / kPart);
   double best = 0;
   for (int pass = 0; pass < 5; ++pass) {
     const double seconds = seconds_of([&] {
       parallel_for(kWords / kPart, [&](std::int64_t part) {
-        const auto from = words.begin() + part * kPart;
+        const auto from = words + part * kPart;
         sums[static_cast<std::size_t>(part)] += std::accumulate(from, from + kPart, std::uint64_t{0});
       });
     });
