@@ -11,6 +11,8 @@
 #include <cstdint>
 #if defined(__x86_64__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 #define DATTN_INLINE static inline __attribute__((always_inline))
@@ -21,6 +23,8 @@ namespace dattn::cpu::DATTN_ISA {
 constexpr int kLanes = 16, kVectors = 4;  // vectors of one register block row: 6 x 4 accumulators of 32 registers
 #elif defined(__AVX2__)
 constexpr int kLanes = 8, kVectors = 2;  // 6 x 2 of 16 registers
+#elif defined(__aarch64__)
+constexpr int kLanes = 4, kVectors = 4;  // NEON has 32 registers, too
 #else
 constexpr int kLanes = 4, kVectors = 2;
 #endif
@@ -99,6 +103,8 @@ DATTN_INLINE Floats at_least(Floats low, Floats value) {
   return _mm256_max_ps(low, value);
 #elif defined(__SSE2__)
   return _mm_max_ps(low, value);
+#elif defined(__aarch64__)
+  return vmaxq_f32(low, value);
 #else
   return low > value ? low : value;
 #endif
@@ -199,6 +205,8 @@ DATTN_INLINE Longs multiply_low(Longs a, Longs b) {
   return (Longs)_mm256_mul_epu32((__m256i)a, (__m256i)b);
 #elif defined(__SSE2__)
   return (Longs)_mm_mul_epu32((__m128i)a, (__m128i)b);
+#elif defined(__aarch64__)
+  return (Longs)vmull_u32(vmovn_u64((uint64x2_t)a), vmovn_u64((uint64x2_t)b));
 #else
   return (a & splat_long(0xffffffffu)) * (b & splat_long(0xffffffffu));
 #endif
@@ -212,6 +220,8 @@ DATTN_INLINE std::uint32_t bits_of(Ints truth) {
   return static_cast<std::uint32_t>(_mm256_movemask_ps((__m256)truth));
 #elif defined(__SSE2__)
   return static_cast<std::uint32_t>(_mm_movemask_ps((__m128)truth));
+#elif defined(__aarch64__)
+  return vaddvq_u32((uint32x4_t)(truth & Ints{1, 2, 4, 8}));
 #else
   std::uint32_t bits = 0;
   for (int i = 0; i < kLanes; ++i) bits |= truth[i] != 0 ? 1u << i : 0u;
