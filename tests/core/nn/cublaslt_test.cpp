@@ -10,6 +10,7 @@
 #include "core/nn/cuda/cublaslt_api.h"
 #include "core/nn/matmul.h"
 #include "tests/core/device/on_cuda.h"
+#include "tests/core/nn/support.h"
 
 namespace dattn::testing {
 namespace {
@@ -79,6 +80,25 @@ TEST_F(Cublaslt, GeluIsPartOfTheProductWhereRowsAreMultiplesOf8) {
           << name_of(type) << ", " << width;
     }
   }
+}
+
+double loss_of_gpt2(Device device) {
+  const DeviceScope scope(device);
+  LocalAttention attention(Mask::causal());
+  Boundary boundary;
+  VocabularyReduction vocabulary;
+  TransformerOptions options;
+  options.compute = DType::kBF16;
+  Transformer model(small_model("gpt2"), options, attention, boundary, vocabulary);
+  return model.loss(OwnedBatch(2, 5, 29).view);
+}
+
+TEST_F(Cublaslt, AllBiasesAndGelusOfAModelAreEpilogues) {
+  const std::int64_t layers = small_model("gpt2").layers;
+  double loss = 0;
+  EXPECT_EQ(taken(kGelu | kBias, [&] { loss = loss_of_gpt2(kCuda); }), layers);
+  EXPECT_EQ(taken(kBias, [&] { EXPECT_EQ(loss_of_gpt2(kCuda), loss); }), 3 * layers);  // q, k, v
+  EXPECT_NEAR(loss, loss_of_gpt2({}), 1e-2);
 }
 
 }  // namespace
