@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstdlib>
+#include <iterator>
 #include <set>
 #include <string>
 #include <utility>
@@ -89,7 +90,7 @@ std::unique_ptr<Communicator> device_world(std::unique_ptr<Communicator> control
                                            double timeout_s) {
   RankPlace mine = place_of_rank(options.transfers != Transfers::kStaged);
   if (!options.version.empty()) mine.version = options.version;
-  const std::vector<RankPlace> places = gather_alike(*control, mine);
+  const std::vector<RankPlace> places = gather_alike(*control, mine, options.invariant);
   if (!current_device().is_cuda()) return control;
   const bool shared = shares_devices(places);
   Transfers transfers = options.transfers;

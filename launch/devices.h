@@ -39,6 +39,7 @@ struct DeviceOptions {
   bool ordered_sums = true;  // sums over ranks in rank order, not NCCL's own
   bool tf32 = false;         // core/nn/matmul.h
   NcclTuning nccl{};
+  bool invariant = false;  // the bits are those of any mesh, so that all ranks must compute by the same instructions
   // Ends the process of a failed job whose device does not come to rest, so that the host is not held up for ever.
   std::function<void(const JobEnd& end)> stuck{};
   std::string version{};  // of dattn, the same on all ranks; empty: this one's

@@ -4,6 +4,7 @@
 #include <atomic>
 #include <map>
 #include <tuple>
+#include <utility>
 
 #include <dnnl.hpp>
 
@@ -124,13 +125,14 @@ void by_primitive(const TensorView& a, const TensorView& b, const TensorView& c,
   own.stream.wait();
 }
 
+bool multiplies_by(dnnl::cpu_isa set) {
+  const auto has = static_cast<unsigned>(dnnl::get_effective_cpu_isa()), needs = static_cast<unsigned>(set);
+  return (has & needs) == needs;
+}
+
 // oneDNN multiplies bf16 on processors with AVX-512 only, and version 2 no fp16.
 bool multiplies(DType type) {
-  static const bool bf16 = [] {
-    const auto has = static_cast<unsigned>(dnnl::get_effective_cpu_isa()),
-               needs = static_cast<unsigned>(dnnl::cpu_isa::avx512_core);
-    return (has & needs) == needs;
-  }();
+  static const bool bf16 = multiplies_by(dnnl::cpu_isa::avx512_core);
   return type == DType::kF32 || (type == DType::kBF16 && bf16);
 }
 
@@ -195,6 +197,19 @@ std::atomic<bool> g_tf32 = false;
 }  // namespace
 
 void allow_tf32(bool allowed) { g_tf32 = allowed; }
+
+std::string matmul_instructions() {
+  constexpr std::pair<dnnl::cpu_isa, const char*> kSets[] = {{dnnl::cpu_isa::avx512_core_amx, "AVX512_CORE_AMX"},
+                                                             {dnnl::cpu_isa::avx512_core_bf16, "AVX512_CORE_BF16"},
+                                                             {dnnl::cpu_isa::avx512_core_vnni, "AVX512_CORE_VNNI"},
+                                                             {dnnl::cpu_isa::avx512_core, "AVX512_CORE"},
+                                                             {dnnl::cpu_isa::avx2, "AVX2"},
+                                                             {dnnl::cpu_isa::sse41, "SSE41"}};
+  for (const auto& [set, name] : kSets) {
+    if (multiplies_by(set)) return name;
+  }
+  return {};
+}
 
 void matmul(const TensorView& a, const TensorView& b, const TensorView& c, const MatmulOptions& options) {
   ensure(a.size(1) == b.size(0) && a.size(0) == c.size(0) && b.size(1) == c.size(1) && a.dtype == b.dtype,

@@ -2,6 +2,8 @@
 // fp32 102-117, OpenBLAS 0.3.21 fp32 93-106, oneDNN bf16 165-226, which OpenBLAS does not have.
 #pragma once
 
+#include <string>
+
 #include "core/tensor/tensor.h"
 
 namespace dattn {
@@ -19,6 +21,9 @@ struct MatmulOptions {
 // nothing); c: any of these, contiguous rows. Sums in fp32. Any extent may be 0. Callable from several threads at once; uses
 // the OpenMP threads of the caller; the same shapes on as many threads give the same bits.
 void matmul(const TensorView& a, const TensorView& b, const TensorView& c, const MatmulOptions& options = {});
+
+// The instruction set of products on the CPU, by the name that DNNL_MAX_CPU_ISA gives it; empty where oneDNN tells none.
+std::string matmul_instructions();
 
 // Whether products of fp32 on CUDA devices may round their factors to TF32 (a mantissa of 10 bits), which tensor cores take.
 // Of the whole process; not at first.

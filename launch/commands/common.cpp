@@ -86,12 +86,12 @@ int run_with_config(const CommonOptions& common, const std::function<RunConfig()
   } catch (...) {
     failure = std::current_exception();
   }
-  const JobOptions options{
-      common.ranks,
-      config.comm.timeout_s,
-      common.threads > 0 ? common.threads : config.threads,
-      {config.device, config.ranks_per_device, config.comm.transfers,
-       config.determinism.value_or(Determinism::kOff) != Determinism::kOff, config.tf32, config.comm.nccl}};
+  const JobOptions options{common.ranks,
+                           config.comm.timeout_s,
+                           common.threads > 0 ? common.threads : config.threads,
+                           {config.device, config.ranks_per_device, config.comm.transfers,
+                            config.determinism.value_or(Determinism::kOff) != Determinism::kOff, config.tf32, config.comm.nccl,
+                            config.determinism == Determinism::kInvariant || config.strategy == "invariant"}};
   return run_job(options, [&](Communicator& world) {
     if (failure) std::rethrow_exception(failure);
     if (current_device().is_cuda() && world.rank() == 0) tell_choices(config);

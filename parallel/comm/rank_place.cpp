@@ -6,17 +6,20 @@
 
 #include <fmt/format.h>
 
+#include "core/attention/cpu/paths.h"
 #include "core/base/error.h"
 #include "core/base/host.h"
 #include "core/base/log.h"
 #include "core/device/cuda_module.h"
+#include "core/nn/matmul.h"
 #include "parallel/comm/nccl_api.h"
 
 namespace dattn {
 namespace {
 
 constexpr std::string RankPlace::*kParts[] = {&RankPlace::host,  &RankPlace::device,  &RankPlace::version, &RankPlace::nccl,
-                                              &RankPlace::cudnn, &RankPlace::runtime, &RankPlace::driver,  &RankPlace::gpu};
+                                              &RankPlace::cudnn, &RankPlace::runtime, &RankPlace::driver,  &RankPlace::gpu,
+                                              &RankPlace::cpu,   &RankPlace::products};
 
 std::string text_of(const RankPlace& place) {
   std::string all;
@@ -51,10 +54,18 @@ constexpr Compared kRefused[] = {
     {"cuDNN", &RankPlace::cudnn,
      "install one version on all hosts, name it with DATTN_CUDNN, or set DATTN_KERNEL=cuda on all ranks"},
     {"the CUDA runtime", &RankPlace::runtime, "install one build of dattn on all hosts"}};
+// The same bits on every mesh come of the same instructions alone.
+constexpr Compared kRefusedInvariant[] = {
+    {"the GPU", &RankPlace::gpu, "determinism invariant needs GPUs of one kind; use such, or determinism: repeatable"},
+    {"the CPU kernel", &RankPlace::cpu,
+     "determinism invariant needs one for all ranks; set DATTN_CPU to the one that all hosts have, for example DATTN_CPU=avx2"},
+    {"the instructions of matrix products", &RankPlace::products,
+     "determinism invariant needs the same on all ranks; set DNNL_MAX_CPU_ISA to those that all hosts have, for example "
+     "DNNL_MAX_CPU_ISA=AVX2"}};
 // What a user may not be able to change, and often works.
 constexpr Compared kNoted[] = {
     {"CUDA of the driver", &RankPlace::driver, "where ranks hang or their results differ, install one driver on all hosts"},
-    {"the GPU", &RankPlace::gpu, "all wait for the slowest, and determinism invariant holds among GPUs of one kind alone"}};
+    {"the GPU", &RankPlace::gpu, "all wait for the slowest"}};
 
 // Kernel cudnn is the first choice of attention on a device (core/attention/kernel.cpp).
 std::string cudnn_in_use() {
@@ -63,7 +74,7 @@ std::string cudnn_in_use() {
 }
 
 // All ranks hear all and say the same.
-void require_alike(const std::vector<RankPlace>& places, bool notes) {
+void require_alike(const std::vector<RankPlace>& places, bool invariant, bool notes) {
   const auto is_cuda = [](const RankPlace& place) { return place.device.starts_with("cuda"); };
   const RankPlace& first = places[0];
   for (std::size_t rank = 1; rank < places.size(); ++rank) {
@@ -73,8 +84,11 @@ void require_alike(const std::vector<RankPlace>& places, bool notes) {
             other.version, first.host, first.version);
     require(is_cuda(other) == is_cuda(first), "rank {} on {} computes on {}, rank 0 on {} on {}; set device=cpu or device=cuda",
             rank, other.host, other.device, first.host, first.device);
-    for (const Compared& compared : kRefused)
+    const auto require_equal = [&](const Compared& compared) {
       require(other.*compared.version == first.*compared.version, "{}", compared.text(other, rank, first));
+    };
+    for (const Compared& compared : kRefused) require_equal(compared);
+    if (invariant) std::for_each(std::begin(kRefusedInvariant), std::end(kRefusedInvariant), require_equal);
     for (const Compared& compared : kNoted) {
       if (notes && other.*compared.version != first.*compared.version)
         note_once(compared.text(other, rank, first), LogLevel::kInfo);
@@ -90,7 +104,11 @@ RankPlace place_of_rank(bool uses_nccl) {
   place.host = host_name();
   place.device = to_text(own);
   place.version = DATTN_VERSION;
-  if (!own.is_cuda()) return place;
+  if (!own.is_cuda()) {
+    place.cpu = cpu::choose_path().name;
+    place.products = matmul_instructions();
+    return place;
+  }
   if (uses_nccl) place.nccl = probe_nccl().version;
   const CudaVersions cuda = cuda_module().versions();
   place.cudnn = cudnn_in_use();
@@ -102,10 +120,10 @@ RankPlace place_of_rank(bool uses_nccl) {
   return place;
 }
 
-std::vector<RankPlace> gather_alike(Communicator& control, const RankPlace& mine) {
+std::vector<RankPlace> gather_alike(Communicator& control, const RankPlace& mine, bool invariant) {
   std::vector<RankPlace> places;
   for (const std::string& text : control.gather_strings(text_of(mine), {"devices"})) places.push_back(place_from(text));
-  require_alike(places, control.rank() == 0);
+  require_alike(places, invariant, control.rank() == 0);
   return places;
 }
 

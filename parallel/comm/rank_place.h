@@ -14,13 +14,15 @@ struct RankPlace {
   std::string version;       // of dattn
   // On a CUDA device, versions of what it computes with, empty where it has none or does not use it, and the device's name.
   std::string nccl, cudnn, runtime, driver, gpu;
+  std::string cpu, products;  // else the instructions of attention and of matrix products
 };
 
 // Of the calling thread and its current device.
 RankPlace place_of_rank(bool uses_nccl);
 
 // Everybody's, by rank; all make the call. Throws Error(kBadInput) on all ranks alike where they differ in what their results
-// or transfers depend on; rank 0 notes what else differs.
-std::vector<RankPlace> gather_alike(Communicator& control, const RankPlace& mine);
+// or transfers depend on; rank 0 notes what else differs. invariant: the bits are those of any mesh, for which all must compute
+// by the same instructions.
+std::vector<RankPlace> gather_alike(Communicator& control, const RankPlace& mine, bool invariant = false);
 
 }  // namespace dattn
