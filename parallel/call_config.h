@@ -126,7 +126,7 @@ void describe(V& v, BiasShape& c) {
 
 template <class V>
 void describe(V& v, ShapeConfig& c) {
-  v("batch", c.batch, "batch rows");
+  v("batch", c.batch, "batch rows, shared out over mesh.data");
   v("seq", c.seq, "query positions");
   v("seq_kv", c.seq_kv, "key positions; absent = seq");
   v("heads", c.heads, "query heads");
@@ -199,12 +199,34 @@ inline AttentionShape shape_of(const ShapeConfig& shape, DType dtype) {
           shape.sink};
 }
 
-// What such a config asks of the planner; it has mesh and objective too. `machine` must outlive the request.
+// What one data coordinate computes of a call: its batch rows, their sizes and their masks.
+struct DataShare {
+  Interval batch;
+  AttentionShape shape;
+  AttentionOptions options;
+};
+
+// Of a call of these sizes; the config has a mesh too. The first coordinate has most rows. Throws Error(kBadInput), for all
+// coordinates alike, where the mask does not fit the batch.
+template <class Config>
+DataShare data_share(const Config& config, const AttentionShape& whole, int coordinate = 0) {
+  DataShare share{split_evenly(whole.batch, config.mesh.data, coordinate), whole,
+                  attention_options(config, whole.seq_q, whole.seq_kv)};
+  Mask& mask = share.options.mask;
+  if (depends_on_row(mask.kind)) compile_batch(mask, whole.batch, whole.seq_q, whole.seq_kv);
+  mask = batch_slice(mask, share.batch);
+  share.shape.batch = share.batch.count();
+  return share;
+}
+
+// What such a config asks of the planner for the first data coordinate, whose sizes `shape` has; it has an objective too.
+// `machine` must outlive the request.
 template <class Config>
 PlanRequest planner_request(const Config& config, const AttentionShape& shape, const std::optional<Machine>& machine) {
   PlanRequest request;
   request.shape = shape;
   request.options = attention_options(config, shape.seq_q, shape.seq_kv);
+  request.options.mask = batch_slice(request.options.mask, {0, shape.batch});
   request.mesh = config.mesh.axes();
   request.ranks = config.mesh.ranks;
   request.fixed_layout = config.layout.has_value();

@@ -5,6 +5,7 @@
 #include <chrono>
 #include <map>
 #include <memory>
+#include <utility>
 
 #include <fmt/format.h>
 
@@ -13,6 +14,7 @@
 #include "launch/commands/commands.h"
 #include "launch/commands/gather.h"
 #include "launch/commands/planning.h"
+#include "parallel/strategy.h"
 
 namespace dattn {
 namespace {
@@ -72,10 +74,14 @@ Inputs read_inputs(const SafetensorsFile& file, DType dtype, TensorFormat format
   return in;
 }
 
-// The batch rows of the first data coordinate, which has most.
-AttentionShape with_batch_of_first(AttentionShape shape, int data) {
-  shape.batch = split_evenly(shape.batch, data, 0).count();
-  return shape;
+// What every data coordinate computes; layout balanced follows the masks of its own batch rows.
+std::vector<std::shared_ptr<const Problem>> problems_of(const RunConfig& config, const AttentionShape& whole) {
+  std::vector<std::shared_ptr<const Problem>> problems;
+  for (int coordinate = 0; coordinate < config.mesh.data; ++coordinate) {
+    const DataShare share = data_share(config, whole, coordinate);
+    problems.push_back(make_problem(config.mesh.shape(), share.shape, share.options));
+  }
+  return problems;
 }
 
 void run_attention(const RunConfig& unplanned, Communicator& world, const std::string& in_path, const std::string& out_path,
@@ -83,13 +89,9 @@ void run_attention(const RunConfig& unplanned, Communicator& world, const std::s
   const auto start = std::chrono::steady_clock::now();
   const SafetensorsFile file(in_path);
   const Inputs in = read_inputs(file, unplanned.dtype, unplanned.tensor_format);
-  const RunConfig config = resolve_mesh(unplanned, with_batch_of_first(in.shape, unplanned.mesh.data));
+  const RunConfig config = resolve_mesh(unplanned, data_share(unplanned, in.shape).shape);
   const Mesh mesh(world, config.mesh.shape());
-  const Interval batch = split_evenly(in.shape.batch, config.mesh.data, mesh.coordinate(Axis::kData));
-  AttentionShape shape = in.shape;
-  shape.batch = batch.count();
-  AttentionOptions options = attention_options(config, shape.seq_q, shape.seq_kv);
-  options.mask = batch_slice(options.mask, batch);
+  const auto [batch, shape, options] = data_share(config, in.shape, mesh.coordinate(Axis::kData));
   ShardedAttention attention(mesh, shape, options);
 
   const Positions &q_rows = attention.q_positions(), &kv_rows = attention.kv_positions();
@@ -112,7 +114,7 @@ void run_attention(const RunConfig& unplanned, Communicator& world, const std::s
   const AttentionResult result = attention.forward(q, k, v, call);
 
   const Plan& forward = attention.forward_plan();
-  Gatherer gatherer(mesh, *forward.problem, in.shape.batch, config.tensor_format);
+  Gatherer gatherer(mesh, problems_of(config, in.shape), in.shape.batch, config.tensor_format);
   const AttentionShape& whole = in.shape;
   const DType sums = accumulate_type(config.dtype);
   gatherer.add("out", result.out, {whole.batch, whole.seq_q, whole.heads, whole.dim_v}, Side::kQuery);

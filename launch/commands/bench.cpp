@@ -17,6 +17,7 @@
 #include "launch/commands/planning.h"
 #include "launch/commands/timing.h"
 #include "parallel/attention.h"
+#include "parallel/cost_model.h"
 
 namespace dattn {
 namespace {
@@ -38,9 +39,9 @@ RunConfig config_of(const CommonOptions& common, const std::vector<std::string>&
 }
 
 void bench_attention(const AttentionBench& bench, const RunConfig& config, Communicator& world) {
-  const AttentionShape shape = shape_of(bench.shape, config.dtype);
+  const AttentionShape whole = shape_of(bench.shape, config.dtype);
   const Mesh mesh(world, config.mesh.shape());
-  const AttentionOptions options = attention_options(config, shape.seq_q, shape.seq_kv);
+  const auto [batch, shape, options] = data_share(config, whole, mesh.coordinate(Axis::kData));
   ShardedAttention attention(mesh, shape, options);
   const std::int64_t rows = attention.q_positions().count(), keys = attention.kv_positions().count();
   const HeadRange heads = attention.heads();
@@ -50,17 +51,19 @@ void bench_attention(const AttentionBench& bench, const RunConfig& config, Commu
   const Tensor v = random_tensor(shape.dtype, {shape.batch, keys, heads.kv.count(), shape.dim_v}, 3);
   const Tensor dout = random_tensor(shape.dtype, {shape.batch, rows, heads.q.count(), shape.dim_v}, 4);
 
+  const AttentionCall place{.batch_begin = batch.begin};
   AttentionResult result;
-  const double pairs = static_cast<double>(area(compile(options.mask, shape.seq_q, shape.seq_kv))) *
-                       static_cast<double>(shape.batch * shape.heads);
+  const Mask mask = attention_options(config, whole.seq_q, whole.seq_kv).mask;
+  const double pairs =
+      visible_pairs(compile_batch(mask, whole.batch, whole.seq_q, whole.seq_kv)) * static_cast<double>(whole.heads);
   const auto d = static_cast<double>(shape.dim_qk), dv = static_cast<double>(shape.dim_v);
   Json done{{"event", "done"}, {"ranks", world.size()}, {"threads", num_threads()}};
   PeakTimer timer(world, shape.dtype);
   const Percentiles forward =
-      timer.time(done, "forward_", pairs * 2 * (d + dv), bench.repeat, [&] { result = attention.forward(q, k, v); });
+      timer.time(done, "forward_", pairs * 2 * (d + dv), bench.repeat, [&] { result = attention.forward(q, k, v, place); });
   done["milliseconds"]["forward"] = forward.json();
   if (bench.backward) {
-    const auto call = [&] { attention.backward(q, k, v, result, dout); };
+    const auto call = [&] { attention.backward(q, k, v, result, dout, place); };
     done["milliseconds"]["backward"] = timer.time(done, "backward_", pairs * 2 * (3 * d + 2 * dv), bench.repeat, call).json();
   }
   timer.add_peaks(done);
@@ -163,7 +166,7 @@ Command add_bench(CLI::App& app) {
   attention->add_option("--seq", bench->shape.seq, "positions")->capture_default_str();
   attention->add_option("--seq-kv", bench->shape.seq_kv,
                         "key positions (default: --seq); one query against many is a decode step");
-  attention->add_option("--batch", bench->shape.batch, "batch rows")->capture_default_str();
+  attention->add_option("--batch", bench->shape.batch, "batch rows, shared out over mesh.data")->capture_default_str();
   attention->add_option("--heads", bench->shape.heads, "query heads")->capture_default_str();
   attention->add_option("--kv-heads", bench->shape.kv_heads, "KV heads (default: heads)");
   attention->add_option("--dim", bench->shape.dim, "head dim")->capture_default_str();
@@ -197,7 +200,7 @@ Command add_bench(CLI::App& app) {
       const auto load = [&] {
         const RunConfig config =
             config_of(bench->common, bench->mesh, {"attention.mask.kind=" + bench->mask, "dtype=" + bench->dtype});
-        return resolve_mesh(config, shape_of(bench->shape, config.dtype));
+        return resolve_mesh(config, data_share(config, shape_of(bench->shape, config.dtype)).shape);
       };
       return run_with_config(bench->common, load,
                              [&](const RunConfig& config, Communicator& world) { bench_attention(*bench, config, world); });

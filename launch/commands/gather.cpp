@@ -43,13 +43,15 @@ TensorView statistics_as_rows(const TensorView& statistics) {
 
 Shard Gatherer::shard_of(int rank, Side side, const Shape& whole) const {
   const MeshShape& mesh = mesh_.shape();
+  const int data = mesh.coordinate(rank, Axis::kData);
+  const Problem& problem = *problems_[static_cast<std::size_t>(data)];
   const HeadRange heads =
-      heads_of(problem_.shape.heads, problem_.shape.kv_heads, mesh.size(Axis::kTensor), mesh.coordinate(rank, Axis::kTensor));
+      heads_of(problem.shape.heads, problem.shape.kv_heads, mesh.size(Axis::kTensor), mesh.coordinate(rank, Axis::kTensor));
   const auto held = [](Interval part, std::int64_t extent) {  // one for all: whoever holds any holds it
     return extent == 1 ? Interval{0, std::min<std::int64_t>(1, part.count())} : part;
   };
-  return {held(split_evenly(batch_, mesh.size(Axis::kData), mesh.coordinate(rank, Axis::kData)), whole[0]),
-          problem_.shard_rows(side == Side::kKey, rank), held(side == Side::kQuery ? heads.q : heads.kv, whole[2])};
+  return {held(split_evenly(batch_, mesh.size(Axis::kData), data), whole[0]), problem.shard_rows(side == Side::kKey, rank),
+          held(side == Side::kQuery ? heads.q : heads.kv, whole[2])};
 }
 
 Tensor Gatherer::collect(const TensorView& own, const Shape& whole, const std::function<Shard(int rank)>& shard_of) {

@@ -2,7 +2,9 @@
 #pragma once
 
 #include <functional>
+#include <memory>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "launch/run_config.h"
@@ -30,9 +32,10 @@ TensorView statistics_as_rows(const TensorView& statistics);  // [B, H, S] seen 
 // serves for all batch rows or heads) is summed.
 class Gatherer {
  public:
-  // problem: of this rank's batch rows; batch: the rows of the whole job.
-  Gatherer(const Mesh& mesh, const Problem& problem, std::int64_t batch, TensorFormat format)
-      : mesh_(mesh), problem_(problem), batch_(batch), format_(format) {}
+  // problems: of every data coordinate, since who holds which rows may follow from the masks of its batch rows; batch: the
+  // rows of the whole job.
+  Gatherer(const Mesh& mesh, std::vector<std::shared_ptr<const Problem>> problems, std::int64_t batch, TensorFormat format)
+      : mesh_(mesh), problems_(std::move(problems)), batch_(batch), format_(format) {}
 
   // Collective. `own` is this rank's shard of the tensor of shape `whole`.
   void add(const std::string& name, const TensorView& own, const Shape& whole, Side side);
@@ -48,7 +51,7 @@ class Gatherer {
   void keep(const std::string& name, Tensor whole, bool formatted = false);
 
   const Mesh& mesh_;
-  const Problem& problem_;
+  std::vector<std::shared_ptr<const Problem>> problems_;
   std::int64_t batch_;
   TensorFormat format_;
   struct Collected {

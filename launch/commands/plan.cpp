@@ -34,7 +34,7 @@ Planned plan_config(const RunConfig& config) {
   const auto start = std::chrono::steady_clock::now();
   const AttentionShape shape = planned_shape(config);
   const std::optional<Machine> machine = machine_of(config);
-  PlanRequest request = plan_request(config, shape, machine);
+  PlanRequest request = planner_request(config, shape, machine);
   AttentionOptions options = request.options;
   Planned planned;
   planned.is_choice = is_planned(config);

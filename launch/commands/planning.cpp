@@ -8,8 +8,9 @@
 #include "parallel/strategy.h"
 
 namespace dattn {
+
 AttentionShape planned_shape(const RunConfig& config) {
-  if (config.shape) return shape_of(*config.shape, config.dtype);
+  if (config.shape) return data_share(config, shape_of(*config.shape, config.dtype)).shape;
   const ModelConfig model = resolve(config.model);
   return {rows_at_a_time(config.train, config.mesh.data),
           config.train.seq_len,
@@ -31,12 +32,6 @@ bool is_planned(const RunConfig& config) {
   return config.mesh.ranks || config.objective || automatic;
 }
 
-PlanRequest plan_request(const RunConfig& config, const AttentionShape& shape, const std::optional<Machine>& machine) {
-  PlanRequest request = planner_request(config, shape, machine);
-  request.options.mask = batch_slice(request.options.mask, {0, shape.batch});
-  return request;
-}
-
 RunConfig with_choice(RunConfig config, const Candidate& chosen) {
   config.mesh.ranks.reset();
   config.mesh.ring = {chosen.mesh.size(Axis::kRing), chosen.mesh.size(Axis::kRingOuter)};
@@ -52,7 +47,7 @@ RunConfig with_choice(RunConfig config, const Candidate& chosen) {
 RunConfig resolve_mesh(const RunConfig& config, const AttentionShape& shape) {
   if (is_planned(config)) {
     const std::optional<Machine> machine = machine_of(config);
-    return with_choice(config, plan_attention(plan_request(config, shape, machine)).chosen);
+    return with_choice(config, plan_attention(planner_request(config, shape, machine)).chosen);
   }
   RunConfig resolved = config;
   resolved.layout = config.layout.value_or(kDefaultLayout);

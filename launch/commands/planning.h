@@ -10,7 +10,7 @@
 
 namespace dattn {
 
-// Sizes of the call: the config's `shape`, or those of the model that it trains.
+// Sizes of the call on the first data coordinate: its share of the config's `shape`, or of the model that it trains.
 AttentionShape planned_shape(const RunConfig& config);
 
 std::optional<Machine> machine_of(const RunConfig& config);
@@ -18,9 +18,6 @@ std::optional<Machine> machine_of(const RunConfig& config);
 // Whether the planner chooses: where the ranks alone are given, an objective is, or strategy auto (which determinism: invariant
 // replaces).
 bool is_planned(const RunConfig& config);
-
-// `machine` must outlive the request. The mask is cut to the batch rows of `shape`, those of the first data coordinate.
-PlanRequest plan_request(const RunConfig& config, const AttentionShape& shape, const std::optional<Machine>& machine);
 
 // The config with the chosen axes, strategy and layout in place of what asked for them. The same on every rank.
 RunConfig with_choice(RunConfig config, const Candidate& chosen);

@@ -35,7 +35,7 @@ void describe(V& v, QueryConfig& c) {
 }
 
 std::string answer(const QueryConfig& config) {
-  const AttentionShape shape = shape_of(config.shape, config.dtype);
+  const AttentionShape shape = data_share(config, shape_of(config.shape, config.dtype)).shape;
   std::optional<Machine> machine;
   if (!config.machine.empty()) machine = load_machine(config.machine);
   const Choice choice = plan_attention(planner_request(config, shape, machine));

@@ -1,46 +1,22 @@
 #!/usr/bin/env python3
 """`dattn attention` with every tensor_format: the same numbers as with bshd, bit for bit, in the axes of the format.
 
-The command is found in DATTN_BUILD/bin; files are read and written here, without further packages."""
-import array
+The command is found in DATTN_BUILD/bin."""
 import itertools
-import json
 import math
 import os
 import pathlib
-import random
 import shutil
-import struct
 import subprocess
 import tempfile
 import unittest
+
+from tensor_files import normal, read_file, write_file
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 DATTN = pathlib.Path(os.environ.get("DATTN_BUILD", ROOT / "build/release")) / "bin/dattn"
 ORDER = {"bshd": (0, 1, 2, 3), "sbhd": (1, 0, 2, 3), "bhsd": (0, 2, 1, 3), "thd": (0, 1, 2, 3)}
 MASK = "{kind: documents, cu_seqlens: [0, 3, 3, 9, 13], within: {kind: causal}}"
-
-
-def write_file(path, tensors):
-    header, data = {}, b""
-    for name, (shape, values) in tensors.items():
-        header[name] = {"dtype": "F32", "shape": shape, "data_offsets": [len(data), len(data) + 4 * len(values)]}
-        data += array.array("f", values).tobytes()
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    path.write_bytes(struct.pack("<Q", len(text)) + text + data)
-
-
-def read_file(path):
-    raw = path.read_bytes()
-    length = struct.unpack("<Q", raw[:8])[0]
-    tensors = {}
-    for name, entry in json.loads(raw[8:8 + length]).items():
-        if name == "__metadata__":
-            continue
-        begin, end = (8 + length + offset for offset in entry["data_offsets"])
-        tensors[name] = (entry["shape"], list(array.array("f", raw[begin:end])))
-    return tensors
 
 
 def permuted(tensor, order):
@@ -63,9 +39,8 @@ class TensorFormat(unittest.TestCase):
         self.addCleanup(shutil.rmtree, self.folder)
 
     def inputs(self, batch):
-        generator = random.Random(4)
         shapes = {"q": [batch, 13, 4, 8], "k": [batch, 13, 2, 8], "v": [batch, 13, 2, 6], "dout": [batch, 13, 4, 6]}
-        return {name: (shape, [generator.gauss(0, 1) for _ in range(math.prod(shape))]) for name, shape in shapes.items()}
+        return {name: normal(shape, name) for name, shape in shapes.items()}
 
     def attend(self, tensors, tensor_format, mesh):
         write_file(self.folder / "x.safetensors", tensors)
