@@ -15,12 +15,12 @@ constexpr int kMostExchanges = 64;
 
 struct RowBlock {
   Interval rows;
-  std::int64_t area = 0;  // pairs that its rows see
+  double area = 0;  // pairs that its rows see, of all batch rows
 };
 
 struct Part {
   std::vector<RowBlock> blocks;
-  std::int64_t area = 0;
+  double area = 0;
 };
 
 std::vector<RowBlock> cut(Interval rows, std::int64_t pieces) {
@@ -40,7 +40,7 @@ void count_areas(const CompiledMask& mask, std::vector<RowBlock>& blocks) {
       auto block = std::upper_bound(blocks.begin(), blocks.end(), region.q.begin, ends_before);
       for (; block != blocks.end() && block->rows.begin < region.q.end; ++block) {
         const auto inside = restrict_to(region, block->rows, region.k);
-        if (inside) block->area += area(*inside) * part.batch.count();
+        if (inside) block->area += static_cast<double>(area(*inside)) * static_cast<double>(part.batch.count());
       }
     }
   }
@@ -49,7 +49,7 @@ void count_areas(const CompiledMask& mask, std::vector<RowBlock>& blocks) {
 // Gives every part as many of the blocks, or one less: the heaviest first, to the lightest part that has room.
 void share_out(std::vector<RowBlock> blocks, std::vector<Part>& parts) {
   std::stable_sort(blocks.begin(), blocks.end(), [](const RowBlock& a, const RowBlock& b) { return a.area > b.area; });
-  using Lightest = std::tuple<std::int64_t, std::size_t, std::size_t>;  // area, blocks given, part
+  using Lightest = std::tuple<double, std::size_t, std::size_t>;  // area, blocks given, part
   std::priority_queue<Lightest, std::vector<Lightest>, std::greater<>> open;
   for (std::size_t i = 0; i < parts.size(); ++i) open.push({parts[i].area, 0, i});
   const std::size_t most = (blocks.size() + parts.size() - 1) / parts.size();
@@ -73,12 +73,12 @@ void share_out(std::vector<RowBlock> blocks, std::vector<Part>& parts) {
 bool exchange_blocks(std::vector<Part>& parts) {
   const auto [lightest, heaviest] =
       std::minmax_element(parts.begin(), parts.end(), [](const Part& a, const Part& b) { return a.area < b.area; });
-  std::int64_t best = heaviest->area, best_moved = 0;  // best: the larger of the two areas after the exchange
+  double best = heaviest->area, best_moved = 0;  // best: the larger of the two areas after the exchange
   RowBlock *give = nullptr, *take = nullptr;
   for (RowBlock& mine : heaviest->blocks) {
     for (RowBlock& theirs : lightest->blocks) {
-      const std::int64_t moved = mine.area - theirs.area;
-      const std::int64_t after = std::max(heaviest->area - moved, lightest->area + moved);
+      const double moved = mine.area - theirs.area;
+      const double after = std::max(heaviest->area - moved, lightest->area + moved);
       if (after >= best || std::abs(mine.rows.count() - theirs.rows.count()) > 1) continue;
       best = after, best_moved = moved, give = &mine, take = &theirs;
     }
@@ -102,21 +102,20 @@ std::vector<Part> share_out(const std::vector<RowBlock>& pieces, const std::vect
 
 // Mean over most pairs of a part.
 double evenness(const std::vector<Part>& parts) {
-  std::int64_t most = 0;
-  double sum = 0;
-  for (const Part& part : parts) most = std::max(most, part.area), sum += static_cast<double>(part.area);
-  return most == 0 ? 1.0 : sum / static_cast<double>(parts.size()) / static_cast<double>(most);
+  double most = 0, sum = 0;
+  for (const Part& part : parts) most = std::max(most, part.area), sum += part.area;
+  return most == 0 ? 1.0 : sum / static_cast<double>(parts.size()) / most;
 }
 
 // Where whole blocks are too heavy to be shared out evenly (the first queries of a global mask see every key), those above the
 // average are cut into pieces, finer and finer.
 std::vector<Part> balanced_parts(const CompiledMask& mask, const std::vector<RowBlock>& blocks, std::size_t parts) {
   std::vector<Part> best = share_out({}, blocks, parts);
-  std::int64_t sum = 0;
+  double sum = 0;
   std::vector<RowBlock> heavy, light;
   for (const RowBlock& block : blocks) sum += block.area;
   for (const RowBlock& block : blocks) {
-    const bool divides = block.area > sum / static_cast<std::int64_t>(blocks.size()) && block.rows.count() > 1;
+    const bool divides = block.area > sum / static_cast<double>(blocks.size()) && block.rows.count() > 1;
     (divides ? heavy : light).push_back(block);
   }
   const auto most_pieces = kMostPieces * static_cast<std::int64_t>(parts), heavies = static_cast<std::int64_t>(heavy.size());

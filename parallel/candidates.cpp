@@ -37,8 +37,8 @@ Candidates::Candidates(const PlanRequest& request) : request_(request) {
   problem_ = std::make_shared<Problem>(*make_problem(request.mesh, request.shape, options));
   wanted_ = options.determinism == Determinism::kInvariant ? "invariant" : request.options.strategy;
   pairs_ = visible_pairs(problem_->mask);
-  sees_all_ = pairs_ == static_cast<double>(request.shape.batch) * static_cast<double>(request.shape.seq_q) *
-                            static_cast<double>(request.shape.seq_kv);
+  const double rectangle = static_cast<double>(request.shape.seq_q) * static_cast<double>(request.shape.seq_kv);
+  sees_all_ = pairs_ == static_cast<double>(request.shape.batch) * rectangle;
 }
 
 void Candidates::add_all() {

@@ -271,7 +271,7 @@ double row_balance(std::string_view strategy, const Problem& problem, double pai
     const int first = place * ulysses, group = place / rows * rows * ulysses;  // first place of its column of the grid
     const Positions own =
         rows_of_places(problem, keeps_keys, keeps_keys ? first : group, keeps_keys ? ulysses : rows * ulysses);
-    std::int64_t area_of_place = 0;
+    double area_of_place = 0;
     if (rows > 1) {
       const Positions keys = rows_along(problem, true, first - group, ulysses, rows * ulysses);
       area_of_place = area(make_tiles(problem.mask, own, keys));
@@ -279,10 +279,10 @@ double row_balance(std::string_view strategy, const Problem& problem, double pai
       for (const BatchRegions& part : problem.mask) {
         const std::int64_t pairs_of_row =
             keeps_keys ? area(part.regions, {0, problem.shape.seq_q}, own) : area(part.regions, own, {0, problem.shape.seq_kv});
-        area_of_place += pairs_of_row * part.batch.count();
+        area_of_place += static_cast<double>(pairs_of_row) * static_cast<double>(part.batch.count());
       }
     }
-    most = std::max(most, static_cast<double>(area_of_place));
+    most = std::max(most, area_of_place);
   }
   return most == 0 ? 1.0 : std::min(1.0, pairs / places / most);
 }

@@ -214,10 +214,16 @@ std::vector<BatchTiles> make_tiles(const CompiledMask& mask, const Positions& qu
   return all;
 }
 
-std::int64_t area(std::span<const BatchTiles> tiles) {
-  std::int64_t sum = 0;
-  for (const BatchTiles& part : tiles) sum += area(part.tiles) * part.batch.count();
+double area(std::span<const BatchTiles> tiles) {
+  double sum = 0;
+  for (const BatchTiles& part : tiles) sum += static_cast<double>(area(part.tiles)) * static_cast<double>(part.batch.count());
   return sum;
+}
+
+std::int64_t memory_with_inputs(const Plan& plan, const RankPlan& mine) {
+  std::int64_t bytes = mine.cost.peak_memory;
+  for (const ValueId value : plan.inputs) bytes += bytes_of(plan, value, mine.blocks[static_cast<std::size_t>(value)]);
+  return bytes;
 }
 
 std::int64_t piece_bytes(std::span<const Field> fields, std::int64_t batch, const Piece& piece) {

@@ -28,7 +28,7 @@ struct BatchTiles {
   Interval batch;
   std::vector<Tile> tiles;
 };
-std::int64_t area(std::span<const BatchTiles> tiles);  // visible pairs of one head, over all batch rows
+double area(std::span<const BatchTiles> tiles);  // visible pairs of one head, over all batch rows
 
 // What a rank attends in one step, made when it is first asked for: a rank attends one block while the next one is on its
 // way, and the plan of a new mask must not wait for the tiles of all steps. Copies share what was made.
@@ -56,7 +56,7 @@ struct RankStep {
   double flops_of_pair = 0;     // attends: of a visible pair, with all heads
 
   const std::vector<BatchTiles>& tiles() const { return attended.get(); }
-  double flops() const { return flops_of_pair == 0 ? 0 : flops_of_pair * static_cast<double>(area(tiles())); }
+  double flops() const { return flops_of_pair == 0 ? 0 : flops_of_pair * area(tiles()); }
 };
 
 // Payload a rank receives from other ranks, and memory, of one plan.
@@ -98,6 +98,7 @@ std::vector<int> last_uses(const Plan& plan);
 bool consumes(const Step& step, std::size_t index);
 
 std::int64_t bytes_of(const Plan& plan, ValueId value, const Block& block);  // all fields
+std::int64_t memory_with_inputs(const Plan& plan, const RankPlan& mine);     // cost.peak_memory, and what the caller holds
 
 // The most bytes that a runner holds at once in the order of overlap.h, its inputs not counted: values, messages that are
 // packed and unpacked, and what a type is converted through. What kernels need for themselves is theirs.

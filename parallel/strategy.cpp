@@ -13,17 +13,15 @@
 namespace dattn {
 namespace {
 
-// Sizes up to which bytes and pairs can be counted.
+// Sizes up to which bytes, and pairs of a batch row, can be counted.
 constexpr double kMostBytes = 0x1p53, kMostPairs = 0x1p62;
 constexpr std::int64_t kMostHeads = 1 << 20;
 
 void check_size(const AttentionShape& shape) {
   const auto batch = static_cast<double>(shape.batch), heads = static_cast<double>(shape.heads);
   const auto queries = static_cast<double>(shape.seq_q), keys = static_cast<double>(shape.seq_kv);
-  require(batch * queries * keys <= kMostPairs,
-          "attention shape: batch {} x seq_q {} x seq_kv {} are more than 2^62 pairs; use a smaller batch, in "
-          "several calls",
-          shape.batch, shape.seq_q, shape.seq_kv);
+  require(queries * keys <= kMostPairs, "attention shape: seq_q {} x seq_kv {} are more than 2^62 pairs; use shorter sequences",
+          shape.seq_q, shape.seq_kv);
   const double row = std::max(static_cast<double>(std::max(shape.dim_qk, shape.dim_v)), shape.bias ? keys : 0.0);
   require(batch * std::max(queries, keys) * heads * row * 8 <= kMostBytes,
           "attention shape: batch {} x {} positions x {} heads of {} numbers are more than 2^50 numbers; use a "
@@ -46,14 +44,21 @@ void check_shape(const AttentionShape& shape) {
   check_size(shape);
 }
 
+// What scores may be made of so that they are finite in the type of sums.
+double greatest_term(const AttentionShape& shape) { return accumulate_type(shape.dtype) == DType::kF64 ? 1e290 : 1e30; }
+
 void check_terms(const AttentionShape& shape, const AttentionOptions& options) {
-  require(std::isfinite(options.softcap) && options.softcap >= 0, "attention.softcap is {}; use a number > 0, or 0 for none",
-          options.softcap);
+  const double most = greatest_term(shape);
+  require(options.softcap == 0 || (options.softcap >= 1 / most && options.softcap <= most),
+          "attention.softcap is {}; use a number from {:g} to {:g}, or 0 for none", options.softcap, 1 / most, most);
   require(options.alibi_slopes.empty() || static_cast<std::int64_t>(options.alibi_slopes.size()) == shape.heads,
           "attention.alibi_slopes has {} entries for {} query heads; give one for each", options.alibi_slopes.size(),
           shape.heads);
-  for (const double slope : options.alibi_slopes)
-    require(std::isfinite(slope), "attention.alibi_slopes holds {}; use finite numbers", slope);
+  const auto longest = static_cast<double>(std::max<std::int64_t>({1, shape.seq_q, shape.seq_kv}));
+  for (const double slope : options.alibi_slopes) {
+    require(std::abs(slope) * longest <= most, "attention.alibi_slopes holds {}; with {} positions use at most {:g}", slope,
+            longest, most / longest);
+  }
   require(options.dropout >= 0 && options.dropout < 1, "attention.dropout.p is {}; it must lie in [0, 1)", options.dropout);
   if (options.dropout == 0) return;
   require(std::max(shape.seq_q, shape.seq_kv) <= kDropoutPositions && shape.batch * shape.heads < std::int64_t{1} << 32,
@@ -88,7 +93,8 @@ std::shared_ptr<const Problem> make_problem(const MeshShape& mesh, const Attenti
   auto problem = std::make_shared<Problem>();
   problem->shape = shape;
   problem->scale = options.softmax_scale.value_or(1.0 / std::sqrt(static_cast<double>(shape.dim_qk)));
-  require(std::isfinite(problem->scale), "attention.softmax_scale {} is not finite", problem->scale);
+  require(std::abs(problem->scale) <= greatest_term(shape), "attention.softmax_scale is {}; use a number of at most {:g}",
+          problem->scale, greatest_term(shape));
   problem->softcap = options.softcap;
   problem->alibi_slopes = options.alibi_slopes;
   problem->dropout = {.p = options.dropout, .seed = options.dropout_seed, .heads = shape.heads};

@@ -3,13 +3,14 @@
 
 #include <set>
 
+#include "parallel/cost_model.h"
 #include "parallel/verify/proof.h"
 
 namespace dattn {
 
 Verdict verify(const Plan& plan) {
   Verdict verdict;
-  for (const BatchRegions& part : plan.problem->mask) verdict.pairs += area(part.regions) * part.batch.count();
+  verdict.pairs = visible_pairs(plan.problem->mask);
   proof::Findings findings(plan);
   for (const auto check : {proof::check_form, proof::check_order, proof::check_layout}) {
     if (!findings.any()) check(plan, findings);

@@ -13,7 +13,7 @@ namespace dattn {
 
 struct Verdict {
   std::vector<std::string> problems;  // empty: proved. Each names rank, step and the smallest wrong range
-  std::int64_t pairs = 0;             // visible pairs of one head and batch row
+  double pairs = 0;                   // visible pairs of one head, over all batch rows
   bool ok() const { return problems.empty(); }
 };
 

@@ -89,7 +89,7 @@ std::string rank_table(const Plan& plan, int rank) {
       }
       lines += fmt::format(" over {}, from{}\n", name_of(step.axis), from.empty() ? " none" : from);
     } else if (!part.tiles().empty() || step.verb == Verb::kAttend || step.verb == Verb::kAttendGrad) {
-      lines += fmt::format(" {} tiles, {} pairs\n", tiles_of(part), area(part.tiles()));
+      lines += fmt::format(" {} tiles, {:.0f} pairs\n", tiles_of(part), area(part.tiles()));
     } else {
       lines += "\n";
     }
@@ -114,7 +114,8 @@ Json steps_json(const Plan& plan) {
 // Proves both plans; throws with the problems found.
 Json prove(const Plan& forward, const Plan& gradient) {
   require_proved(forward, "forward");
-  return require_proved(gradient, "backward").pairs;
+  const double pairs = require_proved(gradient, "backward").pairs;
+  return pairs < 0x1p53 ? Json(std::llround(pairs)) : Json(pairs);  // beyond that no double tells one more
 }
 
 // What plans are judged by; bytes_per_rank is in `costs` already.

@@ -122,12 +122,16 @@ class Visible {
   // Most shards have one cover or none, and then areas decide.
   bool areas_agree(int shard) {
     const auto visible = [&](int own, int other) {
-      return area(tiles(blocks_.rows(key_side_, {shard_, own}), blocks_.rows(!key_side_, {shard, other})));
+      return tiles(blocks_.rows(key_side_, {shard_, own}), blocks_.rows(!key_side_, {shard, other}));
     };
     if (covers_.size() > 1) return false;
-    if (covers_.empty()) return visible(kWhole, kWhole) == 0;
+    if (covers_.empty()) return visible(kWhole, kWhole).empty();
     const Cover& only = covers_[0];
-    return (only.own == kWhole && only.other == kWhole) || visible(only.own, only.other) == visible(kWhole, kWhole);
+    if (only.own == kWhole && only.other == kWhole) return true;
+    const auto some = visible(only.own, only.other), all = visible(kWhole, kWhole);
+    return std::equal(some.begin(), some.end(), all.begin(), all.end(), [](const BatchTiles& a, const BatchTiles& b) {
+      return a.batch.begin == b.batch.begin && area(a.tiles) == area(b.tiles);
+    });
   }
 
   void check_cells(int shard) {

@@ -171,9 +171,8 @@ std::vector<Bad> bad_sizes() {
       shaped("attention head dim 257 is outside 1..256", [](AttentionShape& s) { s.dim_qk = 257; }),
       shaped("attention head dim 0 is outside 1..256", [](AttentionShape& s) { s.dim_v = 0; }),
       shaped("use fp32, bf16, fp16 or fp64", [](AttentionShape& s) { s.dtype = DType::kI32; }),
-      shaped("must lie in [0,", [](AttentionShape& s) { s.batch = 0, s.seq_q = s.seq_kv = kFar; }),
-      shaped("are more than 2^62 pairs",
-             [](AttentionShape& s) { s.batch = 1 << 10, s.seq_q = s.seq_kv = std::int64_t{1} << 30; }),
+      shaped("must lie in [0,", [](AttentionShape& s) { s.batch = 0, s.seq_q = kFar, s.seq_kv = 1; }),
+      shaped("are more than 2^62 pairs", [](AttentionShape& s) { s.batch = 1, s.seq_q = s.seq_kv = std::int64_t{1} << 32; }),
       shaped("are more than 2^50 numbers", [](AttentionShape& s) { s.batch = 1 << 22, s.seq_q = 1, s.seq_kv = 1 << 30; }),
       planned("attention dropout has room for",
               [](Call& c) { c.options.dropout = 0.1, c.shape.seq_q = 1, c.shape.seq_kv = std::int64_t{1} << 32; }),
@@ -187,7 +186,10 @@ std::vector<Bad> bad_terms() {
   return {
       with("attention.softcap is -1", [](AttentionOptions& o) { o.softcap = -1; }),
       with("attention.softcap is nan", [](AttentionOptions& o) { o.softcap = kNan; }),
-      with("attention.softmax_scale inf is not finite", [](AttentionOptions& o) { o.softmax_scale = HUGE_VAL; }),
+      with("attention.softcap is 1e+300; use a number from 1e-30 to 1e+30", [](AttentionOptions& o) { o.softcap = 1e300; }),
+      with("attention.softmax_scale is inf; use a number of at most 1e+30",
+           [](AttentionOptions& o) { o.softmax_scale = HUGE_VAL; }),
+      with("attention.alibi_slopes holds 1e+300; with ", [](AttentionOptions& o) { o.alibi_slopes.assign(8, 1e300); }),
       with("attention.dropout.p is 1; it must lie in [0, 1)", [](AttentionOptions& o) { o.dropout = 1; }),
       with("attention.alibi_slopes has 3 entries for 8 query heads",
            [](AttentionOptions& o) {

@@ -54,18 +54,19 @@ TEST(Layout, BalancedSharesOutTheVisibleArea) {
     for (const int parts : {1, 3, 8, 64}) {
       const std::vector<Positions> shares = balanced_positions(compiled, length, parts);
       std::vector<Interval> ranges;
-      std::int64_t rows = 0, most = 0, sum = 0;
+      std::int64_t rows = 0;
+      double most = 0, sum = 0;
       for (const Positions& share : shares) {
         for (const dattn::Run& run : share.runs()) ranges.push_back({run.begin, run.last() + 1});
         rows += share.count();
         EXPECT_NEAR(static_cast<double>(share.count()), static_cast<double>(length) / parts, 2.0 + length / (32.0 * parts));
-        const std::int64_t seen = area(make_tiles(compiled, share, Positions::range(0, length)));
+        const double seen = area(make_tiles(compiled, share, Positions::range(0, length)));
         most = std::max(most, seen);
         sum += seen;
       }
       EXPECT_EQ(join(ranges), (std::vector<Interval>{{0, length}}));
       EXPECT_EQ(rows, length);
-      EXPECT_LE(static_cast<double>(most), 1.02 * static_cast<double>(sum) / parts) << mask.text() << " on " << parts;
+      EXPECT_LE(most, 1.02 * sum / parts) << mask.text() << " on " << parts;
     }
   }
 }

@@ -9,7 +9,7 @@
 namespace dattn {
 namespace {
 
-void expect_proved(const Plan& forward, std::int64_t pairs) {
+void expect_proved(const Plan& forward, double pairs) {
   for (const Plan& plan : {forward, backward(forward)}) {
     const Verdict verdict = verify(plan);
     EXPECT_TRUE(verdict.ok()) << plan.strategy << " on " << plan.problem->mesh.text() << ": " << verdict.problems[0];
