@@ -22,6 +22,7 @@ struct Draft {
   double heads = 1;  // balance of the heads alone
   int order = 0;     // lower first where costs are equal
   bool settled = false;
+  std::vector<Layout> untried{};  // once it is settled: another one shares out the work evenly enough
 };
 
 bool fetches(std::string_view strategy);  // or halo: what they move depends on the layout

@@ -24,6 +24,8 @@ constexpr double kMoreEven = 1.05;
 constexpr double kClearlyFewer = 0.7;                                // of the bytes: what is held all at once must come down to
 constexpr std::size_t kLookedAtForBytes = 8, kLookedAtForTime = 32;  // candidates whose layouts are compared
 constexpr std::size_t kSimulated = 4;                                // candidates that are simulated
+constexpr int kPlannedRanks = 32;                                    // whose memory is worked out, as long as
+constexpr int kPlannedWork = 3 * 4096;  // their number times that of all ranks, or of steps, is so small
 
 // Holds everything it is sent at once, where those that pass blocks around hold two.
 bool holds_all(const Draft& draft) { return fetches(draft.candidate.strategy) || draft.candidate.strategy == "tree"; }
@@ -117,12 +119,14 @@ class Planner : private Candidates {
     const std::vector<Layout> all =
         fetches(candidate.strategy) ? std::vector<Layout>{candidate.layout} : layouts(candidate.mesh.sequence_parts());
     double best = -1;
-    for (const Layout layout : all) {
-      place(candidate.mesh, layout);
+    auto layout = all.begin();
+    while (layout != all.end() && best < kEvenEnough) {
+      place(candidate.mesh, *layout);
       const double balance = balance_of(candidate.strategy);
-      if (balance > best) best = balance, candidate.layout = layout;
-      if (balance >= kEvenEnough) break;
+      if (balance > best) best = balance, candidate.layout = *layout;
+      ++layout;
     }
+    draft.untried.assign(layout, all.end());
     candidate.balance = draft.heads * best;
     draft.settled = true;
     set_time(draft);
@@ -189,10 +193,9 @@ class Planner : private Candidates {
   void set_memory(Candidate& candidate) {
     const Plan forward = plan_of(candidate);
     for (const Plan& plan : {forward, backward(forward)}) {
-      const RankPlan mine = make_rank_plan(plan, 0);
-      std::int64_t bytes = mine.cost.peak_memory;
-      for (const ValueId value : plan.inputs) bytes += bytes_of(plan, value, mine.blocks[static_cast<std::size_t>(value)]);
-      candidate.peak_memory = std::max(candidate.peak_memory, bytes);
+      const int ranks = candidate.mesh.ranks(), work = std::max(ranks, static_cast<int>(plan.steps.size()));
+      for (const int rank : sample(ranks, std::clamp(kPlannedWork / work, 1, kPlannedRanks)))
+        candidate.peak_memory = std::max(candidate.peak_memory, memory_with_inputs(plan, make_rank_plan(plan, rank)));
     }
   }
 
@@ -210,6 +213,7 @@ class Planner : private Candidates {
                                                            request_.memory_bytes)});
         continue;
       }
+      if (best.empty()) tell_untried_layouts(draft);
       best.push_back(candidate);
       if (best.size() == 2) break;
     }
@@ -220,6 +224,19 @@ class Planner : private Candidates {
     if (best.size() > 1) choice.runner_up = best[1];
     choice.ratio = ratio_over(choice.chosen.forward_bytes, choice.lower_bound_bytes);
     return choice;
+  }
+
+  // Of the choice.
+  void tell_untried_layouts(const Draft& chosen) {
+    if (chosen.untried.empty()) return;
+    std::string names;
+    for (const Layout layout : chosen.untried) names += fmt::format("{}{}", names.empty() ? "" : ", ", name_of(layout));
+    const Candidate& candidate = chosen.candidate;
+    rejected_.push_back(
+        {fmt::format("layout{} {}", chosen.untried.size() > 1 ? "s" : "", names),
+         fmt::format("not tried: with {} the mean rank has {:.3f} of the work of the slowest, and layouts are compared by that "
+                     "until one reaches {}; name the layout to have it",
+                     name_of(candidate.layout), candidate.balance / chosen.heads, kEvenEnough)});
   }
 
   // Of all that could run and was not taken, as one.

@@ -34,7 +34,7 @@ struct Candidate {
   double balance = 1;            // mean over most work of a rank
   double time_s = 0;             // forward and backward, where there is a machine
   bool simulated = false;        // time_s is of simulate.h, not of a closed form
-  std::int64_t peak_memory = 0;  // of rank 0, inputs and the plan's values
+  std::int64_t peak_memory = 0;  // of the rank that holds most, of large meshes in a sample: inputs and the plan's values
 
   std::string text() const;  // "hybrid on ring 8 x ulysses 8, layout zigzag"
 };

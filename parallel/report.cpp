@@ -49,7 +49,7 @@ Json plan_costs(const Plan& forward, const Plan& gradient) {
   const auto count = static_cast<double>(counted.size());
   Json bytes, bytes_max, stats;
   double flops_sum = 0, flops_max = 0;
-  std::int64_t peak = 0;
+  std::int64_t peak = 0;  // of the rank that holds most, inputs included
   for (const auto& [name, plan] : {std::pair{"forward", &forward}, std::pair{"backward", &gradient}}) {
     double sum = 0, statistics = 0;
     std::int64_t most = 0;
@@ -59,7 +59,7 @@ Json plan_costs(const Plan& forward, const Plan& gradient) {
       sum += static_cast<double>(cost.bytes_received);
       statistics += static_cast<double>(cost.stats_bytes);
       most = std::max(most, cost.bytes_received);
-      peak = std::max(peak, cost.peak_memory);
+      peak = std::max(peak, memory_with_inputs(*plan, mine));
       if (plan == &forward) flops_sum += mine.flops(), flops_max = std::max(flops_max, mine.flops());
     }
     bytes[name] = std::llround(sum / count);

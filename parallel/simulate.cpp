@@ -52,8 +52,7 @@ class Costs {
   void add_rank(int rank, RankTimes& times) {
     const RankPlan mine = make_rank_plan(plan_, rank);
     times.flops = mine.flops();
-    times.peak_memory = mine.cost.peak_memory;
-    for (const ValueId value : plan_.inputs) times.peak_memory += bytes_of(plan_, value, mine.blocks[index(value)]);
+    times.peak_memory = memory_with_inputs(plan_, mine);
     for (std::size_t i = 0; i < steps_.size(); ++i) {
       if (is_move(plan_.steps[i].verb)) {
         add_move(i, mine, times);
@@ -84,10 +83,12 @@ class Costs {
     if (step.verb == Verb::kFinish && storage == accumulate_type(storage)) return 0;  // the state becomes the result
     const double moving = memory_bytes(step, mine, part, attends) / machine_.memory_bandwidth;
     if (!attends) return moving + machine_.kernel_latency_s;
-    const double pairs = static_cast<double>(area(part.tiles()));
+    const double pairs = area(part.tiles());
     double worked_pairs = 0;
-    for (const BatchTiles& stretch : part.tiles())
-      worked_pairs += static_cast<double>(machine_.worked_pairs(step.verb, stretch.tiles) * stretch.batch.count());
+    for (const BatchTiles& stretch : part.tiles()) {
+      worked_pairs +=
+          static_cast<double>(machine_.worked_pairs(step.verb, stretch.tiles)) * static_cast<double>(stretch.batch.count());
+    }
     const double worked = pairs == 0 ? 0 : worked_pairs / pairs;
     const double working = part.flops() * worked / machine_.attend_rate(step.verb, storage);
     return std::max(working, moving) + machine_.kernel_latency_s;
@@ -301,8 +302,9 @@ std::vector<AxisUse> Simulation::axes() const {
   for (const Axis axis : kAxes) {
     AxisUse use{axis};
     for (const RankTimes& rank : ranks) {
-      use.bytes += static_cast<double>(rank.over(axis).bytes) / static_cast<double>(ranks.size());
-      use.busiest_s = std::max(use.busiest_s, rank.over(axis).busy_s);
+      const AxisTimes& mine = rank.over(axis);
+      use.bytes += static_cast<double>(mine.bytes) / static_cast<double>(ranks.size());
+      if (mine.busy_s > use.busiest_s) use.busiest_s = mine.busy_s, use.busiest_bytes = mine.bytes;
     }
     if (use.bytes > 0) all.push_back(use);
   }

@@ -56,8 +56,9 @@ struct RankTimes {
 // The links of one axis, over all ranks.
 struct AxisUse {
   Axis axis = Axis::kRing;
-  double bytes = 0;      // received by a mean rank
-  double busiest_s = 0;  // for which the busiest rank's way in was held
+  double bytes = 0;                // received by a mean rank
+  double busiest_s = 0;            // for which the busiest rank's way in was held
+  std::int64_t busiest_bytes = 0;  // that this rank received
 };
 
 struct Simulation {

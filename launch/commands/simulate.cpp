@@ -20,6 +20,7 @@ std::vector<AxisUse> together(std::vector<AxisUse> all, const std::vector<AxisUs
     } else {
       same->bytes += use.bytes;
       same->busiest_s += use.busiest_s;
+      same->busiest_bytes += use.busiest_bytes;
     }
   }
   return all;
@@ -63,7 +64,8 @@ Times times_of(const Simulation& simulation) {
 Json to_json(const Times& times, const Machine& machine) {
   Json axes = Json::object();
   for (const AxisUse& use : times.axes)
-    axes[std::string(name_of(use.axis))] = {{"bytes", std::llround(use.bytes)}, {"busiest_link_s", use.busiest_s}};
+    axes[std::string(name_of(use.axis))] = {
+        {"bytes", std::llround(use.bytes)}, {"busiest_link_bytes", use.busiest_bytes}, {"busiest_link_s", use.busiest_s}};
   return {{"time_s", times.time_s},
           {"tflops_per_rank", times.time_s > 0 ? times.flops / times.time_s * 1e-12 : 0.0},
           {"compute_s", times.compute_s},
@@ -159,7 +161,8 @@ void print_simulation(const Json& simulated, const Plan& forward) {
       return phase["axes"].contains(name) ? phase["axes"][name][key].get<double>() : 0.0;
     };
     row(fmt::format("received over {}", name).c_str(), [&](const Json& phase) { return scaled(of_axis(phase, "bytes"), "B"); });
-    row("  its busiest link is held", [&](const Json& phase) {
+    row("  its busiest link carries", [&](const Json& phase) { return scaled(of_axis(phase, "busiest_link_bytes"), "B"); });
+    row("  and is held", [&](const Json& phase) {
       const double whole = phase["time_s"].get<double>();
       return fmt::format("{:.1f} %", whole > 0 ? of_axis(phase, "busiest_link_s") / whole * 100 : 0.0);
     });

@@ -49,12 +49,13 @@ class PlanSimulate(unittest.TestCase):
                                simulated["bytes_inside_node"] + simulated["bytes_between_nodes"], delta=len(axes))
         for axis in axes.values():
             self.assertTrue(0 < axis["busiest_link_s"] <= simulated["time_s"], axis)
+            self.assertGreaterEqual(axis["busiest_link_bytes"], axis["bytes"])
 
     def test_the_table(self):
         text = self.plan(ROOT / "configs/meshes/laptop.yaml", "--simulate", MACHINE).stdout
         self.assertIn("simulated on two_cpu_hosts: 4 ranks on 2 nodes\n", text)
         for row in ("time", "TFLOP/s per rank", "exposed communication, mean", "received from other nodes", "received over ring",
-                    "  its busiest link is held", "peak memory"):
+                    "  its busiest link carries", "  and is held", "peak memory"):
             self.assertRegex(text, rf"(?m)^{re.escape(row)} +\S+.*\S+.*\S+$")
 
     def test_a_machine_too_small(self):

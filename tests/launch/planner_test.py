@@ -4,10 +4,11 @@ import json
 import os
 import pathlib
 import shutil
-import struct
 import subprocess
 import tempfile
 import unittest
+
+from tensor_files import write_file
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 DATTN = pathlib.Path(os.environ.get("DATTN_BUILD", ROOT / "build/release")) / "bin/dattn"
@@ -67,27 +68,39 @@ class Planner(unittest.TestCase):
         self.assertEqual(done["planner_prefers"]["chosen"]["strategy"], "hybrid")
 
     def test_a_run_takes_what_plan_shows(self):
-        sizes = {"q": [1, 512, 4, 8], "k": [1, 512, 2, 8], "v": [1, 512, 2, 8]}
-        header, offset = {}, 0
-        for name, shape in sizes.items():
-            length = 4 * shape[1] * shape[2] * shape[3]
-            header[name] = {"dtype": "F32", "shape": shape, "data_offsets": [offset, offset + length]}
-            offset += length
-        text = json.dumps(header).encode()
-        text += b" " * (-len(text) % 8)
-        (self.folder / "x.safetensors").write_bytes(struct.pack("<Q", len(text)) + text + bytes(offset))
+        for batch in (1, 4):
+            heads_of = {"q": 4, "k": 2, "v": 2}
+            write_file(self.folder / f"{batch}.safetensors",
+                       {name: ([batch, 512, heads, 8], [0] * (batch * 512 * heads * 8)) for name, heads in heads_of.items()})
         taken = set()
-        for mask, more in (("causal", ""), ("window, left: 9, right: 3", ""), ("full", "layout: striped\n"),
-                           ("window, left: 9, right: 3", "layout: balanced\n"), ("causal", "determinism: invariant\n")):
-            config = (f"shape: {{seq: 512, heads: 4, kv_heads: 2, dim: 8}}\nmesh: {{ring: 4}}\nattention: {{mask: {{kind: {mask}}}}}\n"
-                      + more)
+        lengths = "padding, lengths: [9, 500, 512, 40], within: {kind: causal}"
+        for mask, batch, mesh, more in (("causal", 1, "ring: 4", ""), ("window, left: 9, right: 3", 1, "ring: 4", ""),
+                                        ("full", 1, "ring: 4", "layout: striped\n"), ("causal", 4, "data: 2, ring: 2", ""),
+                                        ("window, left: 9, right: 3", 1, "ring: 4", "layout: balanced\n"),
+                                        ("causal", 1, "ring: 4", "determinism: invariant\n"),
+                                        (lengths, 4, "data: 2, ranks: 4", "")):
+            config = (f"shape: {{batch: {batch}, seq: 512, heads: 4, kv_heads: 2, dim: 8}}\nmesh: {{{mesh}}}\n"
+                      f"attention: {{mask: {{kind: {mask}}}}}\n" + more)
             planned = self.plan(config)
-            ran = json.loads(self.run_dattn(["attention"], config, "--in", "x.safetensors", "--out", "y.safetensors", "--ranks",
-                                            "4", "--threads", "1", "--json").stdout.splitlines()[-1])
-            for key in ("strategy", "layout", "mesh", "bytes_per_rank"):
+            ran = json.loads(self.run_dattn(["attention"], config, "--in", f"{batch}.safetensors", "--out", "y.safetensors",
+                                            "--ranks", "4", "--threads", "1", "--json").stdout.splitlines()[-1])
+            for key in ("strategy", "layout", "mesh", "bytes_per_rank", "bytes_max", "peak_memory_bytes"):
                 self.assertEqual(ran[key], planned[key], (config, key))
             taken.add((planned["strategy"], planned["layout"]))
         self.assertGreaterEqual(len(taken), 4, taken)
+
+    def test_masks_of_another_batch_are_refused(self):
+        config = "shape: {batch: 4, seq: 512}\nmesh: {data: 2}\nattention: {mask: {kind: padding, lengths: [1, 2, 3, 4, 5]}}\n"
+        self.assertIn("5", self.run_dattn(["plan"], config, code=2).stderr)
+
+    def test_ranks_that_receive_and_hold_most(self):
+        done = self.plan("shape: {seq: 4096, heads: 4, kv_heads: 2, dim: 8}\nmesh: {ring: 4}\nobjective: bytes\n"
+                         "strategy: fetch\nlayout: contiguous\n")
+        block = 1024 * 2 * (8 + 8) * 4  # keys and values of a rank: the last one fetches three, a mean one half of that
+        self.assertEqual(done["bytes_max"]["forward"], 3 * block)
+        self.assertEqual(done["bytes_per_rank"]["forward"], 3 * block / 2)
+        self.assertEqual(done["planned"]["chosen"]["peak_memory_bytes"], done["peak_memory_bytes"])
+        self.assertGreater(done["peak_memory_bytes"], 4 * block)
 
     def test_thousands_of_ranks(self):
         done = self.plan(SHAPE + "mesh: {ranks: 4096}\n")

@@ -15,6 +15,7 @@
 #include "parallel/lower_bound.h"
 #include "parallel/rank_plan.h"
 #include "parallel/simulate.h"
+#include "parallel/verify.h"
 #include "tests/parallel/mesh_of.h"
 
 namespace dattn {
@@ -163,6 +164,17 @@ TEST(Planner, PlansABillionPositions) {
   PlanRequest request = request_of(32, 8, 64, Mask::window(1 << 20, 0));
   request.shape.seq_q = request.shape.seq_kv = 1'000'000'000;
   EXPECT_NE(plan_attention(request).chosen.layout, Layout::kStriped);
+  request.shape.batch = 20;  // more pairs than 64 bits count
+  request.options.mask = Mask::full();
+  for (const Layout layout : {Layout::kZigzag, Layout::kBalanced}) {
+    request.options.layout = layout;
+    request.fixed_layout = true;
+    const Candidate chosen = plan_attention(request).chosen;
+    EXPECT_NEAR(chosen.balance, 1, 1e-6) << chosen.text();
+    request.options.strategy = chosen.strategy;
+    EXPECT_DOUBLE_EQ(verify(make_plan(chosen.mesh, request.shape, request.options)).pairs, 20e18);
+    request.options.strategy = "auto";
+  }
 }
 
 TEST(Planner, SaysWhyNot) {
@@ -182,6 +194,22 @@ TEST(Planner, SaysWhyNot) {
   EXPECT_EQ(std::count_if(smaller.rejected.begin(), smaller.rejected.end(), told), 1);
   request.memory_bytes = 1;
   EXPECT_THAT(refusal(request), HasSubstr(fmt::format("needs {} bytes of memory, a rank has 1", choice.chosen.peak_memory)));
+}
+
+// Fetch holds most where the mask shows most: on the last rank of a contiguous causal one.
+TEST(Planner, MemoryIsThatOfTheRankThatHoldsMost) {
+  PlanRequest request = request_of(32, 8, 0);
+  request.ranks.reset();
+  request.mesh = mesh_of(1, 8, 1, 1);
+  request.options.strategy = "fetch";
+  request.options.layout = Layout::kContiguous;
+  request.fixed_layout = true;
+  const Candidate chosen = plan_attention(request).chosen;
+  const Plan gradient = backward(make_plan(request.mesh, request.shape, request.options));
+  EXPECT_EQ(chosen.peak_memory, memory_with_inputs(gradient, make_rank_plan(gradient, 7)));
+  EXPECT_GT(chosen.peak_memory, memory_with_inputs(gradient, make_rank_plan(gradient, 0)));
+  request.memory_bytes = chosen.peak_memory - 1;
+  EXPECT_THAT(refusal(request), HasSubstr(fmt::format("needs {} bytes of memory", chosen.peak_memory)));
 }
 
 TEST(Planner, RefusesWhatItCannotPlan) {
@@ -290,6 +318,8 @@ TEST(Planner, SaysWhatItDidNotTry) {
                                  [](const Rejected& one) { return one.what.find("more candidates") != std::string::npos; });
   ASSERT_NE(more, choice.rejected.end());
   EXPECT_THAT(more->why, HasSubstr("layouts were compared for the best 8"));
+  EXPECT_THAT(reason_of(choice, "layouts contiguous, striped, balanced"),
+              HasSubstr("with zigzag the mean rank has 1.000 of the work of the slowest"));
   EXPECT_THAT(reason_of(plan_attention(request_of(32, 8, 64, Mask::full())), "strategies fetch and halo"),
               HasSubstr("hides nothing"));
 }

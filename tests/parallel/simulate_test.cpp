@@ -138,6 +138,21 @@ TEST(Simulate, BytesAndLinksByAxis) {
   }
 }
 
+// Under a causal mask the last of contiguous ranks fetches all other blocks, a mean one half of them.
+TEST(Simulate, TheBusiestLinkIsToldWithItsBytes) {
+  Machine machine = free_machine();
+  machine.links.inside = {0, 1000, std::nullopt};
+  AttentionOptions options;
+  options.strategy = "fetch";
+  options.layout = Layout::kContiguous;
+  const std::vector<AxisUse> axes =
+      simulate(make_plan(mesh_of(4), {1, 32, 32, 4, 4, 16, 16, DType::kF32}, options), machine).axes();
+  ASSERT_EQ(axes.size(), 1U);
+  EXPECT_DOUBLE_EQ(axes[0].bytes, 1.5 * 8 * kRowBytes);
+  EXPECT_EQ(axes[0].busiest_bytes, static_cast<std::int64_t>(3 * 8 * kRowBytes));
+  EXPECT_NEAR(axes[0].busiest_s, 3 * 8 * kRowBytes / 1000, 1e-9);
+}
+
 // Both ranks of a node rotate to the other node at once.
 TEST(Simulate, RanksOfANodeShareItsBandwidth) {
   Machine machine = free_machine(2);
