@@ -12,8 +12,8 @@ namespace {
 
 class Pieces {
  public:
-  Pieces(const Plan& plan, Blocks& blocks, std::size_t index, Findings& findings)
-      : plan_(plan), blocks_(blocks), index_(index), step_(plan.steps[index]), findings_(findings) {}
+  Pieces(const Plan& plan, Blocks& blocks, std::size_t index, Findings& findings, const PartOfStep& part)
+      : plan_(plan), blocks_(blocks), index_(index), step_(plan.steps[index]), findings_(findings), part_(part) {}
 
   // All groups of ranks along the axis; the first problem of each is enough.
   void check() {
@@ -23,7 +23,7 @@ class Pieces {
       parts_.clear();
       for (int i = 0; i < plan_.problem->mesh.size(step_.axis); ++i) {
         members_.push_back(blocks_.neighbour(rank, step_.axis, i));
-        parts_.push_back(make_rank_step(plan_, index_, members_.back()));
+        parts_.push_back(part_(plan_, index_, members_.back()));
       }
       if (!messages_match()) return;
       for (std::size_t i = 0; i < members_.size(); ++i) {
@@ -172,6 +172,7 @@ class Pieces {
   std::size_t index_;
   const Step& step_;
   Findings& findings_;
+  const PartOfStep& part_;
   std::vector<int> members_;                           // the ranks of one group, by coordinate
   std::vector<RankStep> parts_;                        // theirs
   std::map<std::pair<ValueId, int>, Positions> rows_;  // by value and block
@@ -179,10 +180,10 @@ class Pieces {
 
 }  // namespace
 
-void check_pieces(const Plan& plan, Blocks& blocks, Findings& findings) {
+void check_pieces(const Plan& plan, Blocks& blocks, Findings& findings, const PartOfStep& part) {
   for (std::size_t i = 0; i < plan.steps.size() && !findings.full(); ++i) {
     const Verb verb = plan.steps[i].verb;
-    if (is_move(verb) && verb != Verb::kRotate) Pieces(plan, blocks, i, findings).check();
+    if (is_move(verb) && verb != Verb::kRotate) Pieces(plan, blocks, i, findings, part).check();
   }
 }
 

@@ -2,6 +2,7 @@
 // nothing before the later ones may run.
 #pragma once
 
+#include <functional>
 #include <string>
 #include <vector>
 
@@ -44,8 +45,10 @@ void check_order(const Plan& plan, Findings& findings);   // written once, then 
 void check_layout(const Plan& plan, Findings& findings);  // the shards hold each position once
 std::string partition_fault(const std::vector<Positions>& parts, std::int64_t length);  // empty: each of [0, length) once
 
-void check_steps(const Plan& plan, Blocks& blocks, Findings& findings);   // rotations and computations: blocks that match
-void check_pieces(const Plan& plan, Blocks& blocks, Findings& findings);  // moves of several peers, piece by piece
+void check_steps(const Plan& plan, Blocks& blocks, Findings& findings);  // rotations and computations: blocks that match
+// Moves of several peers, piece by piece; part: a rank's messages in a step, which tests break.
+using PartOfStep = std::function<RankStep(const Plan& plan, std::size_t step, int rank)>;
+void check_pieces(const Plan& plan, Blocks& blocks, Findings& findings, const PartOfStep& part = make_rank_step);
 void check_rank(const Plan& plan, Blocks& blocks, const RankPlan& mine, Findings& findings);  // its memory and messages
 void check_folds(const Plan& plan, Blocks& blocks, Findings& findings);  // each visible pair once, at its owner
 

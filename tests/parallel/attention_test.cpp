@@ -1,7 +1,8 @@
-// The public entry, with arguments that do not fit its plan: refused on every rank, before anything is sent.
+// The public entry: strided tensors, and arguments that do not fit its plan: refused on every rank, before anything is sent.
 #include "parallel/attention.h"
 
 #include <atomic>
+#include <cstring>
 #include <memory>
 
 #include <fmt/format.h>
@@ -9,6 +10,7 @@
 #include <gtest/gtest.h>
 
 #include "core/base/error.h"
+#include "core/base/philox.h"
 #include "parallel/comm/decorators.h"
 #include "parallel/comm/thread.h"
 #include "tests/parallel/mesh_of.h"
@@ -22,6 +24,47 @@ std::unique_ptr<Communicator> everyone(Communicator& world, const std::shared_pt
   std::vector<int> all;
   for (int rank = 0; rank < world.size(); ++rank) all.push_back(rank);
   return counted(world.split(all, "attention"), counter);
+}
+
+Tensor numbers(const Shape& shape, std::uint64_t stream) {
+  Tensor all = Tensor::uninitialized(DType::kF32, shape);
+  for (std::int64_t i = 0; i < shape.elements(); ++i)
+    all.ptr<float>()[i] = philox_normal(3, stream, static_cast<std::uint64_t>(i));
+  return all;
+}
+
+void expect_same_bits(const Tensor& got, const Tensor& want, const char* name) {
+  ASSERT_EQ(got->shape, want->shape) << name;
+  EXPECT_EQ(std::memcmp(got->data, want->data, static_cast<std::size_t>(want->bytes())), 0) << name;
+}
+
+// q and dout as [seq, batch, heads, dim], k and v side by side in one tensor and as [batch, heads, seq, dim].
+TEST(ShardedAttention, StridedTensorsGiveTheBitsOfContiguousOnes) {
+  for (const std::string strategy : {"ring", "ulysses", "allgather", "fetch", "tree", "invariant"}) {
+    AttentionOptions options;
+    options.strategy = strategy;
+    options.layout = Layout::kStriped;
+    run_thread_ranks(3, {.timeout_s = 30}, [&](Communicator& world) {
+      const Mesh mesh(world, strategy == "ulysses" ? mesh_of(1, 1, 3, 1) : mesh_of(1, 3, 1, 1));
+      ShardedAttention attention(mesh, {2, 46, 46, 6, 3, 8, 8, DType::kF32}, options);
+      const std::int64_t rows = attention.q_positions().count();
+      const auto stream = static_cast<std::uint64_t>(10 * world.rank());
+      const Tensor queries = numbers({rows, 2, 6, 8}, stream), gradients = numbers({rows, 2, 6, 8}, stream + 1);
+      const Tensor pairs = numbers({2, rows, 6, 8}, stream + 2), values = numbers({2, 3, rows, 8}, stream + 3);
+      const TensorView q = queries->transpose(0, 1), dout = gradients->transpose(0, 1), k = pairs->slice(2, 3, 3),
+                       v = values->transpose(1, 2);
+      const Tensor plain_q = to_dtype(q, q.dtype), plain_k = to_dtype(k, k.dtype), plain_v = to_dtype(v, v.dtype),
+                   plain_dout = to_dtype(dout, dout.dtype);
+      const AttentionResult some = attention.forward(q, k, v), plain = attention.forward(plain_q, plain_k, plain_v);
+      expect_same_bits(some.out, plain.out, "out");
+      expect_same_bits(some.lse, plain.lse, "lse");
+      const AttentionGradients back = attention.backward(q, k, v, some, dout),
+                               plain_back = attention.backward(plain_q, plain_k, plain_v, plain, plain_dout);
+      expect_same_bits(back.dq, plain_back.dq, "dq");
+      expect_same_bits(back.dk, plain_back.dk, "dk");
+      expect_same_bits(back.dv, plain_back.dv, "dv");
+    });
+  }
 }
 
 struct BadBias {

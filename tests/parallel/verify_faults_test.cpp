@@ -1,6 +1,9 @@
 // Fault seeding: verify() finds every broken plan, and says where.
+#include <algorithm>
+#include <map>
 #include <regex>
 
+#include <fmt/format.h>
 #include <gtest/gtest.h>
 #include <rapidcheck/gtest.h>
 
@@ -34,6 +37,12 @@ Plan plan_of(const Setting& setting, const AttentionShape& shape, AttentionOptio
   return make_plan(mesh, shape, options);
 }
 
+Plan small_plan_of(const Setting& setting) {
+  AttentionOptions options;
+  options.mask = setting.mask;
+  return plan_of(setting, {1, 53, 53, 6, 3, 8, 8, DType::kF32}, options);
+}
+
 const std::regex kPlace("(rank [0-9]+|every rank), (step [0-9]+ [a-z_]+|at the end): .*");
 
 bool one_matches(const Verdict& verdict, const std::string& expression) {
@@ -52,9 +61,7 @@ class FaultSeeding : public testing::TestWithParam<FaultKind> {};
 TEST_P(FaultSeeding, IsFoundInEveryStrategy) {
   int seeded = 0;
   for (const Setting& setting : kSettings) {
-    AttentionOptions options;
-    options.mask = setting.mask;
-    const Plan forward = plan_of(setting, {1, 53, 53, 6, 3, 8, 8, DType::kF32}, options);
+    const Plan forward = small_plan_of(setting);
     for (const Plan& right : {forward, backward(forward)}) {
       ASSERT_TRUE(verify(right).ok()) << right.text() << first_problem(right);
       for (const Plan& broken : GetParam().variants(right)) {
@@ -144,6 +151,83 @@ TEST(FaultSeeding, BrokenPromisesOfARankAreFound) {
   EXPECT_EQ(problems_of([](RankPlan& mine) { mine.steps[1].sends[0].peer = 1; }), wanted);
   EXPECT_EQ(problems_of([](RankPlan& mine) { mine.steps[1].receives[0].rows -= 1; }), wanted);
   EXPECT_EQ(problems_of([](RankPlan& mine) { mine.steps[1].receives[0].heads.end -= 1; }), wanted);
+}
+
+// The first of a rank's pieces of several rows that goes to another rank; the number of pieces where there is none.
+std::size_t breakable(const std::vector<Piece>& pieces, int own) {
+  const auto goes = [own](const Piece& piece) { return piece.peer != own && piece.rows > 1; };
+  return static_cast<std::size_t>(std::find_if(pieces.begin(), pieces.end(), goes) - pieces.begin());
+}
+
+// One piece of one message, on one rank, in every move of every strategy: to the wrong peer, of wrong rows or heads, or lost.
+TEST(FaultSeeding, BrokenMessagesAreFoundInEveryStrategy) {
+  using Change = std::function<void(std::vector<Piece>&, std::size_t)>;
+  std::map<std::string, int> seeded;
+  for (const Setting& setting : kSettings) {
+    const Plan forward = small_plan_of(setting);
+    for (const Plan& plan : {forward, backward(forward)}) {
+      for (std::size_t i = 0; i < plan.steps.size(); ++i) {
+        const Step& step = plan.steps[i];
+        const int parts = plan.problem->mesh.size(step.axis), rank = plan.problem->mesh.neighbour(0, step.axis, 1);
+        if (!is_move(step.verb)) continue;
+        const RankStep right = make_rank_step(plan, i, rank);
+        const std::size_t at = breakable(right.sends, 1);
+        if (at == right.sends.size()) continue;
+        const Piece& sent = right.sends[at];
+        const auto problems_of = [&](const Change& change) {
+          proof::Findings findings(plan);
+          proof::Blocks blocks(plan);
+          if (step.verb == Verb::kRotate) {
+            RankPlan mine = make_rank_plan(plan, rank);
+            change(mine.steps[i].sends, at);
+            proof::check_rank(plan, blocks, mine, findings);
+          } else {
+            proof::check_pieces(plan, blocks, findings, [&](const Plan& of, std::size_t number, int on) {
+              RankStep part = make_rank_step(of, number, on);
+              if (number == i && on == rank) change(part.sends, at);
+              return part;
+            });
+          }
+          return std::move(findings).problems();
+        };
+        const int to = plan.problem->mesh.neighbour(rank, step.axis, sent.peer);
+        const auto rows = [&](const Piece& piece) {
+          return proof::text_of(plan.rows(step.in[0], rank).rows(piece.row, piece.rows, piece.step));
+        };
+        const std::string sender = fmt::format("rank {}, step {} {}: ", rank, i, name_of(step.verb));
+        const std::string receiver = fmt::format("rank {}, step {} {}: ", to, i, name_of(step.verb));
+        const std::string lost =
+            step.verb == Verb::kRotate
+                ? fmt::format("{}its messages are not the whole of {} (positions {})", sender, plan.value_name(step.in[0]),
+                              proof::text_of(plan.rows(step.in[0], rank)))
+                : fmt::format("{}expects positions {} heads {}", receiver, rows(sent), proof::text_of(sent.heads));
+        const auto wrong = [&](const Piece& piece) {
+          if (step.verb == Verb::kRotate) return lost;
+          return fmt::format("{} from rank {}, which sends positions {} heads {}", lost, rank, rows(piece),
+                             proof::text_of(piece.heads));
+        };
+        const auto expect = [&](const std::string& problem, const Change& change) {
+          const std::vector<std::string> problems = problems_of(change);
+          ASSERT_EQ(problems.size(), 1U) << setting.strategy << " on " << plan.problem->mesh.text() << ": " << problem;
+          EXPECT_EQ(problems[0].substr(0, problem.size()), problem) << setting.strategy;
+          ++seeded[setting.strategy];
+        };
+        Piece fewer = sent, later = sent, no_head = sent;
+        fewer.rows -= 1;
+        later.row += later.step, later.rows -= 1;
+        no_head.heads.end -= 1;
+        for (const Piece& piece : {fewer, later, no_head})
+          expect(wrong(piece), [&](std::vector<Piece>& sends, std::size_t one) { sends[one] = piece; });
+        expect(lost, [](std::vector<Piece>& sends, std::size_t one) {
+          sends.erase(sends.begin() + static_cast<std::ptrdiff_t>(one));
+        });
+        if (parts > 2)
+          expect(step.verb == Verb::kRotate ? lost : "rank ",
+                 [&](std::vector<Piece>& sends, std::size_t one) { sends[one].peer = around(sent.peer + 1, parts); });
+      }
+    }
+  }
+  for (const Setting& setting : kSettings) EXPECT_GE(seeded[setting.strategy], 8) << setting.strategy;
 }
 
 TEST(FaultSeeding, BrokenLayoutsAreFound) {
