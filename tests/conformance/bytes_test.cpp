@@ -9,6 +9,7 @@
 #include "parallel/comm/thread.h"
 #include "parallel/message.h"
 #include "parallel/strategy.h"
+#include "parallel/verify.h"
 #include "tests/conformance/random_call.h"
 #include "tests/conformance/sweep.h"
 #include "tests/parallel/plan_run.h"
@@ -71,6 +72,7 @@ TEST(Bytes, OfFiveHundredRandomCallsAreThoseOfTheirPlans) {
     }
     ++ran;
     const Plan gradient = backward(forward);
+    EXPECT_NO_THROW(require_proved(forward, "forward"); require_proved(gradient, "backward"));
     const std::string what = fmt::format(", draw {} of seed {}:\n{}", draw, seed, call.yaml());
     std::vector<int> everyone;
     for (int rank = 0; rank < call.mesh.ranks(); ++rank) everyone.push_back(rank);

@@ -10,6 +10,7 @@
 #include "core/base/threads.h"
 #include "parallel/comm/thread.h"
 #include "parallel/strategy.h"
+#include "parallel/verify.h"
 #include "tests/conformance/expected.h"
 #include "tests/parallel/mesh_of.h"
 
@@ -52,15 +53,25 @@ Whole run(Case one, const Sharding& setup, Determinism determinism = Determinism
   run_thread_ranks(setup.mesh.ranks(), {}, [&](Communicator& world) {
     set_num_threads(setup.threads);
     const Mesh mesh(world, setup.mesh);
-    ShardedAttention attention(mesh, s, options);
+    const Interval batch = split_evenly(s.batch, setup.mesh.size(Axis::kData), mesh.coordinate(Axis::kData));
+    const auto mine = [&](const TensorView& all) { return all.slice(0, batch.begin, batch.count()); };
+    AttentionShape shape = s;
+    shape.batch = batch.count();
+    AttentionOptions own_options = options;
+    own_options.mask = batch_slice(options.mask, batch);
+    ShardedAttention attention(mesh, shape, own_options);
+    if (world.rank() == 0) {
+      require_proved(attention.forward_plan(), "forward");
+      require_proved(attention.backward_plan(), "backward");
+    }
     const Positions &q_rows = attention.q_positions(), &kv_rows = attention.kv_positions();
     const HeadRange heads = attention.heads();
-    const Tensor q = shard_of(inputs->q, q_rows, heads.q), k = shard_of(inputs->k, kv_rows, heads.kv),
-                 v = shard_of(inputs->v, kv_rows, heads.kv), dout = shard_of(inputs->dout, q_rows, heads.q);
-    AttentionCall call{.dropout_stream = kDropoutStream};
+    const Tensor q = shard_of(mine(inputs->q), q_rows, heads.q), k = shard_of(mine(inputs->k), kv_rows, heads.kv),
+                 v = shard_of(mine(inputs->v), kv_rows, heads.kv), dout = shard_of(mine(inputs->dout), q_rows, heads.q);
+    AttentionCall call{.dropout_stream = kDropoutStream, .batch_begin = batch.begin};
     Tensor bias;
     if (s.bias) {
-      bias = bias_shard_of(inputs->bias, q_rows, heads.q);
+      bias = bias_shard_of(mine(inputs->bias), q_rows, heads.q);
       call.bias = bias;
     }
     if (s.sink) call.sink = inputs->sink->slice(0, heads.q.begin, heads.q.count());
@@ -70,11 +81,11 @@ Whole run(Case one, const Sharding& setup, Determinism determinism = Determinism
     lse.shape = Shape{lse.size(0), lse.size(1), lse.size(2), 1};
     lse.strides[3] = 1;
     const std::lock_guard lock(mutex);
-    place(result.out, q_rows, heads.q, whole.at("out"));
-    place(lse, q_rows, heads.q, whole.at("lse"));
-    place(gradients.dq, q_rows, heads.q, whole.at("dq"));
-    place(gradients.dk, kv_rows, heads.kv, whole.at("dk"));
-    place(gradients.dv, kv_rows, heads.kv, whole.at("dv"));
+    place(result.out, q_rows, heads.q, mine(whole.at("out")));
+    place(lse, q_rows, heads.q, mine(whole.at("lse")));
+    place(gradients.dq, q_rows, heads.q, mine(whole.at("dq")));
+    place(gradients.dk, kv_rows, heads.kv, mine(whole.at("dk")));
+    place(gradients.dv, kv_rows, heads.kv, mine(whole.at("dv")));
   });
   return whole;
 }
@@ -95,7 +106,9 @@ TEST_P(Invariant, SameBitsOnEveryMeshLayoutAndThreadCount) {
                                      {mesh_of(1, 1, 4, 1), Layout::kBalanced, 2},
                                      {mesh_of(1, 2, 1, 2), Layout::kStriped, 2},
                                      {mesh_of(1, 2, 2, 1, 2), Layout::kZigzag},
-                                     {mesh_of(1, 1, 1, 2), Layout::kZigzag, 2}};
+                                     {mesh_of(1, 1, 1, 2), Layout::kZigzag, 2},
+                                     {mesh_of(2, 2, 2, 1), Layout::kBalanced},
+                                     {mesh_of(1, 4, 2, 1), Layout::kZigzag}};
   for (const DType dtype : {DType::kF32, DType::kBF16}) {
     for (const std::string terms : {"none", "all"}) {
       AttentionShape shape{2, 301, 301, 4, 2, 24, 16, dtype};

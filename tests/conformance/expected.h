@@ -1,5 +1,5 @@
-// What a case must give: the whole problem on one device by the reference kernel in fp64, and, for bf16 and fp16, by the
-// library's own kernel in the case's type, whose error is the measure of what a sharded call may have.
+// What a case must give: the whole problem on one device by the reference kernel in fp64, and, but for fp64, by the library's
+// own kernel in the case's type, whose error is the measure of what a sharded call may have.
 #pragma once
 
 #include <memory>
@@ -19,7 +19,7 @@ struct Expected {
   Tensor q, k, v, dout, bias, sink;  // whole inputs, in the case's type
   HeadRange heads;                   // of the part
   Results exact;                     // fp64
-  Results one_rank;                  // bf16 and fp16 cases
+  Results one_rank;                  // undefined in fp64 cases
 };
 
 // The same for all ranks of a process: computed by the first that asks.

@@ -79,8 +79,6 @@ RandomCall RandomCalls::next() {
   shape.dim_qk = pick(1, limits_.dim);
   shape.dim_v = chance(50) ? shape.dim_qk : pick(1, limits_.dim);
   shape.dtype = choose(std::vector{DType::kF32, DType::kBF16, DType::kF16, DType::kF64});
-  // Unit inputs of one number have scores of 10 and more, whose exponent fp32 knows to some 1e-6: the bound is for more.
-  if (shape.dtype == DType::kF32) shape.dim_qk = std::max<std::int64_t>(2, shape.dim_qk);
   if (chance(15)) shape.bias = BiasShape{chance(50), chance(50)};
   shape.sink = chance(15);
   call.options = some_options(shape);

@@ -17,9 +17,12 @@ struct RandomCall {
   bool planned = false;  // the planner shapes the sequence axes, of as many ranks as the mesh has, and picks a layout
   bool by_time = false;  // for a machine
 
-  // The same as a config of the command: keys as an attacker might write them. The machine's file is for planned calls by time.
-  std::string yaml(const std::string& machine_file = "") const;
+  // The same as a config of the command: keys as an attacker might write them.
+  std::string yaml() const;
 };
+
+// The call that such a text asks for, on the mesh that the planner makes of it; of several data coordinates the first one's.
+RandomCall read_call(const std::string& yaml);
 
 struct CallLimits {
   int ranks = 8;
@@ -29,6 +32,7 @@ struct CallLimits {
   bool planner = false;         // a part leaves the mesh to the planner
   bool nonsense = false;        // a part of the calls has wrong numbers here and there
 };
+inline constexpr CallLimits kAnyCalls{.ranks = 64, .dim = 256, .long_sequences = true, .planner = true, .nonsense = true};
 
 // The calls of one seed, one after the other.
 class RandomCalls {

@@ -2,6 +2,7 @@
 #include <fmt/format.h>
 #include <fmt/ranges.h>
 
+#include "launch/commands/planning.h"
 #include "tests/conformance/random_call.h"
 
 namespace dattn::conformance {
@@ -76,7 +77,7 @@ std::string_view name_of(Determinism determinism) {
 
 }  // namespace
 
-std::string RandomCall::yaml(const std::string& machine_file) const {
+std::string RandomCall::yaml() const {
   std::string text = fmt::format("attention:\n  mask: {}\n", map_of(options.mask));
   if (options.softmax_scale) text += fmt::format("  softmax_scale: {}\n", *options.softmax_scale);
   if (options.softcap != 0) text += fmt::format("  softcap: {}\n", options.softcap);
@@ -86,7 +87,7 @@ std::string RandomCall::yaml(const std::string& machine_file) const {
   if (planned) {
     text += fmt::format("mesh: {{data: {}, tensor: {}, ranks: {}}}\nobjective: {}\n", size(Axis::kData), size(Axis::kTensor),
                         product(mesh), by_time ? "time" : "bytes");
-    if (by_time) text += "machine: " + machine_file + "\n";
+    if (by_time) text += "machine: " DATTN_SOURCE_DIR "/configs/machines/h100_ib.yaml\n";
   } else {
     text += fmt::format("mesh: {{data: {}, tensor: {}, ulysses: {}, rows: {}, ring: {{inner: {}, outer: {}}}}}\nlayout: {}\n",
                         size(Axis::kData), size(Axis::kTensor), size(Axis::kUlysses), size(Axis::kRows), size(Axis::kRing),
@@ -98,6 +99,12 @@ std::string RandomCall::yaml(const std::string& machine_file) const {
                       shape.seq_q, shape.seq_kv, shape.heads, shape.kv_heads, shape.dim_qk, shape.dim_v);
   if (shape.bias) text += fmt::format(", bias: {{per_batch: {}, per_head: {}}}", shape.bias->per_batch, shape.bias->per_head);
   return text + fmt::format(", sink: {}}}\n", shape.sink);
+}
+
+RandomCall read_call(const std::string& yaml) {
+  const RunConfig config = resolve_mesh(parse_config_as<RunConfig>(yaml, "random.yaml"));
+  const DataShare first = data_share(config, shape_of(*config.shape, config.dtype));
+  return {config.mesh.shape(), first.shape, first.options};
 }
 
 }  // namespace dattn::conformance

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstdlib>
+#include <random>
 #include <set>
 #include <string_view>
 
@@ -83,8 +84,11 @@ std::vector<Choice> every_choice(const std::array<std::size_t, 7>& sizes) {
 }
 
 // Greedy covering of all pairs of values but those of mesh and mask, which are most of them and meet in the full sweep: each
-// choice is the best of a few that start from an uncovered pair.
-std::vector<Choice> pairwise_choice(const std::array<std::size_t, 7>& sizes) {
+// choice starts from an uncovered pair and covers as many more as it can. Where it does not run, the pair has kDraws more,
+// drawn by chance; then it counts as one that nothing runs with.
+template <class Runs>
+std::vector<Choice> pairwise_choice(const std::array<std::size_t, 7>& sizes, const Runs& runs) {
+  constexpr int kDraws = 50;
   using Pair = std::array<std::size_t, 4>;  // dimension, value, dimension, value
   std::set<Pair> open;
   for (std::size_t a = 0; a < sizes.size(); ++a) {
@@ -96,6 +100,7 @@ std::vector<Choice> pairwise_choice(const std::array<std::size_t, 7>& sizes) {
     }
   }
   std::vector<Choice> all;
+  std::mt19937 random;  // NOLINT: the same choices every time
   while (!open.empty()) {
     const Pair seed = *open.begin();
     Choice choice{};
@@ -119,6 +124,15 @@ std::vector<Choice> pairwise_choice(const std::array<std::size_t, 7>& sizes) {
       choice[dimension] = best;
       fixed[dimension] = true;
     }
+    bool found = runs(choice);
+    for (int draw = 0; draw < kDraws && !found; ++draw) {
+      for (std::size_t dimension = 0; dimension < sizes.size(); ++dimension) {
+        if (dimension != seed[0] && dimension != seed[2]) choice[dimension] = random() % sizes[dimension];
+      }
+      found = runs(choice);
+    }
+    open.erase(seed);
+    if (!found) continue;
     for (std::size_t a = 0; a < sizes.size(); ++a) {
       for (std::size_t b = a + 1; b < sizes.size(); ++b) open.erase({a, choice[a], b, choice[b]});
     }
@@ -127,7 +141,8 @@ std::vector<Choice> pairwise_choice(const std::array<std::size_t, 7>& sizes) {
   return all;
 }
 
-// One choice for each of kModelDims, whose numbers follow those of kDims; every strategy and number of ranks has others.
+// One choice for each of kModelDims, whose numbers follow those of kDims; every strategy and number of ranks has others. The
+// meshes among them are all, data axis included.
 std::vector<Choice> model_choices(const std::array<std::size_t, 7>& sizes, std::size_t turn) {
   std::vector<Choice> all;
   for (std::size_t i = 0; i < kModelDims.size(); ++i, ++turn) {
@@ -227,32 +242,44 @@ std::vector<Case> sweep(const std::string& strategy, int ranks, bool full) {
     return wanted.accepts(*make_problem(mesh, shape, options)).ok;
   };
   std::vector<MeshShape> accepted;
-  for (const MeshShape& mesh : meshes(ranks)) {
+  const auto add = [&](const MeshShape& mesh) {
     if (accepts(mesh, {.seq_q = 1, .seq_kv = 1}, {})) accepted.push_back(mesh);
-  }
+  };
+  for (const MeshShape& mesh : meshes(ranks)) add(mesh);
   if (accepted.empty()) return {};
-  const std::array<std::size_t, 7> sizes{accepted.size(), kLayouts.size(), kMasks.size(), kHeads.size(),
-                                         kLengths.size(), kDims.size(),    kTerms.size()};
-  std::vector<Case> cases;
-  std::vector<Choice> choices = pairwise_choice(sizes);
-  const std::vector<Choice> models = model_choices(sizes, strategy.size() * 8 + static_cast<std::size_t>(ranks));
-  choices.insert(choices.end(), models.begin(), models.end());
+  std::array<std::size_t, 7> sizes{accepted.size(), kLayouts.size(), kMasks.size(), kHeads.size(),
+                                   kLengths.size(), kDims.size(),    kTerms.size()};
+  const auto case_of = [&](const Choice& choice) {
+    const Heads& heads = kHeads[choice[3]];
+    const Lengths& lengths = kLengths[choice[4]];
+    const Dims& dims = choice[5] < kDims.size() ? kDims[choice[5]] : kModelDims[choice[5] - kDims.size()];
+    return Case{strategy,
+                accepted[choice[0]],
+                kLayouts[choice[1]],
+                kMasks[choice[2]],
+                with_terms(kTerms[choice[6]], {lengths.batch, lengths.seq_q, lengths.seq_kv, heads.heads, heads.kv_heads,
+                                               dims.dim_qk, dims.dim_v, dims.dtype}),
+                kTerms[choice[6]]};
+  };
+  const auto runs = [&](const Choice& choice) {
+    const Case one = case_of(choice);
+    return accepts(one.mesh, one.shape, options_of(one));
+  };
+  std::vector<Choice> choices = pairwise_choice(sizes, runs);
   if (full) {
     const std::vector<Choice> every = every_choice(sizes);
     choices.insert(choices.end(), every.begin(), every.end());
   }
+  for (MeshShape half : ranks % 2 == 0 ? meshes(ranks / 2) : std::vector<MeshShape>{}) {
+    half.set(Axis::kData, 2);
+    add(half);
+  }
+  sizes[0] = accepted.size();
+  const std::vector<Choice> models = model_choices(sizes, strategy.size() * 8 + static_cast<std::size_t>(ranks));
+  choices.insert(choices.end(), models.begin(), models.end());
+  std::vector<Case> cases;
   for (const Choice& choice : choices) {
-    const Heads& heads = kHeads[choice[3]];
-    const Lengths& lengths = kLengths[choice[4]];
-    const Dims& dims = choice[5] < kDims.size() ? kDims[choice[5]] : kModelDims[choice[5] - kDims.size()];
-    const Case one{strategy,
-                   accepted[choice[0]],
-                   kLayouts[choice[1]],
-                   kMasks[choice[2]],
-                   with_terms(kTerms[choice[6]], {lengths.batch, lengths.seq_q, lengths.seq_kv, heads.heads, heads.kv_heads,
-                                                  dims.dim_qk, dims.dim_v, dims.dtype}),
-                   kTerms[choice[6]]};
-    if (accepts(one.mesh, one.shape, options_of(one))) cases.push_back(one);
+    if (runs(choice)) cases.push_back(case_of(choice));
   }
   return cases;
 }

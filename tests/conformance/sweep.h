@@ -31,8 +31,8 @@ Mask mask_named(const std::string& name, const AttentionShape& shape);
 AttentionOptions options_of(const Case& one);
 
 // Every case that a strategy accepts, on meshes of `ranks` ranks. full: all of strategy x mesh x layout x mask, other
-// dimensions in turn; otherwise a choice in which every pair of values of two dimensions occurs, but those of mesh and mask.
-// Either way the head dims of models come along.
+// dimensions in turn; otherwise a choice in which every pair of values of two dimensions that can run occurs, but those of mesh
+// and mask. Either way the head dims of models come along, some of them on a data axis.
 std::vector<Case> sweep(const std::string& strategy, int ranks, bool full);
 
 bool full_sweep();           // DATTN_SWEEP=full
