@@ -147,7 +147,7 @@ class NcclCommunicator : public Communicator {
   };
 
   Communicator& control() const { return control_ ? *control_ : job_->control(); }
-  std::unique_ptr<NcclCommunicator> part(std::span<const int> ranks, std::string_view name);
+  std::unique_ptr<NcclCommunicator> part(std::span<const int> ranks, std::string_view name, const NcclGroup* parent);
   void share_id(nccl::UniqueId& id, IdFile& file);
   void check_device(const TensorView& data, const OpLabel& label) const;
   template <class Enqueue, class After>
@@ -273,21 +273,22 @@ void NcclCommunicator::compare_calls(const CallCheck& check) {
   }
 }
 
-std::unique_ptr<NcclCommunicator> NcclCommunicator::part(std::span<const int> ranks, std::string_view name) {
+std::unique_ptr<NcclCommunicator> NcclCommunicator::part(std::span<const int> ranks, std::string_view name,
+                                                         const NcclGroup* parent) {
   const int place = check_split(ranks, rank(), size(), name);
   std::vector<int> members;
   for (const int r : ranks) members.push_back(group_->ranks[static_cast<std::size_t>(r)]);
-  return std::make_unique<NcclCommunicator>(job_, job_->group(members, place, name), control().split(ranks, name));
+  return std::make_unique<NcclCommunicator>(job_, job_->group(members, place, name, parent), control().split(ranks, name));
 }
 
 std::unique_ptr<Communicator> NcclCommunicator::split(std::span<const int> ranks, std::string_view name) {
-  auto made = part(ranks, name);
+  auto made = part(ranks, name, nullptr);
   if (made->size() > 1 && made->group_->comm == nullptr) made->initialise();
   return made;
 }
 
 std::unique_ptr<Communicator> NcclCommunicator::partition(std::span<const int> ranks, std::string_view name) {
-  auto made = part(ranks, name);
+  auto made = part(ranks, name, group_.get());
   NcclGroup& sub = *made->group_;
   if (sub.size() == 1 || sub.comm != nullptr) return made;
   job_->create(sub, "split", [&](nccl::Comm* comm, nccl::Config* config) {

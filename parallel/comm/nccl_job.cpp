@@ -85,9 +85,10 @@ Communicator& NcclJob::control() const {
   return *control_;
 }
 
-std::shared_ptr<NcclGroup> NcclJob::group(const std::vector<int>& ranks, int rank, std::string_view name) {
+std::shared_ptr<NcclGroup> NcclJob::group(const std::vector<int>& ranks, int rank, std::string_view name,
+                                          const NcclGroup* parent) {
   const std::lock_guard lock(mutex);
-  std::shared_ptr<NcclGroup>& entry = groups_[{ranks, std::string(name)}];
+  std::shared_ptr<NcclGroup>& entry = groups_[{ranks, std::string(name), parent}];
   if (!entry) {
     entry = std::make_shared<NcclGroup>(nccl, device, ranks, rank, std::string(name));
     in_order_.push_back(entry);

@@ -12,6 +12,7 @@
 #include <optional>
 #include <string>
 #include <thread>
+#include <tuple>
 #include <vector>
 
 #include "core/device/check.h"
@@ -87,7 +88,10 @@ class NcclJob {
 
   Communicator& control() const;  // of the world
   // Groups of equal ranks and name are the same group.
-  std::shared_ptr<NcclGroup> group(const std::vector<int>& ranks, int rank, std::string_view name);
+  // `parent`: the group that is partitioned into it and others. Those of another parent are other groups, since all ranks of a
+  // parent have to make its parts at once, or to have made them.
+  std::shared_ptr<NcclGroup> group(const std::vector<int>& ranks, int rank, std::string_view name,
+                                   const NcclGroup* parent = nullptr);
 
   // Calls make(comm, config) under the mutex to begin the group's communicator, and waits until it is ready.
   template <class Make>
@@ -137,7 +141,7 @@ class NcclJob {
   bool drained_locked() const;
 
   std::unique_ptr<Communicator> control_;
-  std::map<std::pair<std::vector<int>, std::string>, std::shared_ptr<NcclGroup>> groups_;
+  std::map<std::tuple<std::vector<int>, std::string, const NcclGroup*>, std::shared_ptr<NcclGroup>> groups_;
   std::vector<std::shared_ptr<NcclGroup>> in_order_;  // of their making, the same on all ranks that share them
   std::condition_variable changed_;
   bool stop_ = false;

@@ -259,6 +259,21 @@ TEST(Nccl, LentCommunicatorsAreNeverEnded) {
   }
 }
 
+// Two ranks have a group of this name already when four are cut into such groups.
+TEST(Nccl, PartsOfOneGroupAreMadeByAllItsRanks) {
+  run_nccl_ranks(4, {.timeout_s = 20}, [](Communicator& world) {
+    const std::array<int, 2> first{0, 1};
+    std::unique_ptr<Communicator> pair;
+    if (world.rank() < 2) pair = world.split(first, "pair")->partition(first, "sequence");
+    const int begin = world.rank() / 2 * 2;
+    const auto part = world.partition(std::array<int, 2>{begin, begin + 1}, "sequence");
+    const Tensor data = to_device(random_of(world.rank(), 10), current_device());
+    part->all_reduce_sum(data, {.verb = "all_reduce"});
+    const Tensor sum = to_device(data, Device{});
+    EXPECT_EQ(sum.ptr<float>()[3], random_of(begin, 10).ptr<float>()[3] + random_of(begin + 1, 10).ptr<float>()[3]);
+  });
+}
+
 TEST(Nccl, IdThroughAFile) {
   const std::string path = testing::TempDir() + "nccl_id";
   std::filesystem::remove(path);
