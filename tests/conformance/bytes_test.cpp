@@ -6,11 +6,11 @@
 
 #include "core/base/error.h"
 #include "parallel/comm/decorators.h"
-#include "parallel/comm/thread.h"
 #include "parallel/message.h"
 #include "parallel/strategy.h"
 #include "parallel/verify.h"
 #include "tests/conformance/random_call.h"
+#include "tests/conformance/ranks.h"
 #include "tests/conformance/sweep.h"
 #include "tests/parallel/plan_run.h"
 
@@ -59,7 +59,7 @@ void expect_moved(const Plan& plan, const Mesh& mesh, ByteCounter& counter, cons
 TEST(Bytes, OfFiveHundredRandomCallsAreThoseOfTheirPlans) {
   constexpr int kCalls = 500, kMostDraws = 20 * kCalls;
   const std::uint64_t seed = sweep_seed() + 500;
-  RandomCalls calls(seed, {});
+  RandomCalls calls(seed, {.ranks = most_ranks()});
   int ran = 0;
   for (int draw = 0; draw < kMostDraws && ran < kCalls; ++draw) {
     const RandomCall call = calls.next();
@@ -76,7 +76,7 @@ TEST(Bytes, OfFiveHundredRandomCallsAreThoseOfTheirPlans) {
     const std::string what = fmt::format(", draw {} of seed {}:\n{}", draw, seed, call.yaml());
     std::vector<int> everyone;
     for (int rank = 0; rank < call.mesh.ranks(); ++rank) everyone.push_back(rank);
-    run_thread_ranks(call.mesh.ranks(), {}, [&](Communicator& world) {
+    run_ranks(call.mesh.ranks(), [&](Communicator& world) {
       const auto counter = std::make_shared<ByteCounter>();
       const auto counting = counted(world.split(everyone, "bytes"), counter);
       const Mesh mesh(*counting, call.mesh);
@@ -85,6 +85,7 @@ TEST(Bytes, OfFiveHundredRandomCallsAreThoseOfTheirPlans) {
     });
   }
   EXPECT_EQ(ran, kCalls);
+  RecordProperty("cases", ran);
 }
 
 }  // namespace

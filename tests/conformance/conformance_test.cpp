@@ -1,14 +1,13 @@
-// Runs the sweep on ranks as threads. DATTN_SWEEP=full takes every combination instead of a pairwise choice.
+// Runs the sweep. DATTN_SWEEP=full takes every combination instead of a pairwise choice.
 #include <iostream>
-#include <mutex>
 
 #include <fmt/format.h>
 #include <gtest/gtest.h>
 
 #include "core/base/error.h"
-#include "parallel/comm/thread.h"
 #include "parallel/strategy.h"
 #include "tests/conformance/random_call.h"
+#include "tests/conformance/ranks.h"
 #include "tests/conformance/sweep.h"
 
 namespace dattn::conformance {
@@ -24,7 +23,7 @@ void PrintTo(const Group& group, std::ostream* out) { *out << group.strategy << 
 std::vector<Group> groups() {
   std::vector<Group> all;
   for (const Strategy& strategy : strategies()) {
-    for (const int ranks : {1, 2, 3, 4, 5, 6, 7, 8}) all.push_back({std::string(strategy.name), ranks});
+    for (const int ranks : rank_counts()) all.push_back({std::string(strategy.name), ranks});
   }
   return all;
 }
@@ -32,15 +31,10 @@ std::vector<Group> groups() {
 class Conformance : public testing::TestWithParam<Group> {};
 
 void run(const Case& one) {
-  std::mutex mutex;
-  std::string problems;
-  run_thread_ranks(one.mesh.ranks(), {}, [&](Communicator& world) {
-    std::string mine;
-    run_on_device(test_devices(), world, 60, [&](Communicator& ranks) { mine = run_case(one, ranks); });
-    const std::lock_guard lock(mutex);
-    problems += mine;
+  run_ranks(one.mesh.ranks(), [&](Communicator& world) {
+    const std::string problems = run_case(one, world);
+    EXPECT_TRUE(problems.empty()) << problems;
   });
-  EXPECT_TRUE(problems.empty()) << problems;
 }
 
 // Says at the end how much was compared, also where GoogleTest prints failures alone.
@@ -73,11 +67,13 @@ bool is_small(const RandomCall& call) {
 }
 
 // Of the random calls that planning is tested with those that are small enough to be compared with the reference: 200 by
-// default, 2,000 in the full sweep. What is refused is drawn again.
+// default, 2,000 in the full sweep. What is refused is drawn again. Fewer than 8 processes, whose devices may be slow
+// stand-ins, take smaller calls, of as many ranks as they are.
 TEST(ConformanceRandom, EqualsTheReference) {
   const std::size_t count = full_sweep() ? 2'000 : 200;
   const std::uint64_t seed = sweep_seed();
-  RandomCalls calls(seed, kAnyCalls);
+  const bool any = most_ranks() >= 8;
+  RandomCalls calls(seed, any ? kAnyCalls : CallLimits{.ranks = most_ranks()});
   std::size_t ran = 0, shaped = 0, refused = 0, large = 0;
   while (ran < count && refused + large < 10 * count) {
     RandomCall call = calls.next();
@@ -102,7 +98,8 @@ TEST(ConformanceRandom, EqualsTheReference) {
   std::cout << fmt::format("seed {}: {} calls ran, {} of them on a mesh of the planner's; {} were refused, {} too large\n",
                            seed, ran, shaped, refused, large);
   EXPECT_EQ(ran, count);
-  EXPECT_GT(shaped, 0u);
+  EXPECT_EQ(shaped > 0, any);
+  RecordProperty("cases", static_cast<int>(ran));
 }
 
 INSTANTIATE_TEST_SUITE_P(Sweep, Conformance, testing::ValuesIn(groups()), [](const auto& group) {

@@ -134,6 +134,43 @@ std::shared_ptr<const Expected> expected(const Case& one, int tensor_index) {
   return slot->value;
 }
 
+ShardInputs shard_inputs(const Expected& whole, const AttentionShape& shape, Interval batch, const ShardedAttention& attention,
+                         Device device) {
+  const Positions &q_rows = attention.q_positions(), &kv_rows = attention.kv_positions();
+  const HeadRange heads = attention.heads();
+  const auto there = [&](const TensorView& tensor) { return to_device(tensor, device); };
+  ShardInputs in{.q = there(shard_of(cut(whole.q, batch), q_rows, heads.q)),
+                 .k = there(shard_of(cut(whole.k, batch), kv_rows, heads.kv)),
+                 .v = there(shard_of(cut(whole.v, batch), kv_rows, heads.kv)),
+                 .dout = there(shard_of(cut(whole.dout, batch), q_rows, heads.q)),
+                 .bias = {},
+                 .sink = {},
+                 .call = {.dropout_stream = kDropoutStream, .batch_begin = batch.begin}};
+  if (shape.bias) {
+    in.bias = there(bias_shard_of(cut(whole.bias, batch), q_rows, heads.q));
+    in.call.bias = in.bias;
+  }
+  if (shape.sink) {
+    in.sink = there(whole.sink->slice(0, heads.q.begin, heads.q.count()));
+    in.call.sink = in.sink;
+  }
+  return in;
+}
+
+void bring_to_host(AttentionResult& result, AttentionGradients& gradients) {
+  for (Tensor* made :
+       {&result.out, &result.lse, &gradients.dq, &gradients.dk, &gradients.dv, &gradients.dbias, &gradients.dsink}) {
+    if (made->defined() && (*made)->device.is_cuda()) *made = to_device(*made, Device{});
+  }
+}
+
+TensorView as_rows(const TensorView& lse) {
+  TensorView rows = lse.transpose(1, 2);
+  rows.shape = Shape{rows.size(0), rows.size(1), rows.size(2), 1};
+  rows.strides[3] = 1;
+  return rows;
+}
+
 Tensor shard_of(const TensorView& whole, const Positions& rows, Interval heads) {
   Tensor part = Tensor::uninitialized(whole.dtype, {whole.size(0), rows.count(), heads.count(), whole.size(3)});
   const std::vector<std::int64_t> list = rows.list();

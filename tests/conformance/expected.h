@@ -25,6 +25,18 @@ struct Expected {
 // The same for all ranks of a process: computed by the first that asks.
 std::shared_ptr<const Expected> expected(const Case& one, int tensor_index);
 
+// A rank's shards of the inputs of its batch rows on its device, and the call that brings bias and sink.
+struct ShardInputs {
+  Tensor q, k, v, dout, bias, sink;
+  AttentionCall call;
+};
+ShardInputs shard_inputs(const Expected& whole, const AttentionShape& shape, Interval batch, const ShardedAttention& attention,
+                         Device device);
+
+void bring_to_host(AttentionResult& result, AttentionGradients& gradients);
+
+TensorView as_rows(const TensorView& lse);  // [B, H, S] seen as [B, S, H, 1]
+
 // Rows `rows` and heads `heads` of a whole tensor [B, S, H, X].
 Tensor shard_of(const TensorView& whole, const Positions& rows, Interval heads);
 

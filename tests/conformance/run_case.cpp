@@ -57,13 +57,6 @@ double roundings_of(const Plan& forward, bool gradient) {
   return gradient ? (twice ? 3.75 : 2.5) : (twice ? 2 : 1.25);
 }
 
-TensorView as_rows(const TensorView& lse) {  // [B, H, S] seen as [B, S, H, 1]
-  TensorView rows = lse.transpose(1, 2);
-  rows.shape = Shape{rows.size(0), rows.size(1), rows.size(2), 1};
-  rows.strides[3] = 1;
-  return rows;
-}
-
 std::string check_bytes(const Plan& plan, int rank, const ByteCounter& counter, const char* which) {
   const RankCost cost = make_rank_plan(plan, rank).cost;
   const std::int64_t counted = counter.total().received;
@@ -111,19 +104,7 @@ std::string run_case(const Case& one, Communicator& world) {
   const Positions &q_rows = attention.q_positions(), &kv_rows = attention.kv_positions();
   const HeadRange heads = attention.heads();
 
-  const auto there = [&](const TensorView& tensor) { return to_device(tensor, device); };
-  const Tensor q = there(shard_of(e.q, q_rows, heads.q)), k = there(shard_of(e.k, kv_rows, heads.kv));
-  const Tensor v = there(shard_of(e.v, kv_rows, heads.kv)), dout = there(shard_of(e.dout, q_rows, heads.q));
-  AttentionCall call{.dropout_stream = kDropoutStream};
-  Tensor bias, sink;
-  if (one.shape.bias) {
-    bias = there(bias_shard_of(e.bias, q_rows, heads.q));
-    call.bias = bias;
-  }
-  if (one.shape.sink) {
-    sink = there(e.sink->slice(0, heads.q.begin, heads.q.count()));
-    call.sink = sink;
-  }
+  const ShardInputs in = shard_inputs(e, one.shape, {0, one.shape.batch}, attention, device);
   const Plan forward = make_plan(one.mesh, one.shape, options), gradient = backward(forward);
   std::string problems = world.rank() == 0 ? check_plan(forward, "forward") + check_plan(gradient, "backward") : "";
 
@@ -132,19 +113,14 @@ std::string run_case(const Case& one, Communicator& world) {
   {
     const DeviceScope scope(device);
     counter->reset();
-    result = attention.forward(q, k, v, call);
+    result = attention.forward(in.q, in.k, in.v, in.call);
     problems += check_bytes(forward, world.rank(), *counter, "forward");
     counter->reset();
-    gradients = attention.backward(q, k, v, result, dout, call);
+    gradients = attention.backward(in.q, in.k, in.v, result, in.dout, in.call);
     problems += check_bytes(gradient, world.rank(), *counter, "backward");
     problems += check_memory(forward, mesh, "forward") + check_memory(gradient, mesh, "backward");
   }
-  if (device.is_cuda()) {
-    for (Tensor* made :
-         {&result.out, &result.lse, &gradients.dq, &gradients.dk, &gradients.dv, &gradients.dbias, &gradients.dsink}) {
-      if (made->defined()) *made = to_device(*made, Device{});
-    }
-  }
+  bring_to_host(result, gradients);
 
   const auto check = [&](const char* name, const TensorView& got, Tensor Results::*field, const Positions& rows, Interval part,
                          std::int64_t terms = 1) {
