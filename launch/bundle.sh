@@ -22,10 +22,12 @@ root=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
 build=${DATTN_BUILD:-$root/build/release}
 out=$root/build/dattn-bundle.tar.xz
 limit=60000000  # bytes
-programs=(dattn dattn_core_tests dattn_conformance_tests dattn_conformance_processes)
+programs=(dattn dattn_core_tests dattn_plugins_tests dattn_nccl_tests dattn_conformance_tests dattn_conformance_processes
+          dattn_cudnn_bench)
 libraries=(libdattn_mpi.so libdattn_cuda.so libdattn_cuda_standin.so libnccl_standin.so)
-# Of Open MPI, what one machine needs; the rest drags in libraries of networks and file systems.
-unneeded='_(ofi|ucx|psm2?|openib|osc|io|fcoll|fbtl|fs|sharedfp|spml|scoll|memheap|sshmem|atomic|monitoring|slurm|gridengine)[_.]'
+# Of Open MPI, what one machine needs, and ranks of srun (schizo_slurm knows them for what they are); the rest drags in libraries
+# of networks and file systems.
+unneeded='_(ofi|ucx|psm2?|openib|osc|io|fcoll|fbtl|fs|sharedfp|spml|scoll|memheap|sshmem|atomic|monitoring|gridengine)[_.]|_(ess|plm|ras)_slurm[.]'
 
 say() { echo "bundle: $*" >&2; }
 give_up() { say "$*"; exit 2; }

@@ -14,9 +14,9 @@ usage: launch/gpu_check.sh [--out FOLDER] [--limit SECONDS] [--quick] [--only ST
   --quick          a few small cases of each step
   --only STEP,..   these steps, again
   --dry-run        prints the commands of the steps that are left
-  --standin        over the tests' stand-ins for CUDA and NCCL on host memory: everything but the numbers; implies --quick
-steps: doctor kernels layers conformance_1 conformance_threads conformance_nccl determinism training curves training_invariant
-       same_bits bench_product bench_attention bench_virtual_ranks decode gpt2 torch
+  --standin        over the tests' stand-ins for CUDA, cuDNN and NCCL on host memory: everything but the numbers; implies --quick
+steps: doctor kernels layers generation nccl conformance_1 conformance_threads conformance_nccl determinism training curves
+       training_invariant same_bits bench_product clocks raw_cudnn bench_attention bench_virtual_ranks decode same_text gpt2 torch
 DATTN_PYTHON names a python that has PyTorch, to compare with (else build/venv's or python3).
 exit codes: 0 all passed, 1 a step failed, 2 bad input, 3 the time was up first: call again
 END
@@ -67,17 +67,20 @@ mpi=(mpirun --oversubscribe --bind-to none --mca mpi_yield_when_idle 1)
 sizes=(512 1024 2048 4096 8192 16384)
 dims=(64 128)
 strategies=(ring ulysses)  # and, but for --quick, all others that doctor lists
+load=(--size 8192 --repeat 2000)  # some seconds
 train=(--set train.steps=100 --set train.eval_every=0)
 gpt2=(--steps 20 --set train.batch=8 --set dtype=bf16)
 tokens=256 product=8192 repeat=10
 if [[ $quick == yes ]]; then
   sizes=(512 2048) dims=(128) product=2048 tokens=32 repeat=3
 fi
-kernels='*Cuda*:*Cudnn*:-CudaNn*' layers='CudaNn*' one_rank='*_1_ranks' invariant='*nvarian*'
+kernels='*Cuda*:*Cudnn*:-CudaNn*' layers='CudaNn*' one_rank='*_1_ranks' invariant='*nvarian*' meshes='*nvarian*:*Repeatable*'
+others='-Sweep/*' raw=dattn_cudnn_bench torch=()
 if [[ $standin == yes ]]; then
   export DATTN_CUDA_MODULE=$build/lib/libdattn_cuda_standin.so DATTN_NCCL=$build/lib/libnccl_standin.so
-  sizes=(64) product=64 tokens=4 repeat=1
-  one_rank='*/ring_1_ranks' invariant='CudaInvariant.IsStillAttention'
+  sizes=(64) product=64 tokens=4 repeat=1 load=(--size 64 --repeat 3)
+  one_rank='*/ring_1_ranks' invariant='CudaInvariant.IsStillAttention' meshes='*Invariant.*/causal:*Repeatable.*/ring'
+  others='Refusal.*:Bytes.*' raw=dattn_cudnn_bench_standin torch=(--cpu)
   small=(--set train.batch=2 --set train.seq_len=32 --set train.eval_batches=1 --set train.sample_length=0 --set model.layers=1)
   train=(--set train.steps=3 --set train.eval_every=0 "${small[@]}")
   gpt2=("${small[@]}" --steps 1 --set model.dim=64 --set model.heads=2 --set model.hidden=64 --set model.vocab=256)
@@ -125,12 +128,15 @@ bench() { step "$1" 200 "$bin/dattn" bench attention --json --set device=cuda --
 
 step doctor 120 "$bin/dattn" doctor --json --set device=cuda
 found=$(result_of doctor)
-if [[ $quick == no && $found =~ \"strategies\":\[([^]]*)\] ]]; then IFS=, read -ra strategies <<<"${BASH_REMATCH[1]//\"/}"; fi
+listed=$found
+if [[ $listed != *'"strategies":'* && -x $bin/dattn ]]; then listed=$("$bin/dattn" doctor --json --set device=cpu | tail -1 || true); fi
+if [[ $quick == no && $listed =~ \"strategies\":\[([^]]*)\] ]]; then IFS=, read -ra strategies <<<"${BASH_REMATCH[1]//\"/}"; fi
 devices=1
 [[ ! $found =~ ([0-9]+)' device(s)' ]] || devices=${BASH_REMATCH[1]}
 
 tests kernels 400 dattn_core_tests "$kernels"
 tests layers 400 dattn_core_tests "$layers"
+tests generation 400 dattn_plugins_tests '*OnCuda*:*TokenGraph*'
 tests conformance_1 400 dattn_conformance_tests "$one_rank"
 for strategy in "${strategies[@]}"; do
   filter="*/${strategy}_2_ranks:*/${strategy}_4_ranks"
@@ -138,20 +144,29 @@ for strategy in "${strategies[@]}"; do
   [[ $standin == no ]] || filter="*/${strategy}_2_ranks"
   tests "conformance_threads:$strategy" 400 dattn_conformance_tests "$filter"
 done
-# A process for each rank; those that share a device talk by loopback, some ms a call.
 if [[ $dry_run == no && $found != *'"nccl":{"found":true'* ]]; then
-  ! wanted conformance_nccl || record conformance_nccl 0 0 '{"absent": "no NCCL: see doctor"}'
+  for name in nccl conformance_nccl; do
+    ! wanted $name || record $name 0 0 '{"absent": "no NCCL: see doctor"}'
+  done
 else
+  # Ranks that are threads have a device each. The last two know how the stand-in adds.
+  filter='NcclAbi.*:*.Staged/*'
+  for ranks in 1 2 3 4; do [[ $ranks -gt $devices ]] || filter+=":*.OverNccl*/*$ranks"; done
+  [[ $devices -lt 3 ]] || filter+=':Nccl.*-Nccl.SumsOfItsOwn*:Nccl.CollectivesOfItsOwn*'
+  tests nccl 400 dattn_nccl_tests "$filter"
+  # A process for each rank; those that share a device talk by loopback, some ms a call.
   for ranks in 2 4; do
-    [[ $standin == no || $ranks == 2 ]] || continue
-    for strategy in "${strategies[@]}"; do
-      step "conformance_nccl:$ranks,$strategy" 400 "${mpi[@]}" -np "$ranks" env DATTN_TEST_DEVICE=cuda DATTN_TEST_TRANSFERS=nccl \
-        DATTN_TEST_RANKS_PER_DEVICE=$((devices >= ranks ? 1 : 64)) "$bin/dattn_conformance_processes" "$strategy"
+    for cases in "${strategies[@]}" others; do
+      filter="*/${cases}_${ranks}_ranks"
+      [[ $cases != others ]] || filter=$others
+      step "conformance_nccl:$ranks,$cases" 400 "${mpi[@]}" -np "$ranks" env DATTN_TEST_DEVICE=cuda DATTN_TEST_TRANSFERS=nccl \
+        DATTN_TEST_RANKS_PER_DEVICE=$((devices >= ranks ? 1 : 64)) "$bin/dattn_conformance_processes" --gtest_brief=1 \
+        --gtest_filter="$filter"
     done
   done
 fi
 step determinism 400 env DATTN_TEST_DEVICE=cuda "$bin/dattn_core_tests" --gtest_brief=1 --gtest_filter="$invariant"
-[[ $standin == yes ]] || tests determinism:meshes 400 dattn_conformance_tests '*nvarian*'
+tests determinism:meshes 400 dattn_conformance_tests "$meshes"
 for device in cpu cuda; do
   step "training:$device" 400 "$bin/dattn" train "$root/configs/quickstart.yaml" --ranks 1 --json --set mesh.ring=1 --set mesh.ulysses=1 \
     "${train[@]}" --set "device=$device" --set "train.out=$out/train_$device"
@@ -165,13 +180,21 @@ done
 step same_bits 20 awk -v mode=curves -v tolerance=0 -f "$root/launch/gpu_report.awk" "$out/training_invariant_1.log" \
   "$out/training_invariant_2.log"
 
-step bench_product 120 "$bin/dattn" bench product --json --set device=cuda --dtype bf16 --size "$product"
+products=("$bin/dattn" bench product --json --set device=cuda --dtype bf16)
+step bench_product 120 "${products[@]}" --size "$product"
+# The clock that a device keeps while it works. nvidia-smi may not be there.
+# shellcheck disable=SC2016  # expanded by the shell that runs it
+sample='nvidia-smi -i "${CUDA_VISIBLE_DEVICES%%,*}" --query-gpu=clocks.sm,power.draw --format=csv,noheader,nounits -lms 100 >"$0" &
+"$@"; status=$?; kill $! 2>/dev/null; exit $status'
+step clocks 120 env CUDA_VISIBLE_DEVICES="${CUDA_VISIBLE_DEVICES:-0}" bash -c "$sample" "$out/clocks.csv" "${products[@]}" "${load[@]}"
+[[ $dry_run == yes || -x $bin/$raw ]] || ! wanted raw_cudnn || record raw_cudnn 0 0 '{"absent": "built without cuDNN"}'
 for seq in "${sizes[@]}"; do
   for dim in "${dims[@]}"; do
     for mask in full causal; do
       heads=$((2048 / dim)) batch=$((16384 / seq))
       [[ $standin == no ]] || heads=1 batch=1
       shape=(--seq "$seq" --batch "$batch" --heads "$heads" --dim "$dim" --mask "$mask")
+      [[ $dry_run == no && ! -x $bin/$raw ]] || step "raw_cudnn:$seq,$dim,$mask" 200 "$bin/$raw" --repeat "$repeat" "${shape[@]}"
       bench "bench_attention:$seq,$dim,$mask" "${shape[@]}"
       step "bench_attention:$seq,$dim,$mask,cuda" 200 env DATTN_KERNEL=cuda "$bin/dattn" bench attention --json --set device=cuda \
         --dtype bf16 --backward --repeat "$repeat" "${shape[@]}"
@@ -185,13 +208,15 @@ done
 decode=("$bin/dattn" generate "$out/train_cuda" --json --set device=cuda --prompt "It is a truth" --max-tokens "$tokens")
 step decode 200 "${decode[@]}"
 step decode:no_graphs 200 "${decode[@]}" --no-graphs
+step same_text 20 awk -v mode=texts -f "$root/launch/gpu_report.awk" "$out/decode.log" "$out/decode_no_graphs.log"
 step gpt2 300 "$bin/dattn" bench train "$root/configs/models/gpt2_124m.yaml" --ranks 1 --json --set device=cuda "${gpt2[@]}"
 # Not with the bundle's libraries: they may be older than PyTorch's.
 python=(env "LD_LIBRARY_PATH=${DATTN_OUTER_LD_LIBRARY_PATH-${LD_LIBRARY_PATH:-}}" "${DATTN_PYTHON:-$root/build/venv/bin/python}")
 [[ -x ${python[2]} ]] || python[2]=python3
-if [[ $standin == no && $dry_run == no && $cut == no ]] && wanted torch &&
-  "${python[@]}" -c 'import torch; assert torch.cuda.is_available()' 2>/dev/null; then
-  step torch 400 "${python[@]}" "$root/tests/bench/gpu_torch.py" "${sizes[@]}"
+usable='import torch; assert torch.cuda.is_available()'
+[[ $standin == no ]] || usable='import torch'
+if [[ $dry_run == yes ]] || { [[ $cut == no ]] && wanted torch && "${python[@]}" -c "$usable" 2>/dev/null; }; then
+  step torch 400 "${python[@]}" "$root/tests/bench/gpu_torch.py" "${torch[@]}" "${sizes[@]}"
 fi
 [[ $dry_run == no ]] || exit 0
 
@@ -199,7 +224,7 @@ commit=$(cat "$root/COMMIT" 2>/dev/null || git -C "$root" describe --always --di
 gpu=$(nvidia-smi --query-gpu=name,driver_version,clocks.max.sm,memory.total --format=csv,noheader 2>/dev/null | paste -sd ';' || true)
 [[ $standin == no ]] || gpu="none: stand-ins on host memory, no figure says anything about a GPU"
 awk -v mode=report -v date="$(date -u +%Y-%m-%d)" -v commit="$commit" -v gpu="${gpu:-nvidia-smi is not there}" -v cut="$cut" \
-  -v json="$out/results.json" -f "$root/launch/gpu_report.awk" "$results" >"$out/report.md"
+  -v clocks="$out/clocks.csv" -v json="$out/results.json" -f "$root/launch/gpu_report.awk" "$results" >"$out/report.md"
 cat "$out/report.md"
 if [[ $cut == yes ]]; then
   echo "gpu_check: $limit s are over; call again to go on" >&2

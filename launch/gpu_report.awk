@@ -1,6 +1,8 @@
 # What gpu_check.sh makes of its results.
 #   mode=curves: two logs of `dattn train --json`: their losses, step by step, differ by at most `tolerance` (default 0.01)
-#   mode=report: results.jsonl, the newest result of a step last: report.md on stdout, `json` the same as one JSON file
+#   mode=texts: two logs of `dattn generate --json`: the same text
+#   mode=report: results.jsonl, the newest result of a step last: report.md on stdout, `json` the same as one JSON file; `clocks` holds
+#     samples of MHz and watts
 
 BEGIN { if (tolerance == "") tolerance = 0.01 }  # nats a symbol
 
@@ -9,6 +11,14 @@ function number(text, key) {
   if (!match(text, "\"" key "\":[ ]*-?[0-9.]+([eE][-+]?[0-9]+)?")) return ""
   text = substr(text, RSTART, RLENGTH)
   sub(/^[^:]*:[ ]*/, "", text)
+  return text
+}
+# What doctor says of a library.
+function detail(key,  text) {
+  text = "\"" key "\":[{]\"found\":[a-z]*,\"detail\":\"[^\"]*\""
+  if (!("doctor" in result) || !match(result["doctor"], text)) return "not asked"
+  text = substr(result["doctor"], RSTART, RLENGTH - 1)
+  sub(/^.*"detail":"/, "", text)
   return text
 }
 function of_step(name, key) { return (name in result) ? number(result[name], key) : "" }
@@ -26,6 +36,8 @@ mode == "curves" && /"event":"step"/ {
   if (first == "") first = file
   loss[file, ++count[file]] = number($0, "loss")
 }
+
+mode == "texts" && match($0, /"text":"([^"\\]|\\.)*"/) { written[FILENAME] = substr($0, RSTART, RLENGTH) }
 
 mode == "report" && match($0, /"step": "[^"]*"/) {
   name = substr($0, RSTART + 9, RLENGTH - 10)
@@ -47,12 +59,39 @@ function curves(  i, difference, most) {
   exit !(count[first] > 0 && count[first] == count[second] && most <= tolerance)
 }
 
+function texts(  name, first, count, same) {
+  same = 1
+  for (name in written) {
+    if (++count == 1) first = written[name]
+    same = same && written[name] == first
+  }
+  printf "{\"texts\": %d, \"same\": %s}\n", count, (same ? "true" : "false")
+  exit !(count == 2 && same)
+}
+
+# The mean clock of the samples near the most power.
+function clock_under_load(  count, i, sample, mhz, watts, most, sum, busy) {
+  while ((getline sample < clocks) > 0) {
+    if (split(sample, part, /, */) != 2 || part[1] + 0 == 0) continue
+    mhz[++count] = part[1] + 0
+    watts[count] = part[2] + 0
+    if (watts[count] > most) most = watts[count]
+  }
+  for (i = 1; i <= count; ++i) {
+    if (watts[i] < 0.8 * most) continue
+    sum += mhz[i]
+    ++busy
+  }
+  return busy == 0 ? "no samples" : sprintf("%.0f MHz at %.0f W", sum / busy, most)
+}
+
 function attention_table(  i, part, our, key, direction, d, product) {
   product = of_step("bench_product", "gflops")
   print "\n## Attention, bf16, one kernel\n"
-  print "TFLOP/s; ratios to raw cuDNN in PyTorch, and of our own kernel (`cuda`) to the kernel chosen and to the matrix product.\n"
-  print "| seq,dim,mask | direction | TFLOP/s | of PyTorch's cuDNN | of the product | kernel `cuda` | of the chosen |"
-  print "|---|---|---|---|---|---|---|"
+  print "TFLOP/s; ratios to cuDNN's graph alone, to PyTorch's cuDNN and FlashAttention, to the matrix product, and of our own kernel"
+  print "(`cuda`) to the kernel chosen.\n"
+  print "| seq,dim,mask | direction | TFLOP/s | of raw cuDNN | of PyTorch's cuDNN | of PyTorch's flash | of the product | `cuda` | of the chosen |"
+  print "|---|---|---|---|---|---|---|---|---|"
   for (i = 1; i <= steps; ++i) {
     if (order[i] !~ /^bench_attention:[^,]*,[^,]*,[^,]*$/) continue
     key = substr(order[i], 17)
@@ -60,8 +99,9 @@ function attention_table(  i, part, our, key, direction, d, product) {
       direction = d == 1 ? "forward" : "backward"
       part = of_step(order[i], direction "_gflops")
       our = of_step(order[i] ",cuda", direction "_gflops")
-      printf "| %s | %s | %s | %s | %s | %s | %s |\n", key, direction, tflops(part),
-             ratio(part, torch("cudnn " key, direction)), ratio(part, product), tflops(our), ratio(our, part)
+      printf "| %s | %s | %s | %s | %s | %s | %s | %s | %s |\n", key, direction, tflops(part),
+             ratio(part, of_step("raw_cudnn:" key, direction "_gflops")), ratio(part, torch("cudnn " key, direction)),
+             ratio(part, torch("flash " key, direction)), ratio(part, product), tflops(our), ratio(our, part)
     }
   }
 }
@@ -81,7 +121,9 @@ function virtual_table(  i, one) {
 function report(  i, name, failed) {
   for (i = 1; i <= steps; ++i) failed += status[order[i]] != 0
   print "# dattn on a GPU\n"
-  printf "- date: %s\n- commit: %s\n- GPU: %s\n- steps: %d, %d failed%s\n", date, commit, gpu, steps, failed,
+  printf "- date: %s\n- commit: %s\n- GPU: %s\n- CUDA: %s\n- cuDNN: %s\n- NCCL: %s\n- SM clock under load: %s\n", date, commit, gpu,
+         detail("cuda"), detail("cudnn"), detail("nccl"), clock_under_load()
+  printf "- steps: %d, %d failed%s\n", steps, failed,
          (cut == "yes" ? "; more are left, the time was up" : "")
   attention_table()
   virtual_table()
@@ -104,5 +146,6 @@ function report(  i, name, failed) {
 
 END {
   if (mode == "curves") curves()
+  else if (mode == "texts") texts()
   else report()
 }

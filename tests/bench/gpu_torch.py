@@ -1,21 +1,30 @@
 """PyTorch's attention (cuDNN, FlashAttention) and its matrix product on this GPU, on the grid of launch/gpu_check.sh.
 
-usage: gpu_torch.py SEQ..    prints one JSON line: TFLOP/s forward and backward by (seq, dim, mask), and of a bf16 product
+usage: gpu_torch.py [--cpu] SEQ..
+  prints one JSON line: TFLOP/s forward and backward by (seq, dim, mask), and of a bf16 product
+  --cpu  small, on the processor: whether it runs
 """
 
 import json
 import statistics
 import sys
+import time
 
 import torch
 import torch.nn.functional as functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+CPU = "--cpu" in sys.argv
+DEVICE = "cpu" if CPU else "cuda"
 BACK_ENDS = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
 
 
 def milliseconds(body, repeat=10):
     """Median time of one call, by events on the device."""
+    if CPU:
+        start = time.perf_counter()
+        body()
+        return 1e3 * (time.perf_counter() - start)
     for _ in range(3):
         body()
     times = []
@@ -30,10 +39,10 @@ def milliseconds(body, repeat=10):
 
 
 def attention(seq, dim, causal, back_end):
-    heads, batch = 2048 // dim, max(1, 16384 // seq)
-    q, k, v = (torch.randn(batch, heads, seq, dim, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
+    heads, batch = (1, 1) if CPU else (2048 // dim, max(1, 16384 // seq))
+    q, k, v = (torch.randn(batch, heads, seq, dim, device=DEVICE, dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
     flops = 4 * batch * heads * seq * seq * dim * (0.5 if causal else 1.0)
-    with sdpa_kernel(back_end):
+    with sdpa_kernel(SDPBackend.MATH if CPU else back_end):
         forward = milliseconds(lambda: functional.scaled_dot_product_attention(q, k, v, is_causal=causal))
         out = functional.scaled_dot_product_attention(q, k, v, is_causal=causal)
         dout = torch.randn_like(out)
@@ -41,14 +50,14 @@ def attention(seq, dim, causal, back_end):
     return {"forward_tflops": round(flops / forward * 1e-9, 1), "backward_tflops": round(2.5 * flops / backward * 1e-9, 1)}
 
 
-def product(size=8192):
-    a, b = (torch.randn(size, size, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+def product(size):
+    a, b = (torch.randn(size, size, device=DEVICE, dtype=torch.bfloat16) for _ in range(2))
     return round(2 * size**3 / milliseconds(lambda: a @ b) * 1e-9, 1)
 
 
 def main():
-    result = {"torch": torch.__version__, "gpu": torch.cuda.get_device_name(), "product_tflops": product()}
-    for seq in map(int, sys.argv[1:]):
+    result = {"torch": torch.__version__, "gpu": DEVICE if CPU else torch.cuda.get_device_name(), "product_tflops": product(64 if CPU else 8192)}
+    for seq in (int(word) for word in sys.argv[1:] if word != "--cpu"):
         for dim in (64, 128):
             for causal in (False, True):
                 for name, back_end in BACK_ENDS.items():

@@ -91,7 +91,8 @@ class Bundle(unittest.TestCase):
 
     def test_gpu_check_prints_its_commands(self):
         said = self.bundled(self.root / "launch/gpu_check.sh", "--dry-run", "--out", self.folder / "dry").stderr
-        for step in ("doctor --json", "dattn_core_tests", "dattn_conformance_processes", "bench attention", "generate"):
+        for step in ("doctor --json", "dattn_core_tests", "dattn_plugins_tests", "dattn_nccl_tests", "dattn_conformance_processes",
+                     "dattn_cudnn_bench", "bench attention", "generate"):
             self.assertIn(step, said)
         self.assertNotIn("cmake", said)
 

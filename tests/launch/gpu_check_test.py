@@ -17,7 +17,7 @@ echo "$*" >>"$STUB_LOG"
 [[ " $* " != *" ${STUB_SLOW:-never} "* ]] || sleep 30
 [[ " $* " != *" ${STUB_FAILS:-never} "* ]] || { echo 'it went wrong' >&2; exit 5; }
 case "$1 $2" in
-  doctor*) echo '{"event":"done","cuda":{"found":true,"detail":"4 device(s), driver 13.0"},"nccl":{"found":'${STUB_NCCL:-true}'},"strategies":["ring","tree"]}' ;;
+  doctor*) echo '{"event":"done","cuda":{"found":true,"detail":"4 device(s), driver 13.0"},"cudnn":{"found":true,"detail":"9.19.0 at x"},"nccl":{"found":'${STUB_NCCL:-true}',"detail":"2.28.9"},"strategies":["ring","tree"]}' ;;
   train*) printf '{"event":"step","step":1,"loss":5.5}\\n{"event":"step","step":2,"loss":'
           [[ $* == *ring=2* ]] && STUB_LOSS=${STUB_SHARDED_LOSS:-$STUB_LOSS}
           [[ $* == *device=cuda* ]] && echo "${STUB_LOSS:-5.251}}" || echo '5.25}'
@@ -25,8 +25,14 @@ case "$1 $2" in
   "bench attention") echo '{"event":"done","forward_gflops":300000,"backward_gflops":250000}' ;;
   "bench train") echo '{"event":"done","tokens_per_s":4321}' ;;
   "bench product") echo '{"event":"done","gflops":600000}' ;;
-  generate*) echo '{"event":"done","tokens_per_s":99}' ;;
+  generate*) [[ $* == *--no-graphs ]] || STUB_TEXT=
+             echo '{"event":"done","text":"a \\"b\\" c'$STUB_TEXT'","tokens_per_s":99}' ;;
 esac
+"""
+BENCH = '#!/bin/bash\necho "raw $*" >>"$STUB_LOG"\necho \'{"forward_gflops":320000,"backward_gflops":250000}\'\n'
+SMI = """#!/bin/bash
+[[ $* == *clocks.sm* ]] || { echo 'H100, 580, 1980 MHz, 80 GiB'; exit 0; }
+printf '345, 80.1\\n1755, 690.5\\n1745, 688.0\\n'
 """
 OTHER = '#!/bin/bash\necho "$(basename "$0") $*" >>"$STUB_LOG"\n'
 MPIRUN = '#!/bin/bash\nwhile [[ $1 != env ]]; do shift; done\nexec "$@"\n'
@@ -36,9 +42,9 @@ class GpuCheck(unittest.TestCase):
     def setUp(self):
         self.folder = pathlib.Path(tempfile.mkdtemp(prefix="dattn check "))
         self.addCleanup(shutil.rmtree, self.folder)
-        programs = {"build/bin/dattn": DATTN, "path/mpirun": MPIRUN, "path/nvidia-smi": "#!/bin/bash\necho 'H100, 580, 1980 MHz, 80 GiB'\n",
-                    "path/python3": "#!/bin/bash\nexit 1\n"}
-        for name in ("dattn_core_tests", "dattn_conformance_tests", "dattn_conformance_processes"):
+        programs = {"build/bin/dattn": DATTN, "path/mpirun": MPIRUN, "path/nvidia-smi": SMI,
+                    "path/python3": "#!/bin/bash\nexit 1\n", "build/bin/dattn_cudnn_bench": BENCH}
+        for name in ("dattn_core_tests", "dattn_plugins_tests", "dattn_nccl_tests", "dattn_conformance_tests", "dattn_conformance_processes"):
             programs[f"build/bin/{name}"] = OTHER
         for place, text in programs.items():
             path = self.folder / place
@@ -66,13 +72,17 @@ class GpuCheck(unittest.TestCase):
         done, steps = self.results()
         self.assertTrue(done["complete"])
         self.assertEqual({step["exit"] for step in done["steps"]}, {0})
-        for name in ("doctor", "kernels", "layers", "conformance_1", "conformance_threads:ring", "conformance_nccl:2,ring", "determinism",
-                     "training:cpu", "training:cuda", "curves", "training_invariant:2", "same_bits", "bench_product", "bench_attention:2048,128,causal",
-                     "bench_attention:512,128,full,cuda", "bench_virtual_ranks:ring=4", "decode", "decode:no_graphs", "gpt2"):
+        for name in ("doctor", "kernels", "layers", "generation", "nccl", "conformance_1", "conformance_threads:ring",
+                     "conformance_nccl:2,ring", "conformance_nccl:4,others", "determinism", "determinism:meshes", "training:cpu",
+                     "training:cuda", "curves", "training_invariant:2", "same_bits", "bench_product", "clocks",
+                     "raw_cudnn:512,128,full", "bench_attention:2048,128,causal", "bench_attention:512,128,full,cuda",
+                     "bench_virtual_ranks:ring=4", "decode", "decode:no_graphs", "same_text", "gpt2"):
             self.assertIn(name, steps)
         self.assertEqual(steps["curves"]["result"], {"steps": 2, "largest_difference": 0.001, "tolerance": 0.01})
         self.assertIn("- GPU: H100, 580", result.stdout)
-        self.assertIn("| 512,128,full | forward | 300.0 |  | 0.500 | 300.0 | 1.000 |", result.stdout)
+        self.assertIn("- CUDA: 4 device(s), driver 13.0\n- cuDNN: 9.19.0 at x\n- NCCL: 2.28.9\n"
+                      "- SM clock under load: 1750 MHz at 690 W", result.stdout)
+        self.assertIn("| 512,128,full | forward | 300.0 | 0.938 |  |  | 0.500 | 300.0 | 1.000 |", result.stdout)
         self.assertIn("- decode: 99 tokens/s, 99 without graphs\n- training, GPT-2 124M: 4321 tokens/s", result.stdout)
         again, _ = self.check()
         self.assertEqual(again, [])
@@ -88,9 +98,20 @@ class GpuCheck(unittest.TestCase):
     def test_all_strategies_that_doctor_lists(self):
         self.check("--only", "doctor")
         said = self.check("--dry-run", quick=False)[1].stderr
-        for words in ("tree_2_ranks", "ring_8_ranks", "dattn_conformance_processes tree", "--seq 16384"):
+        for words in ("tree_2_ranks", "ring_8_ranks", "/tree_4_ranks", "--seq 16384"):
             self.assertIn(words, said)
         self.assertNotIn("ulysses_2_ranks", said)
+
+    def test_a_dry_run_alone_lists_everything(self):
+        calls, result = self.check("--dry-run", quick=False)
+        self.assertEqual(calls, ["doctor --json --set device=cpu"])
+        for words in ("/tree_2_ranks", "dattn_nccl_tests", "dattn_cudnn_bench", "gpu_torch.py 512 1024"):
+            self.assertIn(words, result.stderr)
+        self.assertEqual(self.check()[0][0], "doctor --json --set device=cuda")  # nothing was taken for done
+
+    def test_another_text_without_graphs_fails(self):
+        self.check(code=1, STUB_TEXT="!")
+        self.assertEqual(self.results()[1]["same_text"]["result"], {"texts": 2, "same": False})
 
     def test_a_step_that_fails_is_told_and_taken_again(self):
         _, result = self.check(code=1, STUB_FAILS="generate")
@@ -126,6 +147,12 @@ class GpuCheck(unittest.TestCase):
     def test_without_nccl_its_steps_are_absent_not_failed(self):
         self.check(STUB_NCCL="false")
         self.assertEqual(self.results()[1]["conformance_nccl"]["result"], {"absent": "no NCCL: see doctor"})
+        self.assertEqual(self.results()[1]["nccl"]["exit"], 0)
+
+    def test_without_cudnn_its_steps_are_absent_not_failed(self):
+        (self.folder / "build/bin/dattn_cudnn_bench").unlink()
+        self.check()
+        self.assertEqual(self.results()[1]["raw_cudnn"]["result"], {"absent": "built without cuDNN"})
 
     def test_bad_options(self):
         for arguments in (("--limit", "soon"), ("--out",), ("--fast",)):
