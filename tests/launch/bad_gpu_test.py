@@ -95,6 +95,10 @@ class BadGpu(unittest.TestCase):
                               DATTN_CUDA_STANDIN_MEMORY="50000").stderr
         self.told_once(text, "out of memory on cuda:0", "keys and values of 32 positions take 8192 bytes", "mesh.tensor")
 
+    def test_out_of_memory_on_one_rank_ends_all(self):
+        text = self.unequal_ranks(SYSTEM, "[[ $OMPI_COMM_WORLD_RANK == 0 ]] || export DATTN_CUDA_STANDIN_MEMORY=200000;")
+        self.told_once(text, "rank 1", "out of memory on cuda:1", "recomput")
+
     def test_errors_of_the_hardware_end_all_ranks(self):
         for fault, name, remedy in (("ecc 1 40", "cudaErrorECCUncorrectable", "Xid"), ("address 0 25", "cudaErrorIllegalAddress", "Xid")):
             for transfers in ("nccl", "staged"):
@@ -153,6 +157,15 @@ class BadGpu(unittest.TestCase):
 
     def test_an_nccl_that_is_too_old(self):
         self.assertIn("is NCCL 2.8.3, but at least 2.19.0 is needed", self.doctor(DATTN_NCCL_STANDIN_VERSION="2803")["nccl"]["detail"])
+
+    def test_a_cudnn_that_cannot_be_used(self):
+        self.assertIn("DATTN_CUDNN=/nowhere/libcudnn.so.9 cannot be loaded", self.doctor(DATTN_CUDNN="/nowhere/libcudnn.so.9")["cudnn"]["detail"])
+        old = str(self.folder / "libcudnn.so.9")
+        subprocess.run(["c++", "-xc", "-shared", "-o", old, "-"], input="unsigned long cudnnGetVersion(void) { return 90100; }", text=True,
+                       check=True)
+        cudnn = self.doctor(DATTN_CUDNN=old)["cudnn"]
+        self.assertFalse(cudnn["found"])
+        self.assertIn(f"{old} has version 9.1.0; 9.19.0 or later is needed", cudnn["detail"])
 
     def unequal_ranks(self, code, differ, **variables):
         """What two processes say of which `differ`, words of a shell that know OMPI_COMM_WORLD_RANK, sets variables."""
