@@ -47,8 +47,8 @@ def initialize(tp=1, cp=1, hierarchical=None):
     _groups.extend(group for group in dist.distributed_c10d._world.pg_map if group not in before)
 
 
-def model(core_attention=dattn.megatron.CoreAttention, spec=None, **options):
-    """With the same weights on every mesh. spec: of a layer, with its core attention."""
+def model(core_attention=dattn.megatron.CoreAttention, spec=None, seq=S, **options):
+    """With the same weights on every mesh. spec: of a layer, with its core attention; seq: the longest batch."""
     torch.manual_seed(3)
     config = TransformerConfig(**{**dict(
         num_layers=2, hidden_size=32, num_attention_heads=4, num_query_groups=2, use_cpu_initialization=True, hidden_dropout=0.0,
@@ -58,15 +58,15 @@ def model(core_attention=dattn.megatron.CoreAttention, spec=None, **options):
     if spec is None:
         spec = get_gpt_layer_local_spec()
         spec.submodules.self_attention.submodules.core_attention = core_attention
-    return GPTModel(config, spec, vocab_size=VOCAB, max_sequence_length=S, position_embedding_type="learned_absolute")
+    return GPTModel(config, spec, vocab_size=VOCAB, max_sequence_length=seq, position_embedding_type="learned_absolute")
 
 
-def batch():
+def batch(seq=S, rows=B):
     """Of all ranks, as Megatron names it."""
     generator = torch.Generator().manual_seed(4)
-    text = torch.randint(VOCAB, (B, S + 1), generator=generator)
-    return {"tokens": text[:, :-1], "labels": text[:, 1:], "loss_mask": (torch.rand(B, S, generator=generator) > 0.2).float(),
-            "position_ids": torch.arange(S).expand(B, S), "attention_mask": None}
+    text = torch.randint(VOCAB, (rows, seq + 1), generator=generator)
+    return {"tokens": text[:, :-1], "labels": text[:, 1:], "loss_mask": (torch.rand(rows, seq, generator=generator) > 0.2).float(),
+            "position_ids": torch.arange(seq).expand(rows, seq), "attention_mask": None}
 
 
 def own_part(whole):
@@ -105,10 +105,10 @@ def _over_tensor_ranks(gradient, parameter, name):
     return torch.cat(parts, 0 if name.endswith("softmax_offset") else parameter.partition_dim)
 
 
-def one_process(core_attention=dattn.megatron.CoreAttention, packed=None, **options):
+def one_process(core_attention=dattn.megatron.CoreAttention, packed=None, seq=S, rows=B, **options):
     """What one process makes of the whole batch; every rank is that process."""
     initialize()
-    net, whole = model(core_attention, **options), batch()
+    net, whole = model(core_attention, seq=seq, **options), batch(seq, rows)
     total = whole["loss_mask"].sum()
     for parameter in net.parameters():
         parameter.grad = None

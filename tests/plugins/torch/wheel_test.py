@@ -92,6 +92,12 @@ class WheelTest(unittest.TestCase):
                 self.assertNotRegex(needed, "mpi|cuda|nccl|torch")
         self.assertRegex(run("readelf", "-d", libraries["libdattn.so.1"]), r"PATH\).*\[\$ORIGIN\]")
 
+    def test_the_licence_of_every_bundled_library_is_with_it(self):
+        for name in self.libraries():
+            if not name.startswith("libdattn"):
+                with open(os.path.join(self.package, "licenses", name + ".txt"), encoding="utf-8") as file:
+                    self.assertRegex(file.read(), "(?i)copyright|license", name)
+
     def test_one_libstdcxx_is_new_enough_for_all(self):
         """What is ours beside libdattn.so needs no newer one than that does."""
         newest = {}
