@@ -67,7 +67,7 @@ void bench_attention(const AttentionBench& bench, const RunConfig& config, Commu
     done["milliseconds"]["backward"] = timer.time(done, "backward_", pairs * 2 * (3 * d + 2 * dv), bench.repeat, call).json();
   }
   timer.add_peaks(done);
-  done["peak_memory_bytes"] = memory.peak();  // of this rank: tensors, what the forward pass packs among them; not threads' scratch
+  done["peak_memory_bytes"] = memory.peak();  // of this rank: tensors, what forward packs among them; not threads' scratch
   if (!current_device().is_cuda()) {
     const std::int64_t bytes = q->bytes() + k->bytes() + v->bytes() + result.out->bytes();
     const double read = sum_of_ranks(world, [&] { return static_cast<double>(bytes); }) / forward.p50 * 1e-6;

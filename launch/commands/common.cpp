@@ -24,6 +24,20 @@ void run_traced(const std::string& path, Communicator& world, const std::functio
   if (world.rank() == 0) write_file(path, trace_file(events));
 }
 
+// What the ranks of CUDA devices do otherwise than a user may think; all do alike, and rank 0 says so.
+void tell_choices(const RunConfig& config) {
+  if (!config.determinism) {
+    note_once(
+        "determinism is off, as always on CUDA devices where the config does not ask for it: results may differ in their last "
+        "bits from run to run; determinism=repeatable keeps them, more slowly",
+        LogLevel::kInfo);
+  }
+  const char* forced = std::getenv("DATTN_KERNEL");
+  if (!is_half(config.dtype) || (forced != nullptr && *forced != '\0')) return;
+  const Support cudnn = find_kernel("cudnn", current_device()).supports({config.dtype, 64, 64, current_device()});
+  if (!cudnn.ok) note_once("attention without cuDNN, by kernel cuda, which is slower: " + cudnn.why, LogLevel::kInfo);
+}
+
 }  // namespace
 
 void CommonOptions::declare(CLI::App& command, bool with_config) {
@@ -58,24 +72,6 @@ RunConfig load_run_config(const std::string& path, const CommonOptions& common) 
   }
   return config;
 }
-
-namespace {
-
-// What the ranks of CUDA devices do otherwise than a user may think; all do alike, and rank 0 says so.
-void tell_choices(const RunConfig& config) {
-  if (!config.determinism) {
-    note_once(
-        "determinism is off, as always on CUDA devices where the config does not ask for it: results may differ in their last "
-        "bits from run to run; determinism=repeatable keeps them, more slowly",
-        LogLevel::kInfo);
-  }
-  const char* forced = std::getenv("DATTN_KERNEL");
-  if (!is_half(config.dtype) || (forced != nullptr && *forced != '\0')) return;
-  const Support cudnn = find_kernel("cudnn", current_device()).supports({config.dtype, 64, 64, current_device()});
-  if (!cudnn.ok) note_once("attention without cuDNN, by kernel cuda, which is slower: " + cudnn.why, LogLevel::kInfo);
-}
-
-}  // namespace
 
 int run_with_config(const CommonOptions& common, const std::function<RunConfig()>& load,
                     const std::function<void(const RunConfig&, Communicator&)>& body) {

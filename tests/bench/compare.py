@@ -213,7 +213,7 @@ def parse():
     parser.add_argument("--cpu-time", action="store_true",
                         help="processor time in place of wall time, for busy machines: blocks " + ", ".join(ON_PROCESSOR_TIME))
     parser.add_argument("--dtype", nargs="+", choices=["fp32", "bf16"], help="these alone, everywhere")
-    shapes = parser.add_argument_group("other shapes for the block attention")
+    shapes = parser.add_argument_group("other shapes for the block attention, the first two for plugin, the first for sharded")
     for option in ("--seq", "--dim"):
         shapes.add_argument(option, type=int, nargs="+")
     shapes.add_argument("--mask", nargs="+", choices=["full", "causal"])

@@ -268,7 +268,7 @@ JOBS = ("threads", "mpirun")
 def sharded_cases(lab):
     if "fp32" not in lab.dtypes:
         return
-    for seq in [4096] if lab.options.quick else [4096, 16384, 65536]:
+    for seq in chosen(lab.options.seq, [4096] if lab.options.quick else [4096, 16384, 65536]):
         spec = attention_spec(lab, "fp32", "causal", seq, 64, 4)
         sides = {"1 rank": partial(lab.attention, spec | {"threads": 2})}
         for job, (strategy, (ranks, mesh)) in itertools.product(JOBS, MESHES.items()):
@@ -322,37 +322,46 @@ def sharded_train_table(results):
 # --- masks -----------------------------------------------------------------------------------------------------------------
 
 def visible_masks(seq):
-    """Keys of attention.mask, by what the table calls them; of seq positions."""
+    """What the table calls a mask: (its keys in attention.mask, keys of the full mask with as many a row); of seq positions."""
     documents = [0, seq // 8, seq // 2, seq]
     blocks = [[row, key] for row in range(seq // 128) for key in range(seq // 128) if key in (0, row - 1, row) and key <= row]
-    return {"full": {"kind": "full"}, "causal": {"kind": "causal"},
-            "window of 512": {"kind": "window", "left": 511, "right": 0},
-            "3 documents, causal": {"kind": "documents", "cu_seqlens": documents, "within": {"kind": "causal"}},
-            "prefix of S / 4": {"kind": "prefix", "length": seq // 4},
-            "blocks of 128: first, before, own": {"kind": "blocks", "size": 128, "list": blocks}}
+    return {"causal": ({"kind": "causal"}, seq),
+            "3 documents, causal": ({"kind": "documents", "cu_seqlens": documents, "within": {"kind": "causal"}}, seq),
+            "prefix of S / 4": ({"kind": "prefix", "length": seq // 4}, seq),
+            "window of 512": ({"kind": "window", "left": 511, "right": 0}, 512),
+            "blocks of 128: first, before, own": ({"kind": "blocks", "size": 128, "list": blocks}, 384)}
+
+
+def full_mask(keys):
+    return f"full, {keys} keys"
 
 
 def masks_cases(lab):
     for dtype in lab.dtypes:
         spec = attention_spec(lab, dtype, "full", 1024 if lab.options.quick else 8192, 64, 2)
-        yield Case(spec, {name: partial(lab.attention, spec, ["--set", f"attention.mask={json.dumps(mask)}"])
-                          for name, mask in visible_masks(spec["seq"]).items()})
+        masks = visible_masks(spec["seq"])
+        sides = {full_mask(keys): partial(lab.attention, spec | {"seq": keys, "queries": spec["seq"]})
+                 for keys in sorted({keys for _, keys in masks.values()}, reverse=True)}
+        sides |= {name: partial(lab.attention, spec, ["--set", f"attention.mask={json.dumps(mask)}"])
+                  for name, (mask, _) in masks.items()}
+        yield Case(spec, sides)
 
 
 def masks_table(results):
     rows = []
     for result in results:
-        for name in visible_masks(result["what"]["seq"]):
+        for name, (_, keys) in visible_masks(result["what"]["seq"]).items():
             cells = []
             for which in PASSES:
                 whole, mine = (median(result, side, lambda printed, _, which=which: printed[f"{which}_gflops"])
-                               for side in ("full", name))
-                cells += [number(mine), ratio(whole, mine)]
-            rows.append([label(result, result["what"]["dtype"]), name, *cells])
+                               for side in (full_mask(keys), name))
+                cells += [number(whole), number(mine), ratio(whole, mine)]
+            rows.append([label(result, result["what"]["dtype"]), name, keys, *cells])
     what = results[0]["what"]
-    return (f"GFLOP/s by visible pairs, S {what['seq']}, D {what['dim']}, {what['heads']} heads, one thread; the price is the time "
-            "of a visible pair over that of the full mask.\n\n") + table(
-                ["type", "mask", "forward", "price", "backward", "price"], rows)
+    return (f"GFLOP/s by visible pairs, S {what['seq']}, D {what['dim']}, {what['heads']} heads, one thread, beside a full mask of "
+            "about as many tiles: S rows and as many keys as the column says; the price is the time of a visible pair over that "
+            "of the full mask.\n\n") + table(
+                ["type", "mask", "keys", "forward: full", "mask", "price", "backward: full", "mask", "price"], rows)
 
 
 # --- terms -----------------------------------------------------------------------------------------------------------------
