@@ -28,11 +28,12 @@ FreeStreams& free_streams() {
 
 std::size_t place_of(Device device) { return static_cast<unsigned char>(device.index); }
 
-// The streams of one thread, by device.
+// The streams of one thread, by device; as many as it used, since a library loaded late has little room for what threads own.
 struct OwnStreams {
-  std::array<NativeStream, kMostDevices> of_device{};
+  std::vector<NativeStream> of_device;
 
   NativeStream get(Device device) {
+    if (of_device.size() <= place_of(device)) of_device.resize(place_of(device) + 1);
     NativeStream& own = of_device[place_of(device)];
     if (own != nullptr) return own;
     FreeStreams& free = free_streams();
@@ -49,7 +50,7 @@ struct OwnStreams {
   ~OwnStreams() {
     FreeStreams& free = free_streams();
     const std::lock_guard lock(free.mutex);
-    for (std::size_t i = 0; i < kMostDevices; ++i) {
+    for (std::size_t i = 0; i < of_device.size(); ++i) {
       if (of_device[i] != nullptr) free.of_device[i].push_back(of_device[i]);
     }
   }

@@ -11,7 +11,6 @@
 #include "core/base/host.h"
 #include "core/base/log.h"
 #include "core/device/cuda_module.h"
-#include "core/nn/matmul.h"
 #include "parallel/comm/nccl_api.h"
 
 namespace dattn {
@@ -106,7 +105,6 @@ RankPlace place_of_rank(bool uses_nccl) {
   place.version = DATTN_VERSION;
   if (!own.is_cuda()) {
     place.cpu = cpu::choose_path().name;
-    place.products = matmul_instructions();
     return place;
   }
   if (uses_nccl) place.nccl = probe_nccl().version;

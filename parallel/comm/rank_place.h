@@ -14,7 +14,8 @@ struct RankPlace {
   std::string version;       // of dattn
   // On a CUDA device, versions of what it computes with, empty where it has none or does not use it, and the device's name.
   std::string nccl, cudnn, runtime, driver, gpu;
-  std::string cpu, products;  // else the instructions of attention and of matrix products
+  std::string cpu;       // else the instructions of attention,
+  std::string products;  // and of matrix products, where the job has any
 };
 
 // Of the calling thread and its current device.

@@ -15,7 +15,7 @@ namespace {
 
 // |got - want| / |want| over all elements, both read as fp64. Where the right answer is (nearly) zero by cancellation, as
 // in the gradient of a row that sees one key, the error may be taken as relative to a quarter of the size of the terms that
-// cancel: `terms` products of unit size in each element; 0: it is not.
+// cancel: `terms` products of unit size in each element; 0: it is not, and an answer that is zero has no relative error.
 double relative_error(const TensorView& got, const TensorView& want, std::int64_t terms) {
   const Tensor a = to_dtype(got, DType::kF64), b = to_dtype(want, DType::kF64);
   double difference = 0, norm = 0;
@@ -26,6 +26,7 @@ double relative_error(const TensorView& got, const TensorView& want, std::int64_
     difference += (x - y) * (x - y);
     norm += y * y;
   }
+  if (norm == 0 && terms == 0) return INFINITY;
   if (difference == 0) return 0;
   return std::sqrt(difference / std::max(norm, 0.0625 * static_cast<double>(a->elements() * terms)));
 }
