@@ -75,6 +75,7 @@ def main():
         if mesh is None or dist.get_rank() == 0:
             print(f"step {step} loss {loss.item():.5f}", flush=True)
     if mesh is not None:
+        dattn.torch.release_all()  # it holds the process groups, whose threads are to end before the interpreter
         dist.destroy_process_group()
 
 

@@ -68,6 +68,7 @@ def main():
         optimizer.step()
         if dist.get_rank() == 0:
             print(f"step {step} loss {loss.item():.5f}", flush=True)
+    dattn.torch.release_all()  # it holds the process groups, whose threads are to end before the interpreter
     dist.destroy_process_group()
 
 

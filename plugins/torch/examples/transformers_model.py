@@ -58,6 +58,7 @@ def main():
     if first:
         print("wrote", bytes(written[0, 100:].tolist()))
     if mesh is not None:
+        dattn.torch.release_all()  # it holds the process groups, whose threads are to end before the interpreter
         dist.destroy_process_group()
 
 

@@ -61,6 +61,7 @@ def main():
                                  eval_dataset=samples(given.seq, 4), callbacks=[PrintLoss()])
         trainer.train()
     if mesh is not None:
+        dattn.torch.release_all()  # it holds the process groups, whose threads are to end before the interpreter
         dist.destroy_process_group()
 
 
