@@ -15,7 +15,7 @@ namespace {
 
 // |got - want| / |want| over all elements, both read as fp64. Where the right answer is (nearly) zero by cancellation, as
 // in the gradient of a row that sees one key, the error may be taken as relative to a quarter of the size of the terms that
-// cancel: `terms` products of unit size in each element; 0: it is not, and an answer that is zero has no relative error.
+// cancel: `terms` products of unit size in each element; 0: it is not.
 double relative_error(const TensorView& got, const TensorView& want, std::int64_t terms) {
   const Tensor a = to_dtype(got, DType::kF64), b = to_dtype(want, DType::kF64);
   double difference = 0, norm = 0;
@@ -26,9 +26,13 @@ double relative_error(const TensorView& got, const TensorView& want, std::int64_
     difference += (x - y) * (x - y);
     norm += y * y;
   }
-  if (norm == 0 && terms == 0) return INFINITY;
   if (difference == 0) return 0;
   return std::sqrt(difference / std::max(norm, 0.0625 * static_cast<double>(a->elements() * terms)));
+}
+
+bool is_zero(const TensorView& tensor) {
+  const Tensor all = to_dtype(tensor, DType::kF64);
+  return std::all_of(all.ptr<double>(), all.ptr<double>() + all->elements(), [](double element) { return element == 0; });
 }
 
 // What one rounding to the type is off by, as a root mean square.
@@ -44,7 +48,8 @@ std::string compare(const char* name, const TensorView& got, const TensorView& w
   double allowed = storage == DType::kF64 ? 1e-12 : 2e-6;
   if (is_half(storage) && one_rank.data != nullptr)
     allowed = 1.5 * std::max(relative_error(one_rank, want, terms), roundings * rounding_to(storage));
-  if (storage == DType::kF32 && one_rank.data != nullptr && relative_error(one_rank, want, 0) <= allowed / 4) terms = 0;
+  const bool cancels = one_rank.data == nullptr || is_zero(want) || relative_error(one_rank, want, 0) > allowed / 4;
+  if (storage == DType::kF32 && !cancels) terms = 0;
   const double error = relative_error(got, want, terms);
   return error <= allowed ? "" : fmt::format("{}: relative error {:.3e}, allowed {:.3e}\n", name, error, allowed);
 }
