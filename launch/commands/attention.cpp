@@ -75,8 +75,8 @@ Inputs read_inputs(const SafetensorsFile& file, DType dtype, TensorFormat format
 }
 
 // What every data coordinate computes; layout balanced follows the masks of its own batch rows.
-std::vector<std::shared_ptr<const Problem>> problems_of(const RunConfig& config, const AttentionShape& whole) {
-  std::vector<std::shared_ptr<const Problem>> problems;
+Problems problems_of(const RunConfig& config, const AttentionShape& whole) {
+  Problems problems;
   for (int coordinate = 0; coordinate < config.mesh.data; ++coordinate) {
     const DataShare share = data_share(config, whole, coordinate);
     problems.push_back(make_problem(config.mesh.shape(), share.shape, share.options));
@@ -114,7 +114,7 @@ void run_attention(const RunConfig& unplanned, Communicator& world, const std::s
   const AttentionResult result = attention.forward(q, k, v, call);
 
   const Plan& forward = attention.forward_plan();
-  Gatherer gatherer(mesh, problems_of(config, in.shape), in.shape.batch, config.tensor_format);
+  Gatherer gatherer(mesh, world.rank() == 0 ? problems_of(config, in.shape) : Problems{}, in.shape.batch, config.tensor_format);
   const AttentionShape& whole = in.shape;
   const DType sums = accumulate_type(config.dtype);
   gatherer.add("out", result.out, {whole.batch, whole.seq_q, whole.heads, whole.dim_v}, Side::kQuery);

@@ -28,13 +28,15 @@ TensorView to_format(TensorView bshd, TensorFormat format);
 Tensor take_shard(const TensorView& whole, const Shard& shard, DType dtype);
 TensorView statistics_as_rows(const TensorView& statistics);  // [B, H, S] seen as [B, S, H, 1]
 
+using Problems = std::vector<std::shared_ptr<const Problem>>;
+
 // Collects tensors [B, S, H, X] on rank 0. What several ranks hold (KV heads shared by parts of the tensor axis, what one
 // serves for all batch rows or heads) is summed.
 class Gatherer {
  public:
-  // problems: of every data coordinate, since who holds which rows may follow from the masks of its batch rows; batch: the
-  // rows of the whole job.
-  Gatherer(const Mesh& mesh, std::vector<std::shared_ptr<const Problem>> problems, std::int64_t batch, TensorFormat format)
+  // problems, on rank 0: of every data coordinate, since who holds which rows may follow from the masks of its batch rows;
+  // batch: the rows of the whole job.
+  Gatherer(const Mesh& mesh, Problems problems, std::int64_t batch, TensorFormat format)
       : mesh_(mesh), problems_(std::move(problems)), batch_(batch), format_(format) {}
 
   // Collective. `own` is this rank's shard of the tensor of shape `whole`.
@@ -51,7 +53,7 @@ class Gatherer {
   void keep(const std::string& name, Tensor whole, bool formatted = false);
 
   const Mesh& mesh_;
-  std::vector<std::shared_ptr<const Problem>> problems_;
+  Problems problems_;
   std::int64_t batch_;
   TensorFormat format_;
   struct Collected {

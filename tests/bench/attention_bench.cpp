@@ -15,6 +15,7 @@
 #include "core/base/error.h"
 #include "core/base/philox.h"
 #include "core/base/threads.h"
+#include "tests/bench/program.h"
 
 namespace {
 
@@ -121,12 +122,5 @@ int main(int argc, char** argv) {
   app.add_flag("--alibi", options.alibi, "scores fall with the distance");
   app.add_flag("--invariant", options.invariant, "bits of a row do not depend on the other rows");
   app.add_flag("--cpu-time", options.cpu_time, "processor time of all threads instead of wall time, for busy machines");
-  CLI11_PARSE(app, argc, argv);
-  try {
-    run(options);
-  } catch (const Error& error) {
-    fmt::print(stderr, "{}\n", error.what());
-    return error.exit_code();
-  }
-  return 0;
+  return run_program(app, argc, argv, [&] { run(options); });
 }

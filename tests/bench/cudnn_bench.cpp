@@ -13,6 +13,7 @@
 #include "core/base/error.h"
 #include "core/base/philox.h"
 #include "core/device/cuda_module.h"
+#include "tests/bench/program.h"
 
 namespace {
 
@@ -110,12 +111,5 @@ int main(int argc, char** argv) {
   app.add_option("--dim", options.dim);
   app.add_option("--mask", options.mask, "full or causal");
   app.add_option("--repeat", options.repeat, "timed runs")->check(CLI::PositiveNumber);
-  CLI11_PARSE(app, argc, argv);
-  try {
-    run(options);
-  } catch (const Error& error) {
-    fmt::print(stderr, "{}\n", error.what());
-    return error.exit_code();
-  }
-  return 0;
+  return run_program(app, argc, argv, [&] { run(options); });
 }

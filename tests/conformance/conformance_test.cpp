@@ -37,24 +37,10 @@ void run(const Case& one) {
   });
 }
 
-// Says at the end how much was compared, also where GoogleTest prints failures alone.
-class CaseCount : public testing::Environment {
- public:
-  void add(std::size_t cases) { cases_ += cases; }
-  void TearDown() override {
-    if (cases_ > 0) std::cout << fmt::format("conformance sweep: {} cases\n", cases_);
-  }
-
- private:
-  std::size_t cases_ = 0;
-};
-CaseCount& g_case_count = static_cast<CaseCount&>(*testing::AddGlobalTestEnvironment(new CaseCount));
-
 TEST_P(Conformance, EqualsTheReference) {
   const std::vector<Case> cases = sweep(GetParam().strategy, GetParam().ranks, full_sweep());
   ASSERT_FALSE(cases.empty());
   for (const Case& one : cases) run(one);
-  g_case_count.add(cases.size());
   RecordProperty("cases", static_cast<int>(cases.size()));
 }
 

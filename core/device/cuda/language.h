@@ -14,31 +14,17 @@
 #include <cstddef>
 #include <utility>
 
+#include "core/device/cuda/grid.h"
+
 #define DATTN_LAUNCH_BOUNDS(threads, blocks) __launch_bounds__(threads, blocks)
 #define DATTN_SHARED_MEMORY(name) extern __shared__ __align__(128) unsigned char name[]  // NOLINT(bugprone-macro-parentheses)
 
 namespace dattn::cuda {
 
-// Throws Error(kSystem) naming call, error and the caller's place. In runtime.cpp: {fmt} does not compile under nvcc, so no
-// error.h in .cu files.
-void check(cudaError_t error, const char* call, const char* file = __builtin_FILE(), int line = __builtin_LINE());
-
-// The blocks of a launch, and where it stands.
-struct Grid {
-  dim3 blocks;
-  const char* file;
-  int line;
-  Grid(dim3 count, const char* in = __builtin_FILE(), int at = __builtin_LINE()) : blocks(count), file(in), line(at) {}
-};
-
-// Whether this thread is in a pass of host code that puts nothing on the stream (step.h): what would, does nothing.
-bool only_host();
-
 // Starts kernel<<<grid, block, shared_bytes, stream>>>(args..); more than 48 KiB of shared memory are asked for first.
 template <class... Params, class... Args>
 void launch(void (*kernel)(Params...), Grid grid, dim3 block, std::size_t shared_bytes, cudaStream_t stream, Args&&... args) {
-  const dim3 blocks = grid.blocks;
-  if (blocks.x == 0 || blocks.y == 0 || blocks.z == 0 || only_host()) return;
+  if (!starts(grid)) return;
   if (shared_bytes > 48 * 1024) {
     check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
                                static_cast<int>(shared_bytes)),
@@ -46,7 +32,7 @@ void launch(void (*kernel)(Params...), Grid grid, dim3 block, std::size_t shared
   }
   const auto start = [&](Params... params) {
     void* pointers[] = {&params...};
-    check(cudaLaunchKernel(reinterpret_cast<const void*>(kernel), blocks, block, pointers, shared_bytes, stream),
+    check(cudaLaunchKernel(reinterpret_cast<const void*>(kernel), grid.blocks, block, pointers, shared_bytes, stream),
           "cudaLaunchKernel", grid.file, grid.line);
   };
   start(std::forward<Args>(args)...);

@@ -9,22 +9,12 @@
 #include <utility>
 
 #include "block.h"
-#include "cuda_runtime.h"
+#include "core/device/cuda/grid.h"
 
 #define DATTN_LAUNCH_BOUNDS(threads, blocks)
 #define DATTN_SHARED_MEMORY(name) unsigned char* const name = ::dattn::cuda::standin::shared_memory()
 
 namespace dattn::cuda {
-
-void check(cudaError_t error, const char* call, const char* file = __builtin_FILE(), int line = __builtin_LINE());
-
-struct Grid {
-  dim3 blocks;
-  const char* file;
-  int line;
-  Grid(dim3 count, const char* in = __builtin_FILE(), int at = __builtin_LINE()) : blocks(count), file(in), line(at) {}
-};
-bool only_host();
 
 namespace standin {
 
@@ -55,10 +45,9 @@ inline int lane() { return static_cast<int>((threadIdx.x + blockDim.x * (threadI
 
 template <class... Params, class... Args>
 void launch(void (*kernel)(Params...), Grid grid, dim3 block, std::size_t shared_bytes, cudaStream_t stream, Args&&... args) {
-  const dim3 blocks = grid.blocks;
-  if (blocks.x == 0 || blocks.y == 0 || blocks.z == 0 || only_host()) return;
+  if (!starts(grid)) return;
   const auto start = [&](Params... params) {
-    check(standin::start({[=] { kernel(params...); }, blocks, block, shared_bytes}, stream), "cudaLaunchKernel", grid.file,
+    check(standin::start({[=] { kernel(params...); }, grid.blocks, block, shared_bytes}, stream), "cudaLaunchKernel", grid.file,
           grid.line);
   };
   start(std::forward<Args>(args)...);
