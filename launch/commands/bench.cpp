@@ -69,8 +69,11 @@ void bench_attention(const AttentionBench& bench, const RunConfig& config, Commu
   timer.add_peaks(done);
   done["peak_memory_bytes"] = memory.peak();  // of this rank: tensors, what forward packs among them; not threads' scratch
   if (!current_device().is_cuda()) {
-    const std::int64_t bytes = q->bytes() + k->bytes() + v->bytes() + result.out->bytes();
-    const double read = sum_of_ranks(world, [&] { return static_cast<double>(bytes); }) / forward.p50 * 1e-6;
+    // Of few queries' keys, as many as are seen at most.
+    const double keys_seen = std::min(1.0, pairs / static_cast<double>(whole.batch * whole.heads * whole.seq_kv));
+    const double bytes =
+        static_cast<double>(q->bytes() + result.out->bytes()) + keys_seen * static_cast<double>(k->bytes() + v->bytes());
+    const double read = sum_of_ranks(world, [&] { return bytes; }) / forward.p50 * 1e-6;
     const double memory_read = sum_of_ranks(world, [] { return read_bandwidth() * 1e-9; });
     done["bandwidth"] = {{"gbyte_per_s", read}, {"memory_gbyte_per_s", memory_read}, {"of_memory", read / memory_read}};
   }

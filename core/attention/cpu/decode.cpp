@@ -34,7 +34,7 @@ void attend_decode(const Path& path, const AttendArgs& args) {
   const BandList list(args.tiles, rows, rows, hull.begin, false);
   const std::int64_t keys = keys_of_task(args, kv_step), splits = div_up(hull.count(), keys);
   const SplitStates states(args, splits, padded_to(args.v.size(3), ops.lanes));
-  const std::int64_t scratch_bytes = ops.decode_scratch(args.q.size(3), rows * heads);
+  const std::int64_t scratch_bytes = ops.decode_scratch(args.q.size(3), args.v.size(3), rows * heads, kv_step);
   parallel_for(batch * splits * kv_groups, [&](std::int64_t task) {
     const std::int64_t kv = task % kv_groups * kv_step, split = task / kv_groups % splits, b = task / kv_groups / splits;
     const std::int64_t begin = split * keys, count = std::min(keys, hull.count() - begin);
@@ -55,6 +55,7 @@ void attend_decode(const Path& path, const AttendArgs& args) {
     job.v = rows_of(args.v, b, hull.begin + begin, count, kv);
     job.k_head = args.k.stride(2);
     job.v_head = args.v.stride(2);
+    job.kv_heads = kv_step;
     job.heads = job_heads.data();
     job.n_heads = static_cast<std::int64_t>(job_heads.size());
     job.rows = rows;

@@ -2,10 +2,12 @@
 // and the pass runs at the speed of memory. The result is a state that is not normalised; the driver merges the states
 // of several ranges of keys ("split KV", Dao et al., Flash-Decoding, 2023).
 //
-// Keys, and then values, are read in the order in which they lie in memory, all heads of one before the next, and nothing else
-// is read from there: a processor fetches ahead along such a stream better than any instruction tells it to.
+// Keys, and then values, are read in the order in which they lie in memory, all heads of one before the next: a processor
+// fetches ahead along such a stream better than any instruction tells it to. Loads must also leave in that order, so addresses
+// are counted up in registers and never looked up: an offset read from memory halves the rate, as does a second key beside the
+// first.
 //
-//   k  [key 0: head 0 | head 1 | ..][key 1: head 0 | ..      64 keys, then their values, then the next 64
+//   k  [key 0: head 0 | head 1 | ..][key 1: head 0 | ..      128 keys, then their values, then the next 128
 #pragma once
 
 #include "core/attention/cpu/bands.h"
@@ -14,107 +16,120 @@
 
 namespace dattn::cpu::DATTN_ISA {
 
-constexpr std::int64_t kDecodeBlock = 64;  // keys between two updates of the maximum; a multiple of kLanes
+constexpr std::int64_t kDecodeBlock = 128;  // keys between two updates of the maximum; a multiple of kLanes
 
-// A query row of one head. What the loops over keys need of it stands ready: for a key they have little more than four
-// products.
+// A query row of one head.
 struct DecodeRow {
-  float* q;                // [D padded]
-  float* products;         // [kLanes keys][kLanes]: q k, not summed yet
-  float* p;                // [kDecodeBlock]: scores, then probabilities
-  std::int64_t k, v;       // elements from the first head's key or value to its own
-  std::int64_t row;        // of its head
-  const Terms* terms;      // null: none
-  float *out, *top, *sum;  // the state, out [V padded]
-  KeyRange seen;           // of the keys of a block
+  std::int64_t row;    // of its head
+  const Terms* terms;  // null: none
+  RowStates state;     // at the row
+  float top, sum;
+  KeyRange seen;  // of the keys of a block
 };
 
+// What the loops over keys read and write, row by row, all heads together.
+template <class Unit>
 struct Decode {
-  DecodeRow *begin, *end;  // of all heads
-  std::int64_t v_width;    // V padded
+  std::int64_t count, kv_heads, q_units, q_width, v_width;  // rows; of a row, the last two padded
+  DecodeRow* rows;                                          // those of one KV head after the other
+  std::int64_t* rows_of_kv;                                 // [kv_heads]
+  Unit* q;                                                  // [rows][q_width]
+  float* products;                                          // [rows][kLanes keys][kLanes]: q k, not summed yet
+  float* p;                                                 // [rows][kDecodeBlock]: scores, then probabilities
+  float* out;                                               // [rows][v_width]
 };
 
-// Of q, products and p together.
-DATTN_INLINE std::int64_t floats_of_row(std::int64_t dim_qk) { return padded(dim_qk) + kLanes * kLanes + kDecodeBlock; }
+template <class Unit>
+DATTN_INLINE Decode<Unit> take_decode(Arena& arena, std::int64_t dim_qk, std::int64_t dim_v, std::int64_t rows,
+                                      std::int64_t kv_heads) {
+  Decode<Unit> d;
+  d.count = rows;
+  d.kv_heads = kv_heads;
+  d.q_units = units<Unit>(dim_qk);
+  d.q_width = padded(d.q_units);
+  d.v_width = padded(dim_v);
+  d.rows = take<DecodeRow>(arena, rows);
+  d.rows_of_kv = take<std::int64_t>(arena, kv_heads);
+  d.q = take<Unit>(arena, rows * d.q_width);
+  d.products = take<float>(arena, rows * kLanes * kLanes);
+  d.p = take<float>(arena, rows * kDecodeBlock);
+  d.out = take<float>(arena, rows * d.v_width);
+  return d;
+}
 
-static std::int64_t decode_scratch(std::int64_t dim_qk, std::int64_t rows) {
+template <class Unit>
+std::int64_t decode_scratch(std::int64_t dim_qk, std::int64_t dim_v, std::int64_t rows, std::int64_t kv_heads) {
   Arena arena{0};
-  take<DecodeRow>(arena, rows);
-  take<float>(arena, rows * floats_of_row(dim_qk));
+  take_decode<Unit>(arena, dim_qk, dim_v, rows, kv_heads);
   return static_cast<std::int64_t>(arena.next);
 }
 
 // The rows of a job, their states empty.
-template <class Storage>
-DATTN_INLINE Decode begin_decode(const DecodeJob& job) {
+template <class Storage, class Unit>
+DATTN_INLINE Decode<Unit> begin_decode(const DecodeJob& job) {
   Arena arena{reinterpret_cast<std::uintptr_t>(job.scratch)};
-  const std::int64_t q_width = padded(job.k.dim), n_rows = job.n_heads * job.rows;
-  auto* to = take<DecodeRow>(arena, n_rows);
-  auto* floats = take<float>(arena, n_rows * floats_of_row(job.k.dim));
-  const Decode d{to, to + n_rows, padded(job.v.dim)};
+  const Decode<Unit> d = take_decode<Unit>(arena, job.k.dim, job.v.dim, job.n_heads * job.rows, job.kv_heads);
+  const Words sign = sign_bits<Unit>(job.scale_sign < 0);
+  for (std::int64_t kv = 0; kv < d.kv_heads; ++kv) d.rows_of_kv[kv] = 0;
+  std::int64_t at = 0;
   for (std::int64_t head = 0; head < job.n_heads; ++head) {
     const DecodeHead& from = job.heads[head];
-    for (std::int64_t row = 0; row < job.rows; ++row, ++to) {
-      to->q = floats;
-      to->products = floats + q_width;
-      to->p = to->products + kLanes * kLanes;
-      floats = to->p + kDecodeBlock;
-      to->k = from.kv * job.k_head;
-      to->v = from.kv * job.v_head;
-      to->row = row;
-      to->terms = from.terms;
-      to->out = from.state.out + row * d.v_width;
-      to->top = from.state.top + row;
-      to->sum = from.state.sum + row;
-      *to->top = kMinusInfinity;
-      *to->sum = 0;
+    d.rows_of_kv[from.kv] += job.rows;
+    for (std::int64_t row = 0; row < job.rows; ++row, ++at) {
+      const RowStates state{from.state.out + row * d.v_width, from.state.top + row, from.state.sum + row};
+      d.rows[at] = {row, from.terms, state, kMinusInfinity, 0, {0, 0}};
       const auto* q = static_cast<const Storage*>(from.q.data) + row * from.q.stride;
-      for (std::int64_t c = 0; c < q_width; c += kLanes)
-        store(to->q + c, load_units<Storage, float>(q, c, job.k.dim) * splat(job.scale_sign));
-      for (std::int64_t c = 0; c < d.v_width; c += kLanes) store(to->out + c, Floats{});
+      for (std::int64_t u = 0; u < d.q_width; u += kLanes)
+        store(d.q + at * d.q_width + u, (Floats)((Words)load_units<Storage, Unit>(q, u, job.k.dim) ^ sign));
     }
   }
+  for (std::int64_t i = 0; i < d.count * d.v_width; i += kLanes) store(d.out + i, Floats{});
   return d;
 }
 
-// Calls body(c, elements [c, c + kLanes)) for all elements of a key or value; 0 past the end.
-template <class Storage, class Body>
-DATTN_INLINE void for_each_vector(const Storage* from, std::int64_t dim, const Body& body) {
-  std::int64_t c = 0;
-  for (; c + 4 * kLanes <= dim; c += 4 * kLanes) {
-#pragma GCC unroll 4
-    for (int i = 0; i < 4 * kLanes; i += kLanes) body(c + i, load_units<Storage, float>(from, c + i, c + i + kLanes));
+// A row's products with one key, lane by lane; kWidth vectors of units, or, 0, as many as there are.
+template <int kWidth, class Storage, class Unit>
+DATTN_INLINE Floats multiply_key(const Unit* q, const Storage* key, std::int64_t q_units, std::int64_t dim) {
+  constexpr std::int64_t kStep = kLanes * UnitOf<Unit>::kElements;  // elements of a vector
+  Floats products{};
+  if constexpr (kWidth > 0) {
+#pragma GCC unroll 32
+    for (int i = 0; i < kWidth; ++i)
+      products = multiply_add<Unit>(load(q + i * kLanes), load_units<Storage, Unit>(key + i * kStep, 0, kStep), products);
+  } else {
+    for (std::int64_t u = 0; u < q_units; u += kLanes)
+      products = multiply_add<Unit>(load(q + u), load_units<Storage, Unit>(key, u, dim), products);
   }
-  for (; c < dim; c += kLanes) body(c, load_units<Storage, float>(from, c, dim));
+  return products;
 }
 
 // Scores of up to kLanes keys from `key` on for all rows, as columns from `column` on; those of keys past `count` are 0.
-template <class Storage>
-DATTN_INLINE void score_keys(const Decode& d, const DecodeJob& job, std::int64_t key, std::int64_t count, std::int64_t column) {
-  const std::int64_t dim = job.k.dim;
-  const auto* keys = static_cast<const Storage*>(job.k.data) + key * job.k.stride;
-  for (std::int64_t i = 0; i < smaller(count, kLanes); ++i, keys += job.k.stride) {
-    for (const DecodeRow* row = d.begin; row != d.end; ++row) {
-      const float* q = row->q;
-      Floats products{};
-      for_each_vector(
-          keys + row->k, dim, [&](std::int64_t c, Floats k) __attribute__((always_inline)) { products += load(q + c) * k; });
-      store(row->products + i * kLanes, products);
+template <int kWidth, class Storage, class Unit>
+DATTN_INLINE void score_keys(const Decode<Unit>& d, const DecodeJob& job, std::int64_t key, std::int64_t count,
+                             std::int64_t column) {
+  const std::int64_t stride = job.k.stride, head = job.k_head, dim = job.k.dim;
+  const auto* keys = static_cast<const Storage*>(job.k.data) + key * stride;
+  for (std::int64_t i = 0; i < smaller(count, kLanes); ++i, keys += stride) {
+    const Storage* k = keys;
+    const Unit* q = d.q;
+    float* products = d.products + i * kLanes;
+    for (std::int64_t kv = 0; kv < d.kv_heads; ++kv, k += head) {
+      for (std::int64_t row = 0; row < d.rows_of_kv[kv]; ++row, q += d.q_width, products += kLanes * kLanes)
+        store(products, multiply_key<kWidth>(q, k, d.q_units, dim));
     }
   }
-  for (const DecodeRow* row = d.begin; row != d.end; ++row) {
+  for (std::int64_t row = 0; row < d.count; ++row) {
     Floats products[kLanes];
-    for (int i = 0; i < kLanes; ++i) products[i] = i < count ? load(row->products + i * kLanes) : Floats{};
-    store(row->p + column, sums_of(products));
+    for (int i = 0; i < kLanes; ++i) products[i] = i < count ? load(d.products + (row * kLanes + i) * kLanes) : Floats{};
+    store(d.p + row * kDecodeBlock + column, sums_of(products));
   }
 }
 
 // Scores of the keys that a row sees of the block from key `block` on become probabilities, others 0; its state follows the
 // maximum.
-DATTN_INLINE void softmax_row(const Decode& d, const DecodeJob& job, const Band& band, const DecodeRow& row,
-                              std::int64_t block) {
+DATTN_INLINE void softmax_row(const DecodeJob& job, const Band& band, DecodeRow& row, std::int64_t block, float* p, float* out,
+                              std::int64_t v_width) {
   const Terms* terms = row.terms;
-  float* p = row.p;
   if (terms != nullptr && terms->scores) true_scores(*terms, band, row.row, block, kDecodeBlock, p, nullptr);
   const Ints begin = splat_int(static_cast<std::int32_t>(row.seen.begin)),
              end = splat_int(static_cast<std::int32_t>(row.seen.end));
@@ -125,7 +140,7 @@ DATTN_INLINE void softmax_row(const Decode& d, const DecodeJob& job, const Band&
     tops = at_least(tops, s);
     store(p + i, s);
   }
-  const float seen = maximum_of(tops), old = *row.top;
+  const float seen = maximum_of(tops), old = row.top;
   const float top = seen > old ? seen : old;
   const float finite = top == kMinusInfinity ? 0.0f : top;
   const float rescale = top == old ? 1.0f : exp2(splat(old - finite))[0];
@@ -141,46 +156,86 @@ DATTN_INLINE void softmax_row(const Decode& d, const DecodeJob& job, const Band&
     for (std::int64_t i = 0; i < kDecodeBlock; i += kLanes)
       store(p + i, keep_lanes(load(p + i), bits, first_bit(band, block) + i));
   }
-  *row.top = top;
-  *row.sum = *row.sum * rescale + sum_of(sum);
+  row.top = top;
+  row.sum = row.sum * rescale + sum_of(sum);
   if (rescale == 1) return;
-  for (std::int64_t c = 0; c < d.v_width; c += kLanes) store(row.out + c, load(row.out + c) * splat(rescale));
+  for (std::int64_t c = 0; c < v_width; c += kLanes) store(out + c, load(out + c) * splat(rescale));
+}
+
+// out += p times a value.
+template <int kWidth, class Storage>
+DATTN_INLINE void add_value(float* out, float p, const Storage* value, std::int64_t dim) {
+  const Floats factor = splat(p);
+  const auto add = [&](std::int64_t c, std::int64_t end) __attribute__((always_inline)) {
+    store(out + c, load(out + c) + factor * load_units<Storage, float>(value, c, end));
+  };
+  if constexpr (kWidth > 0) {
+#pragma GCC unroll 32
+    for (int c = 0; c < kWidth * kLanes; c += kLanes) add(c, c + kLanes);
+  } else {
+    for (std::int64_t c = 0; c < dim; c += kLanes) add(c, dim);
+  }
 }
 
 // out += p v for `count` keys from `key` on, of those that each row sees: 0 times what is hidden might be NaN.
-template <class Storage>
-DATTN_INLINE void add_values(const Decode& d, const DecodeJob& job, std::int64_t key, std::int64_t count) {
-  const std::int64_t dim = job.v.dim;
-  const auto* values = static_cast<const Storage*>(job.v.data) + key * job.v.stride;
-  for (std::int64_t i = 0; i < count; ++i, values += job.v.stride) {
-    for (const DecodeRow* row = d.begin; row != d.end; ++row) {
-      if (i < row->seen.begin || i >= row->seen.end) continue;
-      float* out = row->out;
-      const Floats p = splat(row->p[i]);
-      for_each_vector(
-          values + row->v,
-          dim, [&](std::int64_t c, Floats v) __attribute__((always_inline)) { store(out + c, load(out + c) + p * v); });
+template <int kWidth, class Storage, class Unit>
+DATTN_INLINE void add_values(const Decode<Unit>& d, const DecodeJob& job, std::int64_t key, std::int64_t count, bool all_seen) {
+  const std::int64_t stride = job.v.stride, head = job.v_head, dim = job.v.dim;
+  const auto* values = static_cast<const Storage*>(job.v.data) + key * stride;
+  for (std::int64_t i = 0; i < count; ++i, values += stride) {
+    const Storage* v = values;
+    const DecodeRow* of = d.rows;
+    const float* p = d.p + i;
+    float* out = d.out;
+    for (std::int64_t kv = 0; kv < d.kv_heads; ++kv, v += head) {
+      for (std::int64_t row = 0; row < d.rows_of_kv[kv]; ++row, ++of, p += kDecodeBlock, out += d.v_width) {
+        if (all_seen || (i >= of->seen.begin && i < of->seen.end)) add_value<kWidth>(out, *p, v, dim);
+      }
     }
   }
 }
 
-template <class Storage>
+template <class Storage, class Unit>
 void decode(const DecodeJob& job) {
-  const Decode d = begin_decode<Storage>(job);
+  const Decode<Unit> d = begin_decode<Storage, Unit>(job);
+  constexpr int kUnitWidth = 64 / kLanes / UnitOf<Unit>::kElements, kWidth = 64 / kLanes;  // of dim 64
   for (std::int64_t b = 0; b < job.n_bands; ++b) {
     const Band& band = job.bands[b];
     for (std::int64_t block = band.k_begin; block < band.k_end; block += kDecodeBlock) {
       const std::int64_t count = smaller(kDecodeBlock, band.k_end - block);
-      for (DecodeRow* row = d.begin; row != d.end; ++row) {
-        const KeyRange seen = keys_of_row(band, row->row);
-        row->seen = {larger(seen.begin - block, 0), smaller(seen.end - block, count)};
+      bool all_seen = true;
+      for (std::int64_t row = 0; row < d.count; ++row) {
+        const KeyRange seen = keys_of_row(band, d.rows[row].row);
+        d.rows[row].seen = {larger(seen.begin - block, 0), smaller(seen.end - block, count)};
+        all_seen = all_seen && seen.begin <= block && seen.end >= block + count;
       }
-      for (std::int64_t i = 0; i < count; i += kLanes) score_keys<Storage>(d, job, block + i, count - i, i);
-      for (const DecodeRow* row = d.begin; row != d.end; ++row) {
-        if (row->seen.begin < row->seen.end) softmax_row(d, job, band, *row, block);
+      for (std::int64_t i = 0; i < count; i += kLanes) {
+        if (job.k.dim == 64) {
+          score_keys<kUnitWidth, Storage>(d, job, block + i, count - i, i);
+        } else if (job.k.dim == 128) {
+          score_keys<2 * kUnitWidth, Storage>(d, job, block + i, count - i, i);
+        } else {
+          score_keys<0, Storage>(d, job, block + i, count - i, i);
+        }
       }
-      add_values<Storage>(d, job, block, count);
+      for (std::int64_t row = 0; row < d.count; ++row) {
+        if (d.rows[row].seen.begin < d.rows[row].seen.end)
+          softmax_row(job, band, d.rows[row], block, d.p + row * kDecodeBlock, d.out + row * d.v_width, d.v_width);
+      }
+      if (job.v.dim == 64) {
+        add_values<kWidth, Storage>(d, job, block, count, all_seen);
+      } else if (job.v.dim == 128) {
+        add_values<2 * kWidth, Storage>(d, job, block, count, all_seen);
+      } else {
+        add_values<0, Storage>(d, job, block, count, all_seen);
+      }
     }
+  }
+  for (std::int64_t row = 0; row < d.count; ++row) {
+    const DecodeRow& from = d.rows[row];
+    *from.state.top = from.top;
+    *from.state.sum = from.sum;
+    for (std::int64_t c = 0; c < d.v_width; c += kLanes) store(from.state.out + c, load(d.out + row * d.v_width + c));
   }
 }
 

@@ -128,9 +128,10 @@ struct DecodeHead {
 
 // A few query rows (at most kDecodeRows) of all heads that read some KV heads, against a range of keys.
 struct DecodeJob {
-  Rows k, v;                    // of the first KV head
+  Rows k, v;  // of the first KV head
+  std::int64_t kv_heads;
   std::int64_t k_head, v_head;  // elements from one KV head to the next
-  const DecodeHead* heads;
+  const DecodeHead* heads;      // in the order of their KV heads
   std::int64_t n_heads, rows;
   const Band* bands;
   std::int64_t n_bands;
@@ -153,7 +154,8 @@ struct Ops {
   void (*forward)(const ForwardJob& job);
   std::int64_t (*backward_scratch)(std::int64_t dim_qk, std::int64_t dim_v);
   void (*backward)(const BackwardJob& job);
-  std::int64_t (*decode_scratch)(std::int64_t dim_qk, std::int64_t rows);  // of all heads together
+  std::int64_t (*decode_scratch)(std::int64_t dim_qk, std::int64_t dim_v, std::int64_t rows,
+                                 std::int64_t kv_heads);  // rows of all heads
   void (*decode)(const DecodeJob& job);
   // to[row] += factor * from[row]; rows of `from` are `from_stride` apart.
   void (*add_rows)(const float* from, std::int64_t from_stride, float factor, float* to, std::int64_t to_stride,

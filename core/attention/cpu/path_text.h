@@ -19,8 +19,8 @@ constexpr Ops ops_of() {
           forward<Storage, Unit>,
           backward_scratch<Unit>,
           backward<Storage, Unit>,
-          decode_scratch,
-          decode<Storage>,
+          decode_scratch<Unit>,
+          decode<Storage, Unit>,
           add_rows,
           multiply_adds<Unit>};
 }
