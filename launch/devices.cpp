@@ -13,6 +13,7 @@
 #include "core/base/log.h"
 #include "core/device/cuda_module.h"
 #include "core/device/stream.h"
+#include "core/device/tf32.h"
 #include "core/nn/matmul.h"
 #include "parallel/comm/nccl.h"
 #include "parallel/comm/rank_place.h"

@@ -37,7 +37,7 @@ struct DeviceOptions {
   int ranks_per_device = 1;
   Transfers transfers = Transfers::kAuto;
   bool ordered_sums = true;  // sums over ranks in rank order, not NCCL's own
-  bool tf32 = false;         // core/nn/matmul.h
+  bool tf32 = false;         // core/device/tf32.h
   NcclTuning nccl{};
   bool invariant = false;  // the bits are those of any mesh, so that all ranks must compute by the same instructions
   // Ends the process of a failed job whose device does not come to rest, so that the host is not held up for ever.

@@ -5,6 +5,7 @@
 #include "core/base/error.h"
 #include "core/base/library.h"
 #include "core/device/stream.h"
+#include "core/device/tf32.h"
 
 namespace dattn {
 namespace {
@@ -19,7 +20,7 @@ struct Loaded {
 NativeStream stream_of_thread() { return current_stream().native(); }
 
 Loaded load() {
-  static const CudaHost host{&error_context, &stream_of_thread};
+  static const CudaHost host{&error_context, &stream_of_thread, &tf32_allowed};
   Loaded loaded;
   for (const std::string& path : library_candidates("DATTN_CUDA_MODULE", kModuleName)) {
     const LibraryEntry found = find_entry(path, "dattn_cuda_module", RTLD_NOW | RTLD_LOCAL);

@@ -90,12 +90,14 @@ struct CudaModule {
   std::string (*matmul_library)();  // path and version of cuBLASLt, or why the plain kernel serves
 };
 
-inline constexpr int kCudaModuleVersion = 5;
+inline constexpr int kCudaModuleVersion = 6;
 
-// What the module asks of the program: so that its errors carry the rank, and its kernels the thread's stream.
+// What the module asks of the program: so that its errors carry the rank, its kernels the thread's stream, and its precision
+// is what the program allows (core/device/tf32.h).
 struct CudaHost {
   const std::string& (*error_context)();
   NativeStream (*current_stream)();
+  bool (*tf32_allowed)();
 };
 
 // The module, loaded at the first call: DATTN_CUDA_MODULE=path, else libdattn_cuda.so beside the program (../lib, lib, .), else

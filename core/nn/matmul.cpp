@@ -1,7 +1,6 @@
 #include "core/nn/matmul.h"
 
 #include <algorithm>
-#include <atomic>
 #include <map>
 #include <tuple>
 #include <utility>
@@ -10,6 +9,7 @@
 
 #include "core/base/error.h"
 #include "core/base/threads.h"
+#include "core/device/tf32.h"
 #include "core/nn/activation.h"
 #include "core/nn/on_cuda.h"
 #include "core/nn/vector_math.h"
@@ -192,11 +192,7 @@ void fill_rows(const TensorView& c, const float* bias) {
   }
 }
 
-std::atomic<bool> g_tf32 = false;
-
 }  // namespace
-
-void allow_tf32(bool allowed) { g_tf32 = allowed; }
 
 std::string matmul_instructions() {
   constexpr std::pair<dnnl::cpu_isa, const char*> kSets[] = {{dnnl::cpu_isa::avx512_core_amx, "AVX512_CORE_AMX"},
@@ -222,7 +218,7 @@ void matmul(const TensorView& a, const TensorView& b, const TensorView& c, const
          "gelu's input and result are contiguous, of one type and shape");
   if (c.elements() == 0) return;
   if (on_cuda({&a, &b, &c})) {
-    const CudaMatmul how{options.bias, options.accumulate, g_tf32, options.fixed, before_gelu};
+    const CudaMatmul how{options.bias, options.accumulate, tf32_allowed(), options.fixed, before_gelu};
     return cuda_nn().matmul(a, b, c, how, cuda_stream());
   }
   if (before_gelu != nullptr) {

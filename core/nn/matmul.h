@@ -25,8 +25,4 @@ void matmul(const TensorView& a, const TensorView& b, const TensorView& c, const
 // The instruction set of products on the CPU, by the name that DNNL_MAX_CPU_ISA gives it; empty where oneDNN tells none.
 std::string matmul_instructions();
 
-// Whether products of fp32 on CUDA devices may round their factors to TF32 (a mantissa of 10 bits), which tensor cores take.
-// Of the whole process; not at first.
-void allow_tf32(bool allowed);
-
 }  // namespace dattn

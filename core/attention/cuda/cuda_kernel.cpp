@@ -1,8 +1,8 @@
 // The cuda kernel: exact attention for anything the program can describe, forward and backward, every sum in a fixed order.
-// The host turns tiles into lists of blocks (core/attention/block_list.h) and starts one of the paths: bf16 and fp16 on tensor
-// cores (mma_*), or anything on CUDA cores (plain_*). All paths are invariant (core/attention/kernel.h): blocks of keys and
-// queries begin at multiples of 64 rows, the list holds no trace of how tiles were cut, and what a pair adds to a sum does not
-// depend on whether its neighbours are visible.
+// The host turns tiles into lists of blocks (core/attention/block_list.h) and starts one of the paths: bf16, fp16 and, where
+// TF32 is allowed (core/device/tf32.h), fp32 on tensor cores (mma_*), or anything on CUDA cores (plain_*). All paths are
+// invariant (core/attention/kernel.h): blocks of keys and queries begin at multiples of 64 rows, the list holds no trace of how
+// tiles were cut, and what a pair adds to a sum does not depend on whether its neighbours are visible.
 #include <algorithm>
 #include <array>
 #include <utility>
@@ -48,20 +48,26 @@ constexpr std::int64_t kMaxSeq = (std::int64_t{1} << 31) - 256, kMaxGrid = 65535
 // Rows begin at multiples of 16 bytes, as copies to shared memory want them.
 bool aligned(const TensorView& view) {
   if (view.empty()) return true;
-  bool all = reinterpret_cast<std::uintptr_t>(view.data) % 16 == 0 && view.size(3) % 8 == 0;
-  for (int axis = 0; axis < 3; ++axis) all = all && (view.size(axis) <= 1 || view.stride(axis) % 8 == 0);
+  const std::int64_t elements = 16 / size_of(view.dtype);
+  bool all = reinterpret_cast<std::uintptr_t>(view.data) % 16 == 0 && view.size(3) % elements == 0;
+  for (int axis = 0; axis < 3; ++axis) all = all && (view.size(axis) <= 1 || view.stride(axis) % elements == 0);
   return all;
 }
 
 template <class... Views>
 const Path& path_for(const TensorView& q, const TensorView& v, const Views&... others) {
-  const bool tensor_cores = is_half(q.dtype) && aligned(q) && aligned(v) && (aligned(others) && ...);
+  const bool tf32 = q.dtype == DType::kF32 && host_allows_tf32(), wanted = is_half(q.dtype) || tf32;
+  const bool tensor_cores = wanted && aligned(q) && aligned(v) && (aligned(others) && ...);
   const auto fits = [&](const Path& path) {
-    return (tensor_cores || !path.tensor_cores) && q.size(3) <= path.dim_qk && v.size(3) <= path.dim_v;
+    if (path.tensor_cores && (!tensor_cores || (tf32 && path.dim_qk > kMostTf32Dim))) return false;
+    return q.size(3) <= path.dim_qk && v.size(3) <= path.dim_v;
   };
   const Path& path = *std::find_if(kPaths.begin(), kPaths.end(), fits);
-  note_once(fmt::format("cuda attention, {}, dims {} and {}: {}{}", name_of(q.dtype), q.size(3), v.size(3), path.name,
-                        is_half(q.dtype) && !tensor_cores ? "; tensor cores need rows aligned to 16 bytes" : ""));
+  const char* why = "";
+  if (wanted && !path.tensor_cores)
+    why = tensor_cores ? "; too large for TF32" : "; tensor cores need rows aligned to 16 bytes";
+  note_once(fmt::format("cuda attention, {}{}, dims {} and {}: {}{}", name_of(q.dtype),
+                        tf32 && path.tensor_cores ? " rounded to TF32" : "", q.size(3), v.size(3), path.name, why));
   return path;
 }
 

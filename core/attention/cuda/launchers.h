@@ -22,8 +22,9 @@ inline constexpr int kPlainRows = 64;
 void plain_attend(const AttendParams& params, cudaStream_t stream);
 void plain_attend_grad(const GradParams& params, cudaStream_t stream);
 
-// bf16 and fp16 on tensor cores, for dims up to those of the name; rows of all operands aligned to 16 bytes, dims multiples
-// of 8. Block lists of 128 query rows, of 64 for dims up to 256.
+// On tensor cores, for dims up to those of the name: bf16 and fp16, and fp32 rounded to TF32 for dims of q up to kMostTf32Dim.
+// Rows of all operands and dims aligned to 16 bytes. Block lists of 128 query rows, of 64 for dims up to 256.
+inline constexpr int kMostTf32Dim = 192;
 void mma_attend_64(const AttendParams& params, cudaStream_t stream);
 void mma_attend_128(const AttendParams& params, cudaStream_t stream);
 void mma_attend_192(const AttendParams& params, cudaStream_t stream);  // 192 and 128

@@ -1,6 +1,7 @@
-// Backward pass in bf16 and fp16 on tensor cores of compute capability 8.0 and above, after FlashAttention-2 (Dao, 2023), as
-// one text for two kinds of kernel, so that every sum has one owner and a fixed order. A block of 4 warps owns 64 rows, queries
-// or keys, and goes through the columns (keys, or queries) that they see, 32 at a time, the next ones on their way:
+// Backward pass in bf16, fp16 and TF32 on tensor cores of compute capability 8.0 and above, after FlashAttention-2 (Dao, 2023),
+// as one text for two kinds of kernel, so that every sum has one owner and a fixed order. A block of 4 warps owns 64 rows,
+// queries or keys, and goes through the columns (keys, or queries) that they see, 32 at a time (TF32: 16), the next ones on
+// their way:
 //
 //            rows       columns     S = rows columns^T, dP likewise      sums
 //   queries  Q, dO      K, V        P = 2^(S - lse), dS = P (dP - delta)  dQ += dS K
@@ -17,12 +18,15 @@ namespace dattn::cuda {
 enum class Sums : std::uint8_t { kQueries, kKeysAndValues, kKeys, kValues };  // dq; dk and dv; one of them, for large dims
 
 inline constexpr int kGradRows = kMmaWarps * kWarpTile;
-inline constexpr int kGradStep = 32;
-using GradFragments = float[1][kGradStep / 8][4];
+template <Factor kFactor>
+inline constexpr int kGradStep = kStepOf<kFactor, 32>;
+template <int kStep>
+using GradFragments = float[1][kStep / 8][4];
 
-template <int kDimQk, int kDimV>
+// Of a block, by the bytes of a row of q and of v.
+template <int kQkBytes, int kVBytes, int kStep>
 constexpr std::size_t backward_shared_bytes() {
-  return kTileBytes<kDimQk + kDimV, kGradRows> + 2 * kTileBytes<kDimQk + kDimV, kGradStep>;
+  return kTileBytes<kQkBytes + kVBytes, kGradRows> + 2 * kTileBytes<kQkBytes + kVBytes, kStep>;
 }
 
 // The final statistics of a query: -lse in base 2, which is -inf where nothing was seen, so that P = 0; and delta.
@@ -54,9 +58,9 @@ __device__ __forceinline__ Share share_of(const AttendProblem& p, int i) {
 
 // Products become P (0 where dropped) and dS of the pairs of block row `block_row` + 8 i + lane / 4, in place. dbias takes its
 // share on the way.
-template <Sums kSums, Terms kTerms>
-__device__ __forceinline__ void finish_pairs(const GradParams& params, int share, const Steps<kGradStep>& step, int first_row,
-                                             int block_row, GradFragments& s, GradFragments& dp) {
+template <Sums kSums, Terms kTerms, int kStep>
+__device__ __forceinline__ void finish_pairs(const GradParams& params, int share, const Steps<kStep>& step, int first_row,
+                                             int block_row, GradFragments<kStep>& s, GradFragments<kStep>& dp) {
   constexpr bool kByKey = kSums != Sums::kQueries;
   const AttendProblem& p = params.problem;
   const BlockTable& blocks = kByKey ? params.keys : params.queries;
@@ -73,7 +77,7 @@ __device__ __forceinline__ void finish_pairs(const GradParams& params, int share
     QueryStatistics statistics{};
     if (!kByKey) statistics = statistics_of(params, b, h, row);
 #pragma unroll
-    for (int n = 0; n < kGradStep / 8; ++n) {
+    for (int n = 0; n < kStep / 8; ++n) {
       Dropper dropper(dropout_row(p.terms, b, h));
 #pragma unroll
       for (int j = 0; j < 2; ++j) {
@@ -134,15 +138,16 @@ __device__ __forceinline__ void add_sums(const Matrix& to, int b, int h, int row
 }
 
 // Grid: blocks of rows; heads and batch rows of q, or of dbias where those are fewer; of k.
-template <HalfType kHalf, int kDimQk, int kDimV, Sums kSums, Terms kTerms>
+template <Factor kFactor, int kDimQk, int kDimV, Sums kSums, Terms kTerms>
 __global__ void DATTN_LAUNCH_BOUNDS(kMmaThreads, 1) mma_backward(GradParams params) {
   constexpr bool kByKey = kSums != Sums::kQueries, kWithValues = kSums == Sums::kKeysAndValues || kSums == Sums::kValues;
   constexpr bool kWithDs = kSums != Sums::kValues;
-  constexpr int kBuffer = kTileBytes<kDimQk + kDimV, kGradStep>;
+  constexpr int kQkBytes = kDimQk * kFactorBytes<kFactor>, kVBytes = kDimV * kFactorBytes<kFactor>;
+  constexpr int kStep = kGradStep<kFactor>, kBuffer = kTileBytes<kQkBytes + kVBytes, kStep>;
   DATTN_SHARED_MEMORY(shared);
-  unsigned char* const row_tile = shared;                                       // Q or K
-  unsigned char* const row_dp_tile = row_tile + kTileBytes<kDimQk, kGradRows>;  // dO or V
-  unsigned char* const buffers = row_dp_tile + kTileBytes<kDimV, kGradRows>;    // two of K and V, or Q and dO
+  unsigned char* const row_tile = shared;                                         // Q or K
+  unsigned char* const row_dp_tile = row_tile + kTileBytes<kQkBytes, kGradRows>;  // dO or V
+  unsigned char* const buffers = row_dp_tile + kTileBytes<kVBytes, kGradRows>;    // two of K and V, or Q and dO
   const AttendProblem& p = params.problem;
   const BlockTable& blocks = kByKey ? params.keys : params.queries;
   const int row_block = blocks.order[blockIdx.x];
@@ -155,34 +160,43 @@ __global__ void DATTN_LAUNCH_BOUNDS(kMmaThreads, 1) mma_backward(GradParams para
   for (int share = 0;; ++share) {
     const Share now = share_of<kByKey>(p, share);
     const int b = now.b, h = now.h, kv = kv_head_of(p, h);
-    Steps<kGradStep> step(blocks, row_block);
-    const HeadRows q(p.q, b, h, p.seq_q), k(p.k, b, kv, p.seq_kv), v(p.v, b, kv, p.seq_kv), dout(params.dout, b, h, p.seq_q);
+    Steps<kStep> step(blocks, row_block);
+    const HeadRows<kFactor> q(p.q, b, h, p.seq_q), k(p.k, b, kv, p.seq_kv), v(p.v, b, kv, p.seq_kv),
+        dout(params.dout, b, h, p.seq_q);
     const auto copy_step = [&](int first, int buffer) {
-      copy_tile<kDimQk, kGradStep>(kByKey ? q : k, first, buffers + buffer * kBuffer);
-      copy_tile<kDimV, kGradStep>(kByKey ? dout : v, first, buffers + buffer * kBuffer + kTileBytes<kDimQk, kGradStep>);
+      copy_tile<kQkBytes, kStep>(kByKey ? q : k, first, buffers + buffer * kBuffer);
+      copy_tile<kVBytes, kStep>(kByKey ? dout : v, first, buffers + buffer * kBuffer + kTileBytes<kQkBytes, kStep>);
       cp_async_commit();
     };
     __syncthreads();  // the last share's tiles have been read
-    if (!kByKey || share == 0) {
-      copy_tile<kDimQk, kGradRows>(kByKey ? k : q, first_row, row_tile);
-      if (kWithDs) copy_tile<kDimV, kGradRows>(kByKey ? v : dout, first_row, row_dp_tile);
+    const bool new_rows = !kByKey || share == 0;
+    if (new_rows) {
+      copy_tile<kQkBytes, kGradRows>(kByKey ? k : q, first_row, row_tile);
+      if (kWithDs) copy_tile<kVBytes, kGradRows>(kByKey ? v : dout, first_row, row_dp_tile);
     }
     copy_step(step.first(), 0);
+    if (new_rows) {
+      cp_async_wait<0>();
+      round_tile<kFactor, kQkBytes, kGradRows>(row_tile);
+      if (kWithDs) round_tile<kFactor, kVBytes, kGradRows>(row_dp_tile);
+    }
     float by_ds[1][kWithDs ? kDimQk / 8 : 1][4] = {}, by_p[1][kWithValues ? kDimV / 8 : 1][4] = {};
     for (int buffer = 0; !step.done(); buffer ^= 1) {
+      unsigned char* const tile = buffers + buffer * kBuffer;
+      unsigned char* const dp_tile = tile + kTileBytes<kQkBytes, kStep>;
       cp_async_wait<0>();
+      round_tile<kFactor, kQkBytes, kStep>(tile);
+      round_tile<kFactor, kVBytes, kStep>(dp_tile);
       __syncthreads();  // this step's columns are here, and the last one's have been read
-      Steps<kGradStep> next = step;
+      Steps<kStep> next = step;
       next.next(blocks);
       if (!next.done()) copy_step(next.first(), buffer ^ 1);
-      unsigned char* const tile = buffers + buffer * kBuffer;
-      unsigned char* const dp_tile = tile + kTileBytes<kDimQk, kGradStep>;
-      GradFragments s, dp = {};
-      multiply_tiles<kHalf, kDimQk>(s, row_tile, warp_row, tile);
-      if constexpr (kWithDs) multiply_tiles<kHalf, kDimV>(dp, row_dp_tile, warp_row, dp_tile);
+      GradFragments<kStep> s, dp = {};
+      multiply_tiles<kFactor, kQkBytes>(s, row_tile, warp_row, tile);
+      if constexpr (kWithDs) multiply_tiles<kFactor, kVBytes>(dp, row_dp_tile, warp_row, dp_tile);
       finish_pairs<kSums, kTerms>(params, share, step, first_row, warp_row, s, dp);
-      if constexpr (kWithValues) accumulate_tiles<kHalf, kDimV>(by_p, s, dp_tile);
-      if constexpr (kWithDs) accumulate_tiles<kHalf, kDimQk>(by_ds, dp, tile);
+      if constexpr (kWithValues) accumulate_tiles<kFactor, kDimV>(by_p, s, dp_tile);
+      if constexpr (kWithDs) accumulate_tiles<kFactor, kDimQk>(by_ds, dp, tile);
       step = next;
     }
     const Share done = share_of<kByKey>(p, share);
@@ -195,43 +209,43 @@ __global__ void DATTN_LAUNCH_BOUNDS(kMmaThreads, 1) mma_backward(GradParams para
   }
 }
 
-template <HalfType kHalf, int kDimQk, int kDimV, Sums kSums>
+template <Factor kFactor, int kDimQk, int kDimV, Sums kSums>
 void launch_mma_backward(const GradParams& params, int heads, int batch, cudaStream_t stream) {
   const BlockTable& blocks = kSums == Sums::kQueries ? params.queries : params.keys;
   const dim3 grid(static_cast<unsigned>(blocks.count), static_cast<unsigned>(heads), static_cast<unsigned>(batch));
-  constexpr std::size_t kBytes = backward_shared_bytes<kDimQk, kDimV>();
+  constexpr int kWidth = kFactorBytes<kFactor>;
+  constexpr std::size_t kBytes = backward_shared_bytes<kDimQk * kWidth, kDimV * kWidth, kGradStep<kFactor>>();
   static_assert(kBytes <= kMostSharedBytes);
   const auto start = [&](auto kernel) { launch(kernel, grid, dim3(kMmaThreads), kBytes, stream, params); };
   switch (terms_in(params.problem.terms)) {
-    case Terms::kNone: return start(&mma_backward<kHalf, kDimQk, kDimV, kSums, Terms::kNone>);
-    case Terms::kScores: return start(&mma_backward<kHalf, kDimQk, kDimV, kSums, Terms::kScores>);
-    case Terms::kAll: return start(&mma_backward<kHalf, kDimQk, kDimV, kSums, Terms::kAll>);
+    case Terms::kNone: return start(&mma_backward<kFactor, kDimQk, kDimV, kSums, Terms::kNone>);
+    case Terms::kScores: return start(&mma_backward<kFactor, kDimQk, kDimV, kSums, Terms::kScores>);
+    case Terms::kAll: return start(&mma_backward<kFactor, kDimQk, kDimV, kSums, Terms::kAll>);
   }
 }
 
-template <HalfType kHalf, int kDimQk, int kDimV>
+template <Factor kFactor, int kDimQk, int kDimV>
 void launch_mma_backward(const GradParams& params, cudaStream_t stream) {
   const AttendProblem& p = params.problem;
   const Bias& dbias = params.dbias;
   if (params.dq.data != nullptr || dbias.data != nullptr) {
-    launch_mma_backward<kHalf, kDimQk, kDimV, Sums::kQueries>(params, dbias.data != nullptr && dbias.head == 0 ? 1 : p.heads,
-                                                              dbias.data != nullptr && dbias.batch == 0 ? 1 : p.batch, stream);
+    launch_mma_backward<kFactor, kDimQk, kDimV, Sums::kQueries>(params, dbias.data != nullptr && dbias.head == 0 ? 1 : p.heads,
+                                                                dbias.data != nullptr && dbias.batch == 0 ? 1 : p.batch,
+                                                                stream);
   }
   if (params.dk.data == nullptr) return;
   if constexpr (kDimQk + kDimV <= 256) {
-    launch_mma_backward<kHalf, kDimQk, kDimV, Sums::kKeysAndValues>(params, p.kv_heads, p.batch, stream);
+    launch_mma_backward<kFactor, kDimQk, kDimV, Sums::kKeysAndValues>(params, p.kv_heads, p.batch, stream);
   } else {  // both sums have no room in registers
-    launch_mma_backward<kHalf, kDimQk, kDimV, Sums::kKeys>(params, p.kv_heads, p.batch, stream);
-    launch_mma_backward<kHalf, kDimQk, kDimV, Sums::kValues>(params, p.kv_heads, p.batch, stream);
+    launch_mma_backward<kFactor, kDimQk, kDimV, Sums::kKeys>(params, p.kv_heads, p.batch, stream);
+    launch_mma_backward<kFactor, kDimQk, kDimV, Sums::kValues>(params, p.kv_heads, p.batch, stream);
   }
 }
 
 template <int kDimQk, int kDimV>
 void launch_mma_backward(const GradParams& params, cudaStream_t stream) {
-  if (params.problem.storage == Storage::kF16)
-    launch_mma_backward<HalfType::kF16, kDimQk, kDimV>(params, stream);
-  else
-    launch_mma_backward<HalfType::kBF16, kDimQk, kDimV>(params, stream);
+  with_factor<kDimQk>(params.problem.storage,
+                      [&](auto factor) { launch_mma_backward<decltype(factor)::value, kDimQk, kDimV>(params, stream); });
 }
 
 }  // namespace dattn::cuda

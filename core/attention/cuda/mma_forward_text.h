@@ -1,6 +1,6 @@
-// Forward pass in bf16 and fp16 on tensor cores of compute capability 8.0 and above: FlashAttention-2 (Dao, 2023). A block of 4
-// warps owns 64 kTiles query rows of one head and goes through its keys kStep at a time, S, P and O in registers, while the
-// next keys and values are on their way to the other one of two buffers.
+// Forward pass in bf16, fp16 and TF32 on tensor cores of compute capability 8.0 and above: FlashAttention-2 (Dao, 2023). A
+// block of 4 warps owns 64 kTiles query rows of one head and goes through its keys kStep at a time, S, P and O in registers,
+// while the next keys and values are on their way to the other one of two buffers.
 #pragma once
 
 #include "core/attention/cuda/launchers.h"
@@ -8,9 +8,10 @@
 
 namespace dattn::cuda {
 
-template <int kDimQk, int kDimV, int kTiles, int kStep>
+// Of a block, by the bytes of a row of q and of v.
+template <int kQkBytes, int kVBytes, int kTiles, int kStep>
 constexpr std::size_t forward_shared_bytes() {
-  return kTileBytes<kDimQk, kMmaWarps * kWarpTile * kTiles> + 2 * kTileBytes<kDimQk + kDimV, kStep>;
+  return kTileBytes<kQkBytes, kMmaWarps * kWarpTile * kTiles> + 2 * kTileBytes<kQkBytes + kVBytes, kStep>;
 }
 
 // What a warp knows of its rows: m and l of rows 8 half + lane / 4 of each tile of 16; l is the lane's share of it.
@@ -32,9 +33,9 @@ __device__ __forceinline__ void finish_scores(const AttendParams& params, const 
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const int row = block_row + m * kWarpTile + i * 8 + lane / 4;
-      std::uint32_t bits[kStep / 32];
+      std::uint32_t bits[(kStep + 31) / 32];
 #pragma unroll
-      for (int word = 0; word < kStep / 32; ++word) {
+      for (int word = 0; word < (kStep + 31) / 32; ++word) {
         bits[word] = step.bits(params.blocks, kRows, row, word);
         if (kTerms != Terms::kNone && first_row + row >= params.problem.seq_q) bits[word] = 0;
       }
@@ -154,18 +155,19 @@ __device__ __forceinline__ void rescale_rows(const float (&rescale)[kTiles][2], 
   }
 }
 
-template <HalfType kHalf, int kDimQk, int kDimV, int kTiles, int kStep, Terms kTerms>
+template <Factor kFactor, int kDimQk, int kDimV, int kTiles, int kStep, Terms kTerms>
 __global__ void DATTN_LAUNCH_BOUNDS(kMmaThreads, 1) mma_forward(AttendParams params) {
-  constexpr int kRows = kMmaWarps * kWarpTile * kTiles, kBuffer = kTileBytes<kDimQk + kDimV, kStep>;
+  constexpr int kQkBytes = kDimQk * kFactorBytes<kFactor>, kVBytes = kDimV * kFactorBytes<kFactor>;
+  constexpr int kRows = kMmaWarps * kWarpTile * kTiles, kBuffer = kTileBytes<kQkBytes + kVBytes, kStep>;
   DATTN_SHARED_MEMORY(shared);
   unsigned char* const q_tile = shared;
-  unsigned char* const buffers = q_tile + kTileBytes<kDimQk, kRows>;  // two of K and V
+  unsigned char* const buffers = q_tile + kTileBytes<kQkBytes, kRows>;  // two of K and V
   const AttendProblem& p = params.problem;
   const int row_block = params.blocks.order[blockIdx.x], h = static_cast<int>(blockIdx.y), b = static_cast<int>(blockIdx.z);
   const int first_row = first_row_of(params, row_block, kRows),
             warp_row = static_cast<int>(threadIdx.x) / 32 * kWarpTile * kTiles;
   const int kv = kv_head_of(p, h);
-  const HeadRows q(p.q, b, h, p.seq_q), k(p.k, b, kv, p.seq_kv), v(p.v, b, kv, p.seq_kv);
+  const HeadRows<kFactor> q(p.q, b, h, p.seq_q), k(p.k, b, kv, p.seq_kv), v(p.v, b, kv, p.seq_kv);
   // -inf times 0 would be NaN.
   const float factor = kTerms == Terms::kNone ? fmaxf(static_cast<float>(p.scale) * kLog2e, 1.17549435e-38f) : 1.0f;
   Softmax<kTiles> softmax;
@@ -178,56 +180,63 @@ __global__ void DATTN_LAUNCH_BOUNDS(kMmaThreads, 1) mma_forward(AttendParams par
   Steps<kStep> step(params.blocks, row_block);
   if (step.done() && params.merge) return;
   const auto copy_step = [&](int first_key, int buffer) {
-    copy_tile<kDimQk, kStep>(k, first_key, buffers + buffer * kBuffer);
-    copy_tile<kDimV, kStep>(v, first_key, buffers + buffer * kBuffer + kTileBytes<kDimQk, kStep>);
+    copy_tile<kQkBytes, kStep>(k, first_key, buffers + buffer * kBuffer);
+    copy_tile<kVBytes, kStep>(v, first_key, buffers + buffer * kBuffer + kTileBytes<kQkBytes, kStep>);
     cp_async_commit();
   };
   if (!step.done()) {
-    copy_tile<kDimQk, kRows>(q, first_row, q_tile);
+    copy_tile<kQkBytes, kRows>(q, first_row, q_tile);
     copy_step(step.first(), 0);
+    cp_async_wait<0>();
+    round_tile<kFactor, kQkBytes, kRows>(q_tile);
   }
   for (int buffer = 0; !step.done(); buffer ^= 1) {
+    unsigned char* const k_tile = buffers + buffer * kBuffer;
+    unsigned char* const v_tile = k_tile + kTileBytes<kQkBytes, kStep>;
     cp_async_wait<0>();
+    round_tile<kFactor, kQkBytes, kStep>(k_tile);
+    round_tile<kFactor, kVBytes, kStep>(v_tile);
     __syncthreads();  // this step's keys are here, and the last one's have been read
     Steps<kStep> next = step;
     next.next(params.blocks);
     if (!next.done()) copy_step(next.first(), buffer ^ 1);
-    unsigned char* const k_tile = buffers + buffer * kBuffer;
     float s[kTiles][kStep / 8][4], rescale[kTiles][2];
-    multiply_tiles<kHalf, kDimQk>(s, q_tile, warp_row, k_tile);
+    multiply_tiles<kFactor, kQkBytes>(s, q_tile, warp_row, k_tile);
     finish_scores<kTerms>(params, step, warp_row, first_row, s);
     exponentiate(softmax, factor, s, rescale);
     if constexpr (kTerms == Terms::kAll) drop(p, first_row + warp_row, step.first(), s);
     rescale_rows(rescale, out);
-    accumulate_tiles<kHalf, kDimV>(out, s, k_tile + kTileBytes<kDimQk, kStep>);
+    accumulate_tiles<kFactor, kDimV>(out, s, v_tile);
     step = next;
   }
   finish_rows<kDimV>(params, static_cast<int>(blockIdx.z), static_cast<int>(blockIdx.y),
                      params.blocks.order[opaque(static_cast<int>(blockIdx.x))], first_row + warp_row, softmax, out);
 }
 
-template <HalfType kHalf, int kDimQk, int kDimV, int kTiles, int kStep>
+template <Factor kFactor, int kDimQk, int kDimV, int kTiles, int kStep>
 void launch_mma_forward(const AttendParams& params, cudaStream_t stream) {
   const AttendProblem& p = params.problem;
   const dim3 grid(static_cast<unsigned>(params.blocks.count), static_cast<unsigned>(p.heads), static_cast<unsigned>(p.batch));
-  constexpr std::size_t kBytes = forward_shared_bytes<kDimQk, kDimV, kTiles, kStep>();
+  constexpr int kWidth = kFactorBytes<kFactor>;
+  constexpr std::size_t kBytes = forward_shared_bytes<kDimQk * kWidth, kDimV * kWidth, kTiles, kStep>();
   static_assert(kBytes <= kMostSharedBytes);
   const auto start = [&](auto kernel) { launch(kernel, grid, dim3(kMmaThreads), kBytes, stream, params); };
   Terms terms = terms_in(p.terms);
   if (p.scale < 0 && terms == Terms::kNone) terms = Terms::kScores;  // maxima of products are not maxima of scores
   switch (terms) {
-    case Terms::kNone: return start(&mma_forward<kHalf, kDimQk, kDimV, kTiles, kStep, Terms::kNone>);
-    case Terms::kScores: return start(&mma_forward<kHalf, kDimQk, kDimV, kTiles, kStep, Terms::kScores>);
-    case Terms::kAll: return start(&mma_forward<kHalf, kDimQk, kDimV, kTiles, kStep, Terms::kAll>);
+    case Terms::kNone: return start(&mma_forward<kFactor, kDimQk, kDimV, kTiles, kStep, Terms::kNone>);
+    case Terms::kScores: return start(&mma_forward<kFactor, kDimQk, kDimV, kTiles, kStep, Terms::kScores>);
+    case Terms::kAll: return start(&mma_forward<kFactor, kDimQk, kDimV, kTiles, kStep, Terms::kAll>);
   }
 }
 
+// kStep: keys of a step in halves.
 template <int kDimQk, int kDimV, int kTiles, int kStep>
 void launch_mma_forward(const AttendParams& params, cudaStream_t stream) {
-  if (params.problem.storage == Storage::kF16)
-    launch_mma_forward<HalfType::kF16, kDimQk, kDimV, kTiles, kStep>(params, stream);
-  else
-    launch_mma_forward<HalfType::kBF16, kDimQk, kDimV, kTiles, kStep>(params, stream);
+  with_factor<kDimQk>(params.problem.storage, [&](auto factor) {
+    constexpr Factor kFactor = decltype(factor)::value;
+    launch_mma_forward<kFactor, kDimQk, kDimV, kTiles, kStepOf<kFactor, kStep>>(params, stream);
+  });
 }
 
 }  // namespace dattn::cuda

@@ -135,6 +135,8 @@ Pageable& pageable() {
 
 void bind_host(const CudaHost* host) { g_host = host; }
 
+bool host_allows_tf32() { return g_host->tf32_allowed(); }
+
 void adopt_error_context() {
   const std::string& context = g_host->error_context();
   if (context != error_context()) set_error_context(context);

@@ -21,6 +21,8 @@ int current_device_index();  // of the thread
 // Sets what the program adds to errors of this thread.
 void adopt_error_context();
 
+bool host_allows_tf32();  // core/device/tf32.h, of the program
+
 void bind_host(const CudaHost* host);
 
 // The functions of the module's table (cuda_module.h), devices and streams ..

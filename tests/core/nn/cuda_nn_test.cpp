@@ -5,6 +5,7 @@
 
 #include <gtest/gtest.h>
 
+#include "core/device/tf32.h"
 #include "core/nn/activation.h"
 #include "core/nn/cross_entropy.h"
 #include "core/nn/embedding.h"

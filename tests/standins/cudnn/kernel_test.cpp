@@ -64,7 +64,7 @@ class DeviceTensor {
 class CudnnKernel : public ::testing::Test {
  protected:
   CudnnKernel() {
-    static const CudaHost host{&error_context, [] { return NativeStream{nullptr}; }};
+    static const CudaHost host{&error_context, [] { return NativeStream{nullptr}; }, [] { return false; }};
     cuda::bind_host(&host);
     cuda::set_device(0);
   }

@@ -34,30 +34,30 @@ std::vector<float> random_halves(std::uint64_t seed, std::size_t count) {
 }
 
 // c [16, 8] += a [16, 16] b [16, 8], by fragments as the PTX manual lays them out.
-template <HalfType kHalf>
+template <Factor kFactor>
 __global__ void multiply(const float* a, const float* b, float* c) {
   const unsigned g = threadIdx.x / 4, t = threadIdx.x % 4;
   const auto pair_a = [&](unsigned row, unsigned column) {
-    return pack_halves<kHalf>(a[row * 16 + column], a[row * 16 + column + 1]);
+    return pack_halves<kFactor>(a[row * 16 + column], a[row * 16 + column + 1]);
   };
   const auto pair_b = [&](unsigned row, unsigned column) {
-    return pack_halves<kHalf>(b[row * 8 + column], b[(row + 1) * 8 + column]);
+    return pack_halves<kFactor>(b[row * 8 + column], b[(row + 1) * 8 + column]);
   };
   const std::uint32_t fa[4] = {pair_a(g, 2 * t), pair_a(g + 8, 2 * t), pair_a(g, 2 * t + 8), pair_a(g + 8, 2 * t + 8)};
   const std::uint32_t fb[2] = {pair_b(2 * t, g), pair_b(2 * t + 8, g)};
   float fc[4] = {c[g * 8 + 2 * t], c[g * 8 + 2 * t + 1], c[(g + 8) * 8 + 2 * t], c[(g + 8) * 8 + 2 * t + 1]};
-  mma_half<kHalf>(fc, fa, fb);
+  mma<kFactor>(fc, fa, fb);
   c[g * 8 + 2 * t] = fc[0];
   c[g * 8 + 2 * t + 1] = fc[1];
   c[(g + 8) * 8 + 2 * t] = fc[2];
   c[(g + 8) * 8 + 2 * t + 1] = fc[3];
 }
 
-template <HalfType kHalf, class T>
+template <Factor kFactor, class T>
 void check_product() {
   const std::vector<float> a = random_halves<T>(1, 16 * 16), b = random_halves<T>(2, 16 * 8), c = random_halves<T>(3, 16 * 8);
   const Array<float> on_a(a), on_b(b), on_c(c);
-  launch(multiply<kHalf>, dim3(1), dim3(32), 0, nullptr, on_a.data(), on_b.data(), on_c.data());
+  launch(multiply<kFactor>, dim3(1), dim3(32), 0, nullptr, on_a.data(), on_b.data(), on_c.data());
   EXPECT_EQ(error_text(), "");
   const std::vector<float> got = on_c.values();
   for (std::size_t row = 0; row < 16; ++row) {
@@ -70,8 +70,8 @@ void check_product() {
 }
 
 TEST(CudaStandinPtx, MatrixProduct) {
-  check_product<HalfType::kBF16, BFloat16>();
-  check_product<HalfType::kF16, Float16>();
+  check_product<Factor::kBF16, BFloat16>();
+  check_product<Factor::kF16, Float16>();
 }
 
 // Shared memory holds 32 rows of 8 numbers, number i at place i; matrix m is rows 8 m ...
@@ -158,11 +158,11 @@ TEST(CudaStandinPtx, MisalignedCopiesAreRefused) {
 
 TEST(CudaStandinPtx, Numbers) {
   for (const float x : {0.0f, 1.0f, -3.14159f, 1.00390625f, 1e30f, 0x1.fffffep+127f, std::numeric_limits<float>::infinity()}) {
-    EXPECT_EQ(pack_halves<HalfType::kBF16>(x, -x), BFloat16(x).bits | std::uint32_t{BFloat16(-x).bits} << 16) << x;
-    EXPECT_EQ(pack_halves<HalfType::kF16>(x, -x), Float16(x).bits | std::uint32_t{Float16(-x).bits} << 16) << x;
+    EXPECT_EQ(pack_halves<Factor::kBF16>(x, -x), BFloat16(x).bits | std::uint32_t{BFloat16(-x).bits} << 16) << x;
+    EXPECT_EQ(pack_halves<Factor::kF16>(x, -x), Float16(x).bits | std::uint32_t{Float16(-x).bits} << 16) << x;
     EXPECT_EQ(widen_f16(round_f16(x)), static_cast<float>(Float16(x))) << x;
   }
-  EXPECT_TRUE(std::isnan(std::bit_cast<float>(pack_halves<HalfType::kBF16>(NAN, 0) << 16)));
+  EXPECT_TRUE(std::isnan(std::bit_cast<float>(pack_halves<Factor::kBF16>(NAN, 0) << 16)));
   EXPECT_EQ(exp2_fast(-std::numeric_limits<float>::infinity()), 0.0f);
   EXPECT_EQ(exp2_fast(-140.0f), 0.0f);  // not a normal number
   EXPECT_FLOAT_EQ(exp2_fast(3.5f), std::exp2(3.5f));

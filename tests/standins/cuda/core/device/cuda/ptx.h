@@ -11,7 +11,9 @@
 
 namespace dattn::cuda {
 
-enum class HalfType : std::uint8_t { kBF16, kF16 };
+enum class Factor : std::uint8_t { kBF16, kF16, kTF32 };
+template <Factor kFactor>
+inline constexpr int kFactorBytes = kFactor == Factor::kTF32 ? 4 : 2;
 
 inline float widen_f16(std::uint16_t bits) {
   Float16 x;
@@ -22,13 +24,13 @@ inline std::uint16_t round_f16(float x) { return x != x ? 0x7fffu : Float16(x).b
 
 namespace standin {
 
-template <HalfType kHalf>
+template <Factor kFactor>
 float widen_half(std::uint32_t bits) {
-  return kHalf == HalfType::kBF16 ? std::bit_cast<float>(bits << 16) : widen_f16(static_cast<std::uint16_t>(bits));
+  return kFactor == Factor::kBF16 ? std::bit_cast<float>(bits << 16) : widen_f16(static_cast<std::uint16_t>(bits));
 }
-template <HalfType kHalf>
+template <Factor kFactor>
 std::uint32_t round_half(float x) {
-  if (kHalf == HalfType::kF16) return round_f16(x);
+  if (kFactor == Factor::kF16) return round_f16(x);
   return x != x ? 0x7fffu : BFloat16(x).bits;
 }
 
@@ -38,24 +40,30 @@ struct Mma {
   const std::uint32_t* b;
 };
 
-template <HalfType kHalf>
+// Number i of a register.
+template <Factor kFactor>
+float factor_of(std::uint32_t bits, int i) {
+  if constexpr (kFactor == Factor::kTF32)
+    return std::bit_cast<float>(bits & 0xffffe000u);
+  else
+    return widen_half<kFactor>(i == 0 ? bits & 0xffffu : bits >> 16);
+}
+
+template <Factor kFactor>
 void mma_warp(void* const* lanes) {
-  float a[16][16], b[16][8];
+  constexpr int kEach = 4 / kFactorBytes<kFactor>, kDepth = 8 * kEach;  // numbers of a register, of a sum
+  float a[16][kDepth], b[kDepth][8];
   for (int lane = 0; lane < kWarp; ++lane) {
     const auto& from = *static_cast<const Mma*>(lanes[lane]);
     const int g = lane / 4, t = lane % 4;
-    for (int i = 0; i < 4; ++i) {
-      a[g + i % 2 * 8][2 * t + i / 2 * 8] = widen_half<kHalf>(from.a[i] & 0xffffu);
-      a[g + i % 2 * 8][2 * t + i / 2 * 8 + 1] = widen_half<kHalf>(from.a[i] >> 16);
-    }
-    for (int i = 0; i < 2; ++i) {
-      b[2 * t + i * 8][g] = widen_half<kHalf>(from.b[i] & 0xffffu);
-      b[2 * t + i * 8 + 1][g] = widen_half<kHalf>(from.b[i] >> 16);
+    for (int j = 0; j < kEach; ++j) {
+      for (int i = 0; i < 4; ++i) a[g + i % 2 * 8][kEach * (t + i / 2 * 4) + j] = factor_of<kFactor>(from.a[i], j);
+      for (int i = 0; i < 2; ++i) b[kEach * (t + i * 4) + j][g] = factor_of<kFactor>(from.b[i], j);
     }
   }
   float sum[16][8] = {};
   for (int row = 0; row < 16; ++row) {
-    for (int k = 0; k < 16; ++k) {
+    for (int k = 0; k < kDepth; ++k) {
       for (int column = 0; column < 8; ++column) sum[row][column] += a[row][k] * b[k][column];
     }
   }
@@ -87,10 +95,10 @@ void load_matrices(void* const* lanes) {
 
 }  // namespace standin
 
-template <HalfType kHalf>
-void mma_half(float (&c)[4], const std::uint32_t (&a)[4], const std::uint32_t (&b)[2], standin::Place place = {}) {
+template <Factor kFactor>
+void mma(float (&c)[4], const std::uint32_t (&a)[4], const std::uint32_t (&b)[2], standin::Place place = {}) {
   standin::Mma request{c, a, b};
-  standin::warp_meet("mma_half", place, &request, standin::mma_warp<kHalf>);
+  standin::warp_meet("mma", place, &request, standin::mma_warp<kFactor>);
 }
 
 inline void ldmatrix_x4(std::uint32_t (&r)[4], const void* row, standin::Place place = {}) {
@@ -123,9 +131,14 @@ void cp_async_wait() {
   }
 }
 
-template <HalfType kHalf>
+template <Factor kFactor>
 std::uint32_t pack_halves(float low, float high) {
-  return standin::round_half<kHalf>(low) | standin::round_half<kHalf>(high) << 16;
+  return standin::round_half<kFactor>(low) | standin::round_half<kFactor>(high) << 16;
+}
+
+inline std::uint32_t round_tf32(float x) {
+  if (x != x) return 0x7fffffffu;
+  return (std::bit_cast<std::uint32_t>(x) + 0x1000u) & 0xffffe000u;
 }
 
 inline int opaque(int x) { return x; }
