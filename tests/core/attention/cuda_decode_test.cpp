@@ -32,10 +32,12 @@ void check(const Problem& p, DType storage, const std::string& what) {
   EXPECT_LE(relative_error(got.lse, wanted.lse), cuda_tolerance(storage)) << what << " " << name_of(storage);
 }
 
-constexpr DType kStorages[] = {DType::kF32, DType::kBF16, DType::kF16, DType::kF64};
+constexpr Precision kEvery[] = {
+    {DType::kF32, false}, {DType::kBF16, false}, {DType::kF16, false}, {DType::kF64, false}, {DType::kF32, true}};
 
 TEST_F(CudaDecode, MasksLengthsAndHeads) {
-  for (const DType storage : kStorages) {
+  for (const auto& [storage, tf32] : kEvery) {
+    const Tf32Allowed allowed(tf32);
     for (const std::int64_t rows : {1, 3, 40}) {
       check(make_problem(rows, 1100, 1, 1, 16, 24, Mask::full()), storage, fmt::format("full, {} rows", rows));
       check(make_problem(rows, 577, 2, 1, 24, 16, Mask::causal_bottom_right()), storage, fmt::format("causal, {} rows", rows));
@@ -51,7 +53,10 @@ TEST_F(CudaDecode, SeveralBatchRowsAndGroupsThatAreCut) {
   Problem p = make_problem(2, 700, 5, 3, 16, 16, Mask::full());
   p.batch = 2;
   p.map = {4, 0, 3};
-  for (const DType storage : kStorages) check(p, storage, "heads 4 to 8");
+  for (const auto& [storage, tf32] : kEvery) {
+    const Tf32Allowed allowed(tf32);
+    check(p, storage, "heads 4 to 8");
+  }
 }
 
 TEST_F(CudaDecode, ScoreTerms) {
@@ -60,14 +65,18 @@ TEST_F(CudaDecode, ScoreTerms) {
   p.slopes = {0.01, 0.02};
   p.bias = {1, 2, 2, 800};
   p.dropout = {0.3, 5, 6, 0, 2};
-  for (const DType storage : kStorages) check(p, storage, "all terms");
+  for (const auto& [storage, tf32] : kEvery) {
+    const Tf32Allowed allowed(tf32);
+    check(p, storage, "all terms");
+  }
 }
 
 // Rows that see nothing of some shares, or of all.
 TEST_F(CudaDecode, RowsThatSeeNothing) {
   Problem p = make_problem(4, 1200, 1, 1, 16, 16, Mask::full());
   p.tiles = {{{{0, 1}, {0, 1200}}}, {{{1, 2}, {1100, 1200}}}, {{{3, 4}, {0, 600}}}};
-  for (const DType storage : kStorages) {
+  for (const auto& [storage, tf32] : kEvery) {
+    const Tf32Allowed allowed(tf32);
     check(p, storage, "row 2 sees nothing");
     const Tensor out = to_dtype(attend(p, random_inputs(p, storage), storage).out, DType::kF64);
     for (std::int64_t d = 0; d < 16; ++d) EXPECT_EQ(out->at<double>(0, 2, 0, d), 0.0);
@@ -76,7 +85,8 @@ TEST_F(CudaDecode, RowsThatSeeNothing) {
 
 // The keys in two calls, the second merged into the first, are the keys in one; states that stand there count.
 TEST_F(CudaDecode, MergesIntoWhatStandsThere) {
-  for (const DType storage : kStorages) {
+  for (const auto& [storage, tf32] : kEvery) {
+    const Tf32Allowed allowed(tf32);
     Problem p = make_problem(3, 1300, 2, 1, 16, 16, Mask::full());
     const Inputs inputs = random_inputs(p, DType::kBF16);
     const Results wanted = run_kernel(reference_kernel(), p, inputs, DType::kF64);
@@ -91,7 +101,8 @@ TEST_F(CudaDecode, MergesIntoWhatStandsThere) {
 
 TEST_F(CudaDecode, TwoRunsHaveTheSameBits) {
   const Problem p = make_problem(2, 5000, 2, 1, 16, 16, Mask::causal_bottom_right());
-  for (const DType storage : {DType::kF32, DType::kBF16}) {
+  for (const auto& [storage, tf32] : {Precision{DType::kF32, false}, {DType::kBF16, false}, {DType::kF32, true}}) {
+    const Tf32Allowed allowed(tf32);
     const Inputs inputs = random_inputs(p, storage);
     const Results one = attend(p, inputs, storage), two = attend(p, inputs, storage);
     EXPECT_TRUE(same_bits(one.out, two.out) && same_bits(one.lse, two.lse)) << name_of(storage);

@@ -47,7 +47,10 @@ std::vector<Positions> shards() {
 
 TEST_F(CudaInvariant, RowsHaveTheSameBitsInEveryShard) {
   for (const InvariantCase& c : cases()) {
-    for (const DType storage : {DType::kF32, DType::kBF16, DType::kF16}) rows_here().expect_same(c, storage, shards());
+    for (const auto& [storage, tf32] : kPrecisions) {
+      const Tf32Allowed allowed(tf32);
+      rows_here().expect_same(c, storage, shards());
+    }
   }
 }
 
@@ -56,7 +59,8 @@ TEST_F(CudaInvariant, IsStillAttention) {
 }
 
 TEST_F(CudaInvariant, HeadsOfAGroupAddUpOneByOne) {
-  for (const DType storage : {DType::kF32, DType::kBF16, DType::kF16}) {
+  for (const auto& [storage, tf32] : kPrecisions) {
+    const Tf32Allowed allowed(tf32);
     rows_here().expect_heads_add_up(make_case("heads", Mask::causal()), storage);
   }
 }

@@ -1,4 +1,7 @@
 // The cuda kernel on a device (the stand-in, without one) against the reference in fp64: masks, dims, heads, views, pieces.
+#include <bit>
+#include <utility>
+
 #include "tests/core/attention/on_cuda.h"
 
 namespace dattn {
@@ -13,9 +16,7 @@ TEST_F(CudaKernel, Dims) {
                                                         {128, 8}, {192, 128}, {256, 256}, {17, 100}, {200, 16}};
   for (const auto& [dim_qk, dim_v] : dims) {
     check_cuda(make_problem(70, 131, 1, 1, dim_qk, dim_v, Mask::full()), fmt::format("full {}x{}", dim_qk, dim_v));
-    for (const DType storage : {DType::kBF16, DType::kF16})
-      check_cuda(make_problem(131, 131, 1, 1, dim_qk, dim_v, Mask::causal()), storage,
-                 fmt::format("causal {}x{}", dim_qk, dim_v));
+    check_tensor_cores(make_problem(131, 131, 1, 1, dim_qk, dim_v, Mask::causal()), fmt::format("causal {}x{}", dim_qk, dim_v));
   }
 }
 
@@ -31,9 +32,8 @@ TEST_F(CudaKernel, Fp64) {
 TEST_F(CudaKernel, Lengths) {
   for (const std::int64_t seq : {1, 2, 31, 33, 63, 64, 65, 128, 129}) {
     check_cuda(make_problem(seq, seq, 1, 1, 24, 24, Mask::causal()), fmt::format("causal S = {}", seq));
-    check_cuda(make_problem(seq, 2 * seq + 3, 1, 1, 24, 24, Mask::full()), DType::kBF16, fmt::format("full S = {}", seq));
-    check_cuda(make_problem(2 * seq + 3, seq, 1, 1, 24, 24, Mask::causal()), DType::kBF16,
-               fmt::format("fewer keys S = {}", seq));
+    check_tensor_cores(make_problem(seq, 2 * seq + 3, 1, 1, 24, 24, Mask::full()), fmt::format("full S = {}", seq));
+    check_tensor_cores(make_problem(2 * seq + 3, seq, 1, 1, 24, 24, Mask::causal()), fmt::format("fewer keys S = {}", seq));
   }
 }
 
@@ -74,22 +74,24 @@ TEST_F(CudaKernel, HugeScoresAndOddScales) {
   // The last keys have by far the largest scores.
   for (std::int64_t i = inputs.k->elements() - 64; i < inputs.k->elements(); ++i) inputs.k.ptr<double>()[i] *= 16;
   const Results wanted = run_kernel(reference_kernel(), p, inputs, DType::kF64);
-  for (const DType storage : {DType::kF32, DType::kBF16, DType::kF16}) {
+  for (const auto& [storage, tf32] : kPrecisions) {
+    const Tf32Allowed allowed(tf32);
     const Results got = run_cuda(p, inputs, storage);
     EXPECT_LE(relative_error(got.lse, wanted.lse), kFp32Tolerance);
-    EXPECT_LE(relative_error(got.out, wanted.out), storage == DType::kF32 ? 1e-4 : cuda_tolerance(storage));
+    EXPECT_LE(relative_error(got.out, wanted.out), storage == DType::kF32 && !tf32 ? 1e-4 : cuda_tolerance(storage));
   }
   p.magnitude = 1.0f;
   for (const double scale : {-0.3, 1e-30, 1e-60, 0.7}) {  // 1e-60 is 0 in fp32
     p.scale = scale;
-    check_cuda(p, DType::kBF16, fmt::format("scale {}", scale));
+    check_tensor_cores(p, fmt::format("scale {}", scale));
   }
 }
 
 TEST_F(CudaKernel, RowsThatSeeNothing) {
   Problem p = make_problem(200, 200, 1, 1, 16, 16, Mask::full());
   p.tiles = {{{{10, 20}, {30, 150}}}, {{{100, 190}, {100, 200}, -kUnbounded, 0}}};
-  for (const DType storage : {DType::kF32, DType::kBF16, DType::kF16}) {
+  for (const auto& [storage, tf32] : kPrecisions) {
+    const Tf32Allowed allowed(tf32);
     const Results r = run_cuda(p, random_inputs(p, storage), storage);
     for (const std::int64_t row : {0, 9, 20, 99, 190, 199}) {
       EXPECT_EQ(r.lse->at<float>(0, 0, row), -std::numeric_limits<float>::infinity());
@@ -120,7 +122,8 @@ TEST_F(CudaKernel, NaNIsNotSwallowed) {
   const Problem p = make_problem(40, 100, 1, 1, 32, 32, Mask::full());
   const Inputs inputs = random_inputs(p, DType::kF32);
   inputs.q.ptr<double>()[7 * 32] = std::nan("");
-  for (const DType storage : {DType::kF32, DType::kBF16, DType::kF16}) {
+  for (const auto& [storage, tf32] : kPrecisions) {
+    const Tf32Allowed allowed(tf32);
     const Results r = run_cuda(p, inputs, storage);
     EXPECT_TRUE(std::isnan(r.out->at<float>(0, 7, 0, 3)));
     EXPECT_FALSE(std::isnan(r.out->at<float>(0, 6, 0, 3)));
@@ -137,8 +140,12 @@ Tensor spread(const Tensor& from, std::int64_t padding, TensorView& view) {
 }
 
 TEST_F(CudaKernel, StridedViews) {
-  for (const auto& [storage, padding] :
-       {std::pair<DType, std::int64_t>{DType::kF32, 3}, {DType::kBF16, 8}, {DType::kBF16, 3}, {DType::kF16, 8}}) {
+  const std::pair<Precision, std::int64_t> cases[] = {{{DType::kF32, false}, 3},  {{DType::kBF16, false}, 8},
+                                                      {{DType::kBF16, false}, 3}, {{DType::kF16, false}, 8},
+                                                      {{DType::kF32, true}, 4},   {{DType::kF32, true}, 3}};
+  for (const auto& [precision, padding] : cases) {
+    const auto& [storage, tf32] = precision;
+    const Tf32Allowed allowed(tf32);
     Problem p = make_problem(80, 77, 2, 2, 24, 40, Mask::window(40, 2));
     p.batch = 2;
     const Inputs inputs = random_inputs(p, storage);
@@ -160,7 +167,7 @@ TEST_F(CudaKernel, StridedViews) {
     attention_delta(dout, out, delta);
     cuda_kernel().attend_grad({q, k, v, p.map, p.tiles, p.factor(), dout, lse, delta, dq, dk, dv});
     // Rows that are not aligned take another path.
-    const double tolerance = storage == DType::kBF16 && padding == 3 ? kBf16Rounding : 0.0;
+    const double tolerance = padding != 3 ? 0.0 : storage == DType::kBF16 ? kBf16Rounding : tf32 ? 1e-3 : 0.0;
     const auto close = [&](const TensorView& a, const Tensor& b) {
       return relative_error(to_device(to_dtype(a, DType::kF32), {}), b) <= tolerance;
     };
@@ -171,7 +178,8 @@ TEST_F(CudaKernel, StridedViews) {
 
 // Attending to a random partition of the keys, piece by piece, is attending to all of them.
 TEST_F(CudaKernel, MergesPiecesOfTheKeys) {
-  for (const DType storage : {DType::kF32, DType::kBF16, DType::kF16}) {
+  for (const auto& [storage, tf32] : kPrecisions) {
+    const Tf32Allowed allowed(tf32);
     Problem p = make_problem(90, 201, 2, 1, 16, 24, Mask::full());
     p.tiles = tiles_of(Mask::window(100, 50), 90, 201);
     const Inputs inputs = random_inputs(p, DType::kBF16);
@@ -211,8 +219,12 @@ TEST_F(CudaKernel, MergesPiecesOfTheKeys) {
 
 // What is not wanted is not touched, and the rest has the same bits.
 TEST_F(CudaKernel, GradientsOfOneSideAlone) {
-  for (const auto& [storage, dim] :
-       {std::pair<DType, std::int64_t>{DType::kF32, 16}, {DType::kBF16, 16}, {DType::kBF16, 256}, {DType::kF16, 256}}) {
+  const std::pair<Precision, std::int64_t> cases[] = {{{DType::kF32, false}, 16},   {{DType::kBF16, false}, 16},
+                                                      {{DType::kBF16, false}, 256}, {{DType::kF16, false}, 256},
+                                                      {{DType::kF32, true}, 16},    {{DType::kF32, true}, 128}};
+  for (const auto& [precision, dim] : cases) {
+    const auto& [storage, tf32] = precision;
+    const Tf32Allowed allowed(tf32);
     const Problem p = make_problem(70, 90, 2, 1, dim, dim, Mask::causal());
     const Inputs inputs = random_inputs(p, storage);
     const Results both = run_cuda(p, inputs, storage);
@@ -227,6 +239,61 @@ TEST_F(CudaKernel, GradientsOfOneSideAlone) {
     EXPECT_TRUE(same_bits(to_device(dq, {}), both.dq)) << name_of(storage) << dim;
     EXPECT_TRUE(same_bits(to_device(dk, {}), both.dk) && same_bits(to_device(dv, {}), both.dv)) << name_of(storage) << dim;
   }
+}
+
+// The values that the kernel multiplies.
+Inputs rounded_to_tf32(const Inputs& inputs) {
+  const auto rounded = [](const Tensor& tensor) {
+    Tensor result = to_dtype(tensor, DType::kF32);
+    for (std::int64_t i = 0; i < result->elements(); ++i) {
+      float& x = result.ptr<float>()[i];
+      x = std::bit_cast<float>((std::bit_cast<std::uint32_t>(x) + 0x1000u) & 0xffffe000u);
+    }
+    return to_dtype(result, DType::kF64);
+  };
+  return {rounded(inputs.q), rounded(inputs.k), rounded(inputs.v), rounded(inputs.dout), Tensor()};
+}
+
+// To the nearest, in both passes, where it is allowed and there is room for it; elsewhere nothing changes.
+TEST_F(CudaKernel, Tf32RoundsTheFactors) {
+  for (const auto& [dim_qk, dim_v] :
+       {std::pair<std::int64_t, std::int64_t>{64, 64}, {128, 128}, {192, 128}, {30, 64}, {256, 64}}) {
+    const bool rounds = dim_qk % 4 == 0 && dim_qk <= 192;
+    Problem p = make_problem(70, 90, 2, 1, dim_qk, dim_v, Mask::causal());
+    p.softcap = 20;
+    const std::string what = fmt::format("{}x{}", dim_qk, dim_v);
+    const Inputs inputs = random_inputs(p, DType::kF32);
+    const Results exact = run_cuda(p, inputs, DType::kF32), wanted = run_kernel(reference_kernel(), p, inputs, DType::kF64);
+    const Tf32Allowed allowed;
+    const Results got = run_cuda(p, inputs, DType::kF32), again = run_cuda(p, rounded_to_tf32(inputs), DType::kF32);
+    expect_close(got, wanted, rounds ? 1e-3 : kFp32Tolerance, what);
+    EXPECT_EQ(same_bits(got.out, exact.out) && same_bits(got.dq, exact.dq) && same_bits(got.dv, exact.dv), !rounds) << what;
+    EXPECT_EQ(same_bits(got.out, again.out) && same_bits(got.lse, again.lse), rounds) << what;
+    if (!rounds) continue;
+    // dout reaches delta unrounded.
+    EXPECT_TRUE(same_bits(got.dv, again.dv)) << what;
+    EXPECT_GT(relative_error(got.dq, wanted.dq), 1e-5) << what;
+    EXPECT_GT(relative_error(got.dk, wanted.dk), 1e-5) << what;
+  }
+}
+
+// fp32 has its bits again where TF32 is no longer allowed, and all else has them where it is.
+TEST_F(CudaKernel, Tf32ChangesNothingElse) {
+  const Problem p = make_problem(70, 90, 2, 1, 64, 64, Mask::causal());
+  const Inputs inputs = random_inputs(p, DType::kF32);
+  const auto same = [](const Results& a, const Results& b) {
+    return same_bits(a.out, b.out) && same_bits(a.lse, b.lse) && same_bits(a.dq, b.dq) && same_bits(a.dk, b.dk) &&
+           same_bits(a.dv, b.dv);
+  };
+  const auto run = [&](DType storage, bool tf32) {
+    const Tf32Allowed allowed(tf32);
+    return run_cuda(p, inputs, storage);
+  };
+  const Results before = run(DType::kF32, false);
+  EXPECT_FALSE(same(before, run(DType::kF32, true)));
+  EXPECT_TRUE(same(before, run(DType::kF32, false)));
+  for (const DType storage : {DType::kBF16, DType::kF16, DType::kF64})
+    EXPECT_TRUE(same(run(storage, false), run(storage, true))) << name_of(storage);
 }
 
 }  // namespace

@@ -53,9 +53,9 @@ TEST_F(CudaTerms, LargeDimsHaveThemToo) {
     Problem p = make_problem(70, 90, 2, 1, dim_qk, dim_v, Mask::causal());
     p.softcap = 2;
     p.bias = {1, 70, 2, 90};
-    check_cuda(p, DType::kBF16, fmt::format("bias, {} and {}", dim_qk, dim_v));
+    check_tensor_cores(p, fmt::format("bias, {} and {}", dim_qk, dim_v));
     p.dropout = {0.3, 1, 2, 3, 2};
-    check_cuda(p, DType::kBF16, fmt::format("dropout, {} and {}", dim_qk, dim_v));
+    check_tensor_cores(p, fmt::format("dropout, {} and {}", dim_qk, dim_v));
   }
 }
 
@@ -79,7 +79,8 @@ TEST_F(CudaTerms, BiasOfMinusInfinityHides) {
       inputs.bias->at<double>(0, row, 0, key) = -std::numeric_limits<double>::infinity();
   }
   const Results wanted = run_kernel(reference_kernel(), p, inputs, DType::kF64);
-  for (const DType storage : {DType::kF32, DType::kBF16, DType::kF16}) {
+  for (const auto& [storage, tf32] : kPrecisions) {
+    const Tf32Allowed allowed(tf32);
     const Results got = run_cuda(p, inputs, storage);
     expect_close(got, wanted, cuda_tolerance(storage), "hidden by bias");
     EXPECT_EQ(got.lse->at<float>(0, 0, 0), -std::numeric_limits<float>::infinity());
@@ -90,7 +91,8 @@ TEST_F(CudaTerms, BiasOfMinusInfinityHides) {
 TEST_F(CudaTerms, DropoutDropsTheReferencesPairsAndKeepsLse) {
   for (const std::int64_t step : {1, 5}) {
     for (const std::int64_t shift : {0, 1, 2, 3}) {
-      for (const DType storage : {DType::kF32, DType::kBF16, DType::kF16}) {
+      for (const auto& [storage, tf32] : kPrecisions) {
+        const Tf32Allowed allowed(tf32);
         Problem p = placed(Mask::full(), Positions({{7, 20, step}}), Positions({{shift, 64, step}}), 400, 8, 64);
         p.dropout = {0.37, 0x123456789abcdefull, 0xfedcba98u, 3, 8};
         const Inputs inputs = random_inputs(p, DType::kBF16);
@@ -103,7 +105,8 @@ TEST_F(CudaTerms, DropoutDropsTheReferencesPairsAndKeepsLse) {
               << i << " step " << step << " from " << shift;
         }
         p.dropout.p = 0;
-        const double same = storage == DType::kF32 ? 0.0 : 1e-6;  // tensor cores: scores in base 2 from the start, or not
+        const double same =
+            storage == DType::kF32 && !tf32 ? 0.0 : 1e-6;  // tensor cores: scores in base 2 from the start, or not
         EXPECT_LE(relative_error(got.lse, run_cuda(p, inputs, storage).lse), same);
       }
     }
@@ -112,7 +115,8 @@ TEST_F(CudaTerms, DropoutDropsTheReferencesPairsAndKeepsLse) {
 
 // Sums that several heads and batch rows share have one order.
 TEST_F(CudaTerms, TwoRunsHaveTheSameBits) {
-  for (const DType storage : {DType::kF32, DType::kBF16, DType::kF16}) {
+  for (const auto& [storage, tf32] : kPrecisions) {
+    const Tf32Allowed allowed(tf32);
     for (const Shape& bias : {Shape{1, 80, 1, 90}, Shape{2, 80, 1, 90}, Shape{1, 80, 4, 90}}) {
       Problem p = make_problem(80, 90, 4, 2, 16, 16, Mask::full());
       p.batch = 2;

@@ -15,6 +15,7 @@ namespace dattn::testing {
 inline constexpr double kFp32Tolerance = 2e-6;
 inline constexpr double kBf16Rounding = 1.0 / 256;  // half a unit in the last place of bf16, relative
 inline constexpr double kFp16Rounding = 1.0 / 2048;
+inline constexpr double kTf32Rounding = 1.0 / 2048;
 
 inline std::vector<std::string> paths_here() {
   std::vector<std::string> names;

@@ -25,7 +25,7 @@ std::string error_text() {
 }
 
 template <class T>
-std::vector<float> random_halves(std::uint64_t seed, std::size_t count) {
+std::vector<float> random_factors(std::uint64_t seed, std::size_t count) {
   std::vector<float> values(count);
   for (std::size_t i = 0; i < count; ++i) {
     values[i] = static_cast<float>(T(static_cast<float>(philox_normal(seed, 0, static_cast<std::uint64_t>(i)))));
@@ -33,18 +33,32 @@ std::vector<float> random_halves(std::uint64_t seed, std::size_t count) {
   return values;
 }
 
-// c [16, 8] += a [16, 16] b [16, 8], by fragments as the PTX manual lays them out.
+// fp32 rounded to TF32.
+struct Tf32 {
+  float value;
+  explicit Tf32(float x) : value(std::bit_cast<float>(round_tf32(x))) {}
+  explicit operator float() const { return value; }
+};
+
+// c [16, 8] += a [16, 16] b [16, 8] (TF32: over 8), by fragments as the PTX manual lays them out.
 template <Factor kFactor>
 __global__ void multiply(const float* a, const float* b, float* c) {
   const unsigned g = threadIdx.x / 4, t = threadIdx.x % 4;
-  const auto pair_a = [&](unsigned row, unsigned column) {
-    return pack_halves<kFactor>(a[row * 16 + column], a[row * 16 + column + 1]);
+  // The registers at row g and place t of 8 in a row of a, or in a column of b.
+  const auto from_a = [&](unsigned row, unsigned place) {
+    if constexpr (kFactor == Factor::kTF32)
+      return __float_as_uint(a[row * 8 + place]) | 0xfffu;  // what lies behind a TF32 does not count
+    else
+      return pack_halves<kFactor>(a[row * 16 + 2 * place], a[row * 16 + 2 * place + 1]);
   };
-  const auto pair_b = [&](unsigned row, unsigned column) {
-    return pack_halves<kFactor>(b[row * 8 + column], b[(row + 1) * 8 + column]);
+  const auto from_b = [&](unsigned place) {
+    if constexpr (kFactor == Factor::kTF32)
+      return __float_as_uint(b[place * 8 + g]) | 0x1fffu;
+    else
+      return pack_halves<kFactor>(b[2 * place * 8 + g], b[(2 * place + 1) * 8 + g]);
   };
-  const std::uint32_t fa[4] = {pair_a(g, 2 * t), pair_a(g + 8, 2 * t), pair_a(g, 2 * t + 8), pair_a(g + 8, 2 * t + 8)};
-  const std::uint32_t fb[2] = {pair_b(2 * t, g), pair_b(2 * t + 8, g)};
+  const std::uint32_t fa[4] = {from_a(g, t), from_a(g + 8, t), from_a(g, t + 4), from_a(g + 8, t + 4)};
+  const std::uint32_t fb[2] = {from_b(t), from_b(t + 4)};
   float fc[4] = {c[g * 8 + 2 * t], c[g * 8 + 2 * t + 1], c[(g + 8) * 8 + 2 * t], c[(g + 8) * 8 + 2 * t + 1]};
   mma<kFactor>(fc, fa, fb);
   c[g * 8 + 2 * t] = fc[0];
@@ -55,7 +69,9 @@ __global__ void multiply(const float* a, const float* b, float* c) {
 
 template <Factor kFactor, class T>
 void check_product() {
-  const std::vector<float> a = random_halves<T>(1, 16 * 16), b = random_halves<T>(2, 16 * 8), c = random_halves<T>(3, 16 * 8);
+  constexpr std::size_t kDepth = 32 / kFactorBytes<kFactor>;
+  const std::vector<float> a = random_factors<T>(1, 16 * kDepth), b = random_factors<T>(2, kDepth * 8),
+                           c = random_factors<T>(3, 16 * 8);
   const Array<float> on_a(a), on_b(b), on_c(c);
   launch(multiply<kFactor>, dim3(1), dim3(32), 0, nullptr, on_a.data(), on_b.data(), on_c.data());
   EXPECT_EQ(error_text(), "");
@@ -63,7 +79,7 @@ void check_product() {
   for (std::size_t row = 0; row < 16; ++row) {
     for (std::size_t column = 0; column < 8; ++column) {
       double sum = c[row * 8 + column];
-      for (std::size_t k = 0; k < 16; ++k) sum += double{a[row * 16 + k]} * double{b[k * 8 + column]};
+      for (std::size_t k = 0; k < kDepth; ++k) sum += double{a[row * kDepth + k]} * double{b[k * 8 + column]};
       EXPECT_NEAR(got[row * 8 + column], sum, 1e-5);
     }
   }
@@ -72,6 +88,7 @@ void check_product() {
 TEST(CudaStandinPtx, MatrixProduct) {
   check_product<Factor::kBF16, BFloat16>();
   check_product<Factor::kF16, Float16>();
+  check_product<Factor::kTF32, Tf32>();
 }
 
 // Shared memory holds 32 rows of 8 numbers, number i at place i; matrix m is rows 8 m ...
@@ -163,6 +180,17 @@ TEST(CudaStandinPtx, Numbers) {
     EXPECT_EQ(widen_f16(round_f16(x)), static_cast<float>(Float16(x))) << x;
   }
   EXPECT_TRUE(std::isnan(std::bit_cast<float>(pack_halves<Factor::kBF16>(NAN, 0) << 16)));
+  for (const auto& [x, nearest] : {std::pair{1.0f, 1.0f},
+                                   {0x1.001p0f, 1.0f},
+                                   {0x1.002p0f, 0x1.004p0f},
+                                   {-0x1.002p0f, -0x1.004p0f},
+                                   {0x1.001ffep0f, 1.0f},
+                                   {0x1.ffep0f, 2.0f}}) {
+    EXPECT_EQ(std::bit_cast<float>(round_tf32(x)), nearest) << x;
+  }
+  EXPECT_TRUE(std::isinf(std::bit_cast<float>(round_tf32(0x1.fffffep+127f))));
+  EXPECT_TRUE(std::isinf(std::bit_cast<float>(round_tf32(-INFINITY))));
+  EXPECT_TRUE(std::isnan(std::bit_cast<float>(round_tf32(std::bit_cast<float>(0x7fffffffu)))));
   EXPECT_EQ(exp2_fast(-std::numeric_limits<float>::infinity()), 0.0f);
   EXPECT_EQ(exp2_fast(-140.0f), 0.0f);  // not a normal number
   EXPECT_FLOAT_EQ(exp2_fast(3.5f), std::exp2(3.5f));
