@@ -16,7 +16,8 @@ usage: launch/gpu_check.sh [--out FOLDER] [--limit SECONDS] [--quick] [--only ST
   --dry-run        prints the commands of the steps that are left
   --standin        over the tests' stand-ins for CUDA, cuDNN and NCCL on host memory: everything but the numbers; implies --quick
 steps: doctor kernels layers generation nccl conformance_1 conformance_threads conformance_nccl determinism training curves
-       training_invariant same_bits bench_product clocks raw_cudnn bench_attention bench_virtual_ranks decode same_text gpt2 torch
+       training_invariant same_bits bench_product clocks raw_cudnn bench_attention bench_fp32 bench_virtual_ranks decode same_text gpt2
+       torch
 DATTN_PYTHON names a python that has PyTorch, to compare with (else build/venv's or python3).
 exit codes: 0 all passed, 1 a step failed, 2 bad input, 3 the time was up first: call again
 END
@@ -70,15 +71,15 @@ strategies=(ring ulysses)  # and, but for --quick, all others that doctor lists
 load=(--size 8192 --repeat 2000)  # some seconds
 train=(--set train.steps=100 --set train.eval_every=0)
 gpt2=(--steps 20 --set train.batch=8 --set dtype=bf16)
-tokens=256 product=8192 repeat=10
+tokens=256 product=8192 fp32_size=4096 repeat=10
 if [[ $quick == yes ]]; then
-  sizes=(512 2048) dims=(128) product=2048 tokens=32 repeat=3
+  sizes=(512 2048) dims=(128) product=2048 fp32_size=2048 tokens=32 repeat=3
 fi
 kernels='*Cuda*:*Cudnn*:-CudaNn*' layers='CudaNn*' one_rank='*_1_ranks' invariant='*nvarian*' meshes='*nvarian*:*Repeatable*'
 others='-Sweep/*' raw=dattn_cudnn_bench torch=()
 if [[ $standin == yes ]]; then
   export DATTN_CUDA_MODULE=$build/lib/libdattn_cuda_standin.so DATTN_NCCL=$build/lib/libnccl_standin.so
-  sizes=(64) product=64 tokens=4 repeat=1 load=(--size 64 --repeat 3)
+  sizes=(64) product=64 fp32_size=64 tokens=4 repeat=1 load=(--size 64 --repeat 3)
   one_rank='*/ring_1_ranks' invariant='CudaInvariant.IsStillAttention' meshes='*Invariant.*/causal:*Repeatable.*/ring'
   others='Refusal.*:Bytes.*' raw=dattn_cudnn_bench_standin torch=(--cpu)
   small=(--set train.batch=2 --set train.seq_len=32 --set train.eval_batches=1 --set train.sample_length=0 --set model.layers=1)
@@ -198,6 +199,18 @@ for seq in "${sizes[@]}"; do
       bench "bench_attention:$seq,$dim,$mask" "${shape[@]}"
       step "bench_attention:$seq,$dim,$mask,cuda" 200 env DATTN_KERNEL=cuda "$bin/dattn" bench attention --json --set device=cuda \
         --dtype bf16 --backward --repeat "$repeat" "${shape[@]}"
+    done
+  done
+done
+for dim in "${dims[@]}"; do
+  for mask in full causal; do
+    heads=$((2048 / dim))
+    [[ $standin == no ]] || heads=1
+    for tf32 in false true; do
+      name=bench_fp32:$fp32_size,$dim,$mask
+      [[ $tf32 == false ]] || name+=,tf32
+      step "$name" 200 "$bin/dattn" bench attention --json --set device=cuda --set tf32=$tf32 --dtype fp32 --backward \
+        --repeat "$repeat" --seq "$fp32_size" --batch 1 --heads "$heads" --dim "$dim" --mask "$mask"
     done
   done
 done

@@ -106,6 +106,22 @@ function attention_table(  i, part, our, key, direction, d, product) {
   }
 }
 
+function fp32_table(  i, key, direction, d, fp32, tf32) {
+  print "\n## Attention, fp32, kernel `cuda`\n"
+  print "| seq,dim,mask | direction | TFLOP/s | in TF32 | of fp32 |"
+  print "|---|---|---|---|---|"
+  for (i = 1; i <= steps; ++i) {
+    if (order[i] !~ /^bench_fp32:[^,]*,[^,]*,[^,]*$/) continue
+    key = substr(order[i], 12)
+    for (d = 1; d <= 2; ++d) {
+      direction = d == 1 ? "forward" : "backward"
+      fp32 = of_step(order[i], direction "_gflops")
+      tf32 = of_step(order[i] ",tf32", direction "_gflops")
+      printf "| %s | %s | %s | %s | %s |\n", key, direction, tflops(fp32), tflops(tf32), ratio(tf32, fp32)
+    }
+  }
+}
+
 function virtual_table(  i, one) {
   print "\n## Virtual ranks on one device, as a share of one kernel\n"
   print "| mesh | forward | backward |"
@@ -126,6 +142,7 @@ function report(  i, name, failed) {
   printf "- steps: %d, %d failed%s\n", steps, failed,
          (cut == "yes" ? "; more are left, the time was up" : "")
   attention_table()
+  fp32_table()
   virtual_table()
   print "\n## Other rates\n"
   printf "- matrix product, bf16: %s TFLOP/s\n", tflops(of_step("bench_product", "gflops"))

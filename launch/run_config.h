@@ -77,7 +77,9 @@ void describe(V& v, RunConfig& c) {
     "what the planner makes least: bytes received, or time on the machine; absent = time where a machine is named");
   v("machine", c.machine, "machine file for the planner (configs/machines); relative to this file");
   v("dtype", c.dtype, "storage type; sums are kept in fp32");
-  v("tf32", c.tf32, "CUDA devices may round the factors of fp32 matrix products to TF32; attention in fp32 stays as it is");
+  v("tf32", c.tf32,
+    "CUDA devices may round the factors of fp32 products to TF32: of the layers, and of attention where dims of q are at most "
+    "192, of v 128, and rows aligned to 16 bytes");
   v("determinism", c.determinism,
     "off; repeatable: same mesh, same bits; absent = repeatable on the cpu, off on CUDA devices; invariant: the same bits on "
     "every mesh (training: of data and sequence ranks in "

@@ -34,8 +34,10 @@ SMALL = {"row_loop<MergeRow<float>": "merge of shares of keys (decoding)", "each
 # A multiprocessor of any of these: registers, and the least shared memory among them, of which each block costs 1 KiB more.
 REGISTERS, SHARED_BYTES, BLOCK_BYTES = 64 * 1024, 164 * 1024, 1024
 MMA_THREADS = 128
-# Blocks that must fit on a multiprocessor, so that one computes while another waits; with larger dims the sums fill it alone.
+# Blocks that must fit on a multiprocessor, so that one computes while another waits; with larger dims the sums, or tiles of
+# TF32, fill it alone.
 BLOCKS = {64: 2, 128: 2, 192: 1, 256: 1}
+TF32_BLOCKS = {64: 2, 128: 1, 192: 1}
 # Bytes that a kernel may spill to memory and back, all others none. These hold two sums, or one of 256 columns, in 128 registers
 # beside the products and draw dropout's words; what they spill is addresses and a few scores, once a step of 32 rows.
 SPILLS = {"gradient 128/128: dk and dv, dropout": 40, "gradient 256/256: dk, dropout": 56}
@@ -46,6 +48,7 @@ class Kernel:
     """One kernel on one architecture."""
     name: str       # as in the table
     dim: int = 0    # of q and k; 0: no tensor cores
+    tf32: bool = False
     registers: int = 0
     spilled: int = 0
     shared: int = 0
@@ -68,8 +71,9 @@ class Kernel:
             yield f"spills {self.spilled} bytes, {SPILLS.get(self.name, 0)} are allowed"
         if not self.dim:
             return
-        if self.blocks() < BLOCKS[self.dim]:
-            yield (f"{self.blocks()} block(s) fit on a multiprocessor, {BLOCKS[self.dim]} should: {self.registers} registers and "
+        least = (TF32_BLOCKS if self.tf32 else BLOCKS)[self.dim]
+        if self.blocks() < least:
+            yield (f"{self.blocks()} block(s) fit on a multiprocessor, {least} should: {self.registers} registers and "
                    f"{self.shared} bytes of shared memory")
         counts = {"tensor-core instruction": self.mma, "ldmatrix": self.ldmatrix, "asynchronous copy": self.copies}
         for what, count in counts.items():
@@ -115,25 +119,32 @@ class Tools:
 # Names ------------------------------------------------------------------------------------------------------------------------
 TERMS = ("", ", score terms", ", dropout")
 SUMS = ("dq", "dk and dv", "dk", "dv")
+TF32 = 2  # of Factor (core/device/cuda/ptx.h)
 
 
 def readable(mangled):
-    """(name in the table, dim, shape of its shared memory) of a kernel, bf16 and fp16 alike. None: it is not in the table."""
+    """(name in the table, dim, in TF32?, shape of its shared memory) of a kernel, bf16 and fp16 alike. None: it is not in the
+    table."""
     text = run("c++filt", mangled).strip().replace("(anonymous namespace)::", "")
     text = re.sub(r"\((?:dattn::cuda::)?(\w+)\)(\d+)", r"\2", text.replace("dattn::cuda::", ""))  # (Terms)2
-    if found := re.search(r"mma_forward<\d, (\d+), (\d+), (\d+), (\d+), (\d)>", text):
-        qk, v, tiles, step, terms = map(int, found.groups())
-        return f"attention {qk}/{v}{TERMS[terms]}", qk, f"forward_shared_bytes<{qk}, {v}, {tiles}, {step}>"
-    if found := re.search(r"mma_backward<\d, (\d+), (\d+), (\d), (\d)>", text):
-        qk, v, sums, terms = map(int, found.groups())
-        return f"gradient {qk}/{v}: {SUMS[sums]}{TERMS[terms]}", qk, f"backward_shared_bytes<{qk}, {v}>"
-    return next(((label, 0, None) for part, label in SMALL.items() if part in text), None)
+    if found := re.search(r"mma_forward<(\d), (\d+), (\d+), (\d+), (\d+), (\d)>", text):
+        factor, qk, v, tiles, step, terms = map(int, found.groups())
+        label, shape = f"attention {qk}/{v}", f"forward_shared_bytes<{{}}, {{}}, {tiles}, {step}>"
+    elif found := re.search(r"mma_backward<(\d), (\d+), (\d+), (\d), (\d)>", text):
+        factor, qk, v, sums, terms = map(int, found.groups())
+        label = f"gradient {qk}/{v}: {SUMS[sums]}"
+        shape = f"backward_shared_bytes<{{}}, {{}}, kGradStep<static_cast<Factor>({factor if factor == TF32 else 0})>>"
+    else:
+        return next(((label, 0, False, None) for part, label in SMALL.items() if part in text), None)
+    width = 4 if factor == TF32 else 2
+    return label + (", TF32" if factor == TF32 else "") + TERMS[terms], qk, factor == TF32, shape.format(qk * width, v * width)
 
 
 def shared_bytes(tools, folder, shapes):
     """Of launches: what the compiler makes of the constant expressions."""
     lines = [f'#include "{ATTENTION}mma_{way}_text.h"\n' for way in ("forward", "backward")]
-    lines += [f'extern "C" __device__ unsigned long long shape_{i} = dattn::cuda::{shape}();\n' for i, shape in enumerate(shapes)]
+    lines.append("using namespace dattn::cuda;\n")
+    lines += [f'extern "C" __device__ unsigned long long shape_{i} = {shape}();\n' for i, shape in enumerate(shapes)]
     source, ptx = folder / "shapes.cu", folder / "shapes.ptx"
     source.write_text("".join(lines))
     tools.compile(source, "-ptx", "-arch=sm_90a", "-o", ptx)
@@ -166,14 +177,14 @@ def measure(tools, sources, capabilities):
         folder = pathlib.Path(name)
         all_figures = list(pool.map(lambda job: figures_of(tools, folder, *job), jobs))
         names = {mangled: readable(mangled) for figures in all_figures for mangled in figures}
-        shared = shared_bytes(tools, folder, sorted({known[2] for known in names.values() if known and known[2]}))
+        shared = shared_bytes(tools, folder, sorted({known[3] for known in names.values() if known and known[3]}))
     table = {}
     for (source, capability), figures in zip(jobs, all_figures):
         for mangled, values in figures.items():
             if names[mangled] is None:
                 continue
-            label, dim, shape = names[mangled]
-            kernel = Kernel(label, dim, shared=shared.get(shape, 0), order=SOURCES.index(source), **values)
+            label, dim, tf32, shape = names[mangled]
+            kernel = Kernel(label, dim, tf32, shared=shared.get(shape, 0), order=SOURCES.index(source), **values)
             row = table.setdefault(label, {})
             row[capability] = max(kernel, row.get(capability, kernel), key=lambda k: (k.spilled, k.registers, -k.mma))
     missing = {label for label in SMALL.values() if label not in table}
@@ -190,11 +201,12 @@ What ptxas makes of them, for compute capabilities 8.0 / 9.0 / 10.0 (one figure 
 fails where one spills more than is allowed there (mostly nothing), has no tensor-core instruction, leaves too little room for
 a second block, or differs from this table. These are properties of the code: how fast it runs is for a GPU to say.
 
-Attention by dims of q and v, in bf16 and fp16, which differ in one field of an instruction: the larger figure is given. *Score
-terms* are softcap, ALiBi and bias; *dropout* has all of them. Spilled: bytes stored and loaded again, of a thread. Shared:
-bytes of a block of 128 threads; *blocks* is how many of them fit on a multiprocessor with the shared memory of compute
-capability 8.0, the least of the three. Instructions are counted in the text, where a loop's body stands once: mma (of a warp,
-16 x 8 x 16), ldmatrix (four 8 x 8 matrices), copies (16 bytes a thread, asynchronous, from device to shared memory).
+Attention by dims of q and v, in bf16 and fp16, which differ in one field of an instruction: the larger figure is given; and in
+fp32 rounded to *TF32*, in steps of half the columns. *Score terms* are softcap, ALiBi and bias; *dropout* has all of them.
+Spilled: bytes stored and loaded again, of a thread. Shared: bytes of a block of 128 threads; *blocks* is how many of them fit on
+a multiprocessor with the shared memory of compute capability 8.0, the least of the three. Instructions are counted in the text,
+where a loop's body stands once: mma (of a warp, 16 x 8 x 16; TF32: 16 x 8 x 8), ldmatrix (four matrices of 8 x 16 bytes),
+copies (16 bytes a thread, asynchronous, from device to shared memory).
 
 | kernel | registers | spilled | shared | blocks | mma | ldmatrix | copies |
 |---|---|---|---|---|---|---|---|
@@ -202,7 +214,7 @@ capability 8.0, the least of the three. Instructions are counted in the text, wh
 
 
 def rows_of(table):
-    for name, by_capability in sorted(table.items(), key=lambda row: (row[1][TESTED].order, row[0])):
+    for name, by_capability in sorted(table.items(), key=lambda row: (row[1][TESTED].order, row[0].lower())):
         columns = zip(*(kernel.cells() for kernel in by_capability.values()))
         yield name, [cells[0] if len(set(cells)) == 1 else " / ".join(cells) for cells in columns]
 

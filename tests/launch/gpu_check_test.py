@@ -76,13 +76,14 @@ class GpuCheck(unittest.TestCase):
                      "conformance_nccl:2,ring", "conformance_nccl:4,others", "determinism", "determinism:meshes", "training:cpu",
                      "training:cuda", "curves", "training_invariant:2", "same_bits", "bench_product", "clocks",
                      "raw_cudnn:512,128,full", "bench_attention:2048,128,causal", "bench_attention:512,128,full,cuda",
-                     "bench_virtual_ranks:ring=4", "decode", "decode:no_graphs", "same_text", "gpt2"):
+                     "bench_fp32:2048,128,full", "bench_fp32:2048,128,causal,tf32", "bench_virtual_ranks:ring=4", "decode", "decode:no_graphs", "same_text", "gpt2"):
             self.assertIn(name, steps)
         self.assertEqual(steps["curves"]["result"], {"steps": 2, "largest_difference": 0.001, "tolerance": 0.01})
         self.assertIn("- GPU: H100, 580", result.stdout)
         self.assertIn("- CUDA: 4 device(s), driver 13.0\n- cuDNN: 9.19.0 at x\n- NCCL: 2.28.9\n"
                       "- SM clock under load: 1750 MHz at 690 W", result.stdout)
         self.assertIn("| 512,128,full | forward | 300.0 | 0.938 |  |  | 0.500 | 300.0 | 1.000 |", result.stdout)
+        self.assertIn("| 2048,128,causal | backward | 250.0 | 250.0 | 1.000 |", result.stdout)
         self.assertIn("- decode: 99 tokens/s, 99 without graphs\n- training, GPT-2 124M: 4321 tokens/s", result.stdout)
         again, _ = self.check()
         self.assertEqual(again, [])

@@ -50,6 +50,18 @@ class TrainOnGpu(unittest.TestCase):
             losses.update(made)
         self.assert_close(losses, whole, 1e-5)
 
+    def test_tf32_reaches_attention_and_is_invariant_there_too(self):
+        exact, said = self.train("exact", "--set", "device=cuda", DATTN_LOG="debug")
+        self.assertIn("cuda attention, fp32, dims 16 and 16: plain", said)
+        tf32 = ["--set", "device=cuda", "--set", "tf32=true", "--set", "determinism=invariant"]
+        alone, said = self.train("tf32", *tf32, DATTN_LOG="debug")
+        self.assertIn("cuda attention, fp32 rounded to TF32, dims 16 and 16: mma, dims to 64", said)
+        self.assert_close(alone, exact, 1e-2)
+        self.assertNotEqual(alone, exact)
+        shared, _ = self.train("shared", *tf32, "--ranks", "2", "--set", "mesh.ring=2", "--set", "ranks_per_device=2",
+                               DATTN_CUDA_STANDIN_DEVICES="1")
+        self.assertEqual(shared, alone)
+
     def test_two_ranks_share_a_device(self):
         alone, _ = self.train("alone", "--set", "device=cpu")
         shared, said = self.train("shared", "--ranks", "2", "--set", "mesh.ring=2", "--set", "device=cuda", "--set", "ranks_per_device=2",
