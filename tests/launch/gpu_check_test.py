@@ -24,7 +24,8 @@ case "$1 $2" in
           echo '{"event":"done","tokens_per_s":1234}' ;;
   "bench attention") echo '{"event":"done","forward_gflops":300000,"backward_gflops":250000}' ;;
   "bench train") echo '{"event":"done","tokens_per_s":4321}' ;;
-  "bench product") echo '{"event":"done","gflops":600000}' ;;
+  "bench product") [[ $* != *--repeat* ]] || sleep 0.3  # while the clock is sampled
+                   echo '{"event":"done","gflops":600000}' ;;
   generate*) [[ $* == *--no-graphs ]] || STUB_TEXT=
              echo '{"event":"done","text":"a \\"b\\" c'$STUB_TEXT'","tokens_per_s":99}' ;;
 esac

@@ -90,6 +90,7 @@ inline constexpr int kCopiedRows = kMmaThreads / 8;  // at once: 8 threads copy 
 // Starts the copy of kRows rows from `first` on; rows and columns past the ends become zeros.
 template <int kRowBytes, int kRows, Factor kFactor>
 __device__ __forceinline__ void copy_tile(const HeadRows<kFactor>& from, int first, unsigned char* tile) {
+  static_assert(kRows % kCopiedRows == 0);
   constexpr int kChunk = 16 / kFactorBytes<kFactor>;
   const int thread = opaque(static_cast<int>(threadIdx.x)), row = thread / 8, chunk = thread % 8;
   unsigned char* to = tile + place_of<kRowBytes>(row, chunk);
