@@ -10,7 +10,7 @@
 namespace dattn {
 namespace {
 
-constexpr int kBalancedParts = 512;  // layouts striped and balanced are tried on meshes of at most so many parts
+constexpr int kBalancedParts = 512;  // layout balanced is tried on meshes of at most so many parts
 
 std::vector<int> divisors(int number) {
   std::vector<int> all;
@@ -39,6 +39,7 @@ Candidates::Candidates(const PlanRequest& request) : request_(request) {
   pairs_ = visible_pairs(problem_->mask);
   const double rectangle = static_cast<double>(request.shape.seq_q) * static_cast<double>(request.shape.seq_kv);
   sees_all_ = pairs_ == static_cast<double>(request.shape.batch) * rectangle;
+  costs_.emplace(*problem_, pairs_, request.machine);
 }
 
 void Candidates::add_all() {
@@ -55,8 +56,11 @@ void Candidates::place(const MeshShape& mesh, Layout layout) {
 
 std::vector<Layout> Candidates::layouts(int parts) const {
   if (request_.fixed_layout) return {request_.options.layout};
-  if (parts > kBalancedParts) return {Layout::kZigzag, Layout::kContiguous};
-  return {Layout::kZigzag, Layout::kContiguous, Layout::kStriped, Layout::kBalanced};
+  if (parts == 1) return {Layout::kZigzag};  // the name that calls have by default
+  std::vector<Layout> all{Layout::kContiguous, Layout::kZigzag, Layout::kStriped};
+  if (wanted_ == "invariant") std::swap(all[0], all[1]);  // the tree of training's sums is zigzag's
+  if (parts <= kBalancedParts) all.push_back(Layout::kBalanced);
+  return all;
 }
 
 // What is left out without a look at its costs.
@@ -73,10 +77,11 @@ void Candidates::tell_untried() {
   if (request_.fixed_layout) return;
   const int parts = ranks() / outside();
   if (parts > kBalancedParts) {
-    rejected_.push_back({"layouts striped and balanced", fmt::format("not tried for more than {} parts of the sequence, here "
-                                                                     "{}; name the layout to have it",
-                                                                     kBalancedParts, parts)});
-  } else if (may_fetch && !sees_all_ && parts > 1) {
+    rejected_.push_back(
+        {"layout balanced", fmt::format("not tried for more than {} parts of the sequence, here {}; name the layout to have it",
+                                        kBalancedParts, parts)});
+  }
+  if (may_fetch && !sees_all_ && parts > 1) {
     rejected_.push_back({"strategies fetch and halo in layout striped",
                          "strides of positions see nearly all keys; name strategy and layout to have them"});
   }
@@ -132,8 +137,8 @@ int Candidates::inner_ring(const MeshShape& mesh) const {
   return per_node % stride == 0 && inner > 1 && inner < ring && ring % inner == 0 ? inner : 0;
 }
 
-void Candidates::refuse(const Strategy& strategy, const std::string& why) {
-  Unsuited& unsuited = unsuited_[strategy.name];
+void Candidates::refuse(const std::string& what, const std::string& why) {
+  Unsuited& unsuited = unsuited_[what];
   if (unsuited.meshes++ == 0) unsuited.first_reason = why;
 }
 
@@ -146,31 +151,45 @@ void Candidates::add_mesh(const MeshShape& mesh) {
     const bool halo = strategy.name == "halo";  // whose reach is looked at below, layout by layout
     const Support support = halo ? uses(*problem_, "halo", {Axis::kRing, Axis::kUlysses}) : strategy.accepts(*problem_);
     if (!support.ok) {
-      refuse(strategy, support.why);
+      refuse(std::string(strategy.name), support.why);
       continue;
     }
     attempt(fmt::format("{} on {}", strategy.name, mesh.text()), [&] {
-      if (fetches(strategy.name))
+      if (fetches(strategy.name)) {
         add_fetches(mesh, strategy);
-      else
-        drafts_.push_back(draft_of(mesh, strategy, layouts(mesh.sequence_parts())[0]));
+        return;
+      }
+      Draft draft = draft_of(mesh, strategy, Layout::kContiguous);
+      for (const Layout layout : layouts(mesh.sequence_parts())) {
+        draft.candidate.layout = layout;
+        drafts_.push_back(draft);
+        ++draft.place;
+      }
     });
   }
 }
 
-// A candidate for each layout. Strides of positions see every key that one of them sees.
+// What they move depends on the layout. Strides of positions see every key that one of them sees.
 void Candidates::add_fetches(const MeshShape& mesh, const Strategy& strategy) {
   const bool named = request_.options.strategy == strategy.name;
   if (sees_all_ && !named) return;
-  bool reaches = false;
+  int place = 0;
+  std::vector<Layout> beyond;
   for (const Layout layout : layouts(mesh.sequence_parts())) {
     if (layout == Layout::kStriped && !request_.fixed_layout && !named) continue;
     Draft draft = draft_of(mesh, strategy, layout);
-    if (strategy.name == "halo" && !draft.seen.neighbours_only) continue;
-    reaches = true;
-    drafts_.push_back(std::move(draft));
+    draft.place = place++;
+    if (strategy.name == "halo" && !draft.seen.neighbours_only)
+      beyond.push_back(layout);
+    else
+      drafts_.push_back(std::move(draft));
   }
-  if (!reaches) refuse(strategy, "queries see keys beyond the neighbours on the ring axis");
+  const std::string name(strategy.name), why = "queries see keys beyond the neighbours on the ring axis";
+  if (static_cast<int>(beyond.size()) == place) {
+    refuse(name, why);
+    return;
+  }
+  for (const Layout layout : beyond) refuse(fmt::format("{} in layout {}", name, name_of(layout)), why);
 }
 
 Draft Candidates::draft_of(const MeshShape& mesh, const Strategy& strategy, Layout layout) {
@@ -189,14 +208,29 @@ Draft Candidates::draft_of(const MeshShape& mesh, const Strategy& strategy, Layo
   draft.candidate.backward_bytes = bytes_of(draft.transfers.backward);
   draft.candidate.balance = draft.heads = head_balance(request_.shape, mesh);
   draft.order = order_of(mesh, static_cast<std::size_t>(&strategy - strategies().data()), strategy.name);
-  set_time(draft);
+  set_time(draft, {});
   return draft;
 }
 
-void Candidates::set_time(Draft& draft) const {
+// What waits and tiles cost decides between layouts and between times only.
+void Candidates::settle(Draft& draft) {
+  Candidate& candidate = draft.candidate;
+  place(candidate.mesh, candidate.layout);
+  const bool balance_alone = request_.machine == nullptr && request_.fixed_layout;
+  const LayoutWork work =
+      balance_alone ? LayoutWork{costs_->balance(candidate.strategy)} : costs_->work(candidate.strategy);
+  candidate.balance = draft.heads * work.balance;
+  candidate.in_step = work.in_step;
+  candidate.worked = work.worked;
+  set_time(draft, work);
+  draft.settled = true;
+}
+
+void Candidates::set_time(Draft& draft, const LayoutWork& work) const {
   if (request_.machine == nullptr) return;
-  const Work work{pairs_, draft.candidate.balance};
-  draft.candidate.time_s = estimated_time(draft.transfers, request_.shape, draft.candidate.mesh, work, *request_.machine);
+  const double balance = draft.candidate.balance;
+  const Work slowest{pairs_, work.worked / (balance * work.in_step), work.worked_backward / (balance * work.in_step_backward)};
+  draft.candidate.time_s = estimated_time(draft.transfers, request_.shape, draft.candidate.mesh, slowest, *request_.machine);
 }
 
 }  // namespace dattn

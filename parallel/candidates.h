@@ -1,9 +1,10 @@
 // What the planner chooses from: every way to shape the ranks as ulysses x rows x ring, with every strategy that takes the mesh
-// and, where what moves depends on it, every layout; each with its costs in closed form.
+// and every layout; each with its bytes in closed form and, once it is settled, with what its layout makes of the work.
 #pragma once
 
 #include <map>
 #include <memory>
+#include <optional>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -14,15 +15,15 @@
 
 namespace dattn {
 
-// A candidate on the way: costs in closed form first; layout, memory and a simulation when it comes to that.
+// A candidate on the way: bytes first; its layout's work, memory and a simulation when it comes to that.
 struct Draft {
   Candidate candidate;
   TransferLists transfers;
   SeenRows seen;
   double heads = 1;  // balance of the heads alone
   int order = 0;     // lower first where costs are equal
+  int place = 0;     // of its layout: fewer pieces first
   bool settled = false;
-  std::vector<Layout> untried{};  // once it is settled: another one shares out the work evenly enough
 };
 
 bool fetches(std::string_view strategy);  // or halo: what they move depends on the layout
@@ -35,10 +36,10 @@ class Candidates {
   int ranks() const { return request_.ranks.value_or(request_.mesh.ranks()); }
 
   void add_all();                                    // to drafts_
-  std::vector<Layout> layouts(int parts) const;      // to be tried, the likeliest first
+  std::vector<Layout> layouts(int parts) const;      // to be tried, those of fewest pieces first
   void place(const MeshShape& mesh, Layout layout);  // puts the one problem that all share on a mesh, with a layout
   Draft draft_of(const MeshShape& mesh, const Strategy& strategy, Layout layout);
-  void set_time(Draft& draft) const;
+  void settle(Draft& draft);  // its balance, and on a machine its time
 
   // Does what may find out that a candidate cannot be planned; then that is a reason to reject it.
   template <class Body>
@@ -70,15 +71,17 @@ class Candidates {
   std::vector<MeshShape> with_heads(std::vector<MeshShape> all);
   int inner_ring(const MeshShape& mesh) const;
   void add_mesh(const MeshShape& mesh);
-  void refuse(const Strategy& strategy, const std::string& why);  // on the mesh that is being added
+  void set_time(Draft& draft, const LayoutWork& work) const;
+  void refuse(const std::string& what, const std::string& why);  // on the mesh that is being added
   void add_fetches(const MeshShape& mesh, const Strategy& strategy);
   void tell_untried();
 
   std::string wanted_;  // strategy: auto, or the only one to consider
   bool sees_all_ = false;
   int meshes_ = 0;
-  std::map<std::string_view, Unsuited> unsuited_;  // strategies on meshes that they have no use for
-  std::map<Layout, SeenRows> seen_;                // of the mesh that is being added
+  std::map<std::string, Unsuited> unsuited_;  // strategies on meshes that they have no use for
+  std::map<Layout, SeenRows> seen_;           // of the mesh that is being added
+  std::optional<LayoutCosts> costs_;
 };
 
 }  // namespace dattn

@@ -10,9 +10,6 @@ namespace dattn {
 namespace {
 
 constexpr int kSampledRanks = 16;
-constexpr int kExactRanks = 64;  // meshes up to this size are not sampled,
-constexpr int kFewRanks = 8;     // but for masks of many regions, that planning a call of 64 ranks takes about a millisecond
-constexpr std::size_t kMostRegions = 1 << 13;  // of all ranks looked at together
 
 // Elements of a mean rank's share of each tensor, and bytes of an element.
 struct Sizes {
@@ -179,67 +176,6 @@ TransferLists counted_transfers(const Strategy& strategy, const Problem& problem
   return lists;
 }
 
-namespace {
-
-// The rows of `count` neighbouring places along the sequence, in closed form where the layout allows it.
-Positions rows_of_places(const Problem& problem, bool key_side, int first, int count) {
-  const std::int64_t length = key_side ? problem.shape.seq_kv : problem.shape.seq_q;
-  const int parts = problem.mesh.sequence_parts(), last = first + count - 1;
-  if (parts == count) return Positions::range(0, length);
-  const auto range = [&](int pieces, int from, int to) {
-    const std::int64_t begin = split_evenly(length, pieces, from).begin;
-    return Run{begin, split_evenly(length, pieces, to).end - begin, 1};
-  };
-  if (problem.layout == Layout::kContiguous) return Positions({range(parts, first, last)});
-  if (problem.layout == Layout::kZigzag)
-    return Positions({range(2 * parts, first, last), range(2 * parts, 2 * parts - 1 - last, 2 * parts - 1 - first)});
-  const int stride = problem.mesh.size(Axis::kTensor);
-  std::vector<Run> runs;
-  for (int place = first; place <= last; ++place) {
-    const Positions own = problem.shard_rows(key_side, place * stride);
-    runs.insert(runs.end(), own.runs().begin(), own.runs().end());
-  }
-  return Positions(runs);
-}
-
-// The rows that a rank of the grid has of every rank along its rings, `stride` places apart.
-Positions rows_along(const Problem& problem, bool key_side, int first, int count, int stride) {
-  std::vector<Run> runs;
-  for (; first < problem.mesh.sequence_parts(); first += stride) {
-    const Positions own = rows_of_places(problem, key_side, first, count);
-    runs.insert(runs.end(), own.runs().begin(), own.runs().end());
-  }
-  return Positions(runs);
-}
-
-// Of the places along the sequence.
-std::vector<int> looked_at(const Problem& problem, int places) {
-  std::size_t regions = 0;
-  for (const BatchRegions& part : problem.mask) regions += part.regions.size();
-  if (regions * static_cast<std::size_t>(std::min(places, kExactRanks)) > kMostRegions) return sample(places, kFewRanks);
-  return sample(places, places <= kExactRanks ? kExactRanks : kSampledRanks);
-}
-
-}  // namespace
-
-SeenRows seen_rows(const Problem& problem) {
-  const int parts = problem.mesh.size(Axis::kRing), ulysses = problem.mesh.size(Axis::kUlysses);
-  SeenRows seen;
-  if (parts == 1) return seen;
-  const std::vector<int> places = looked_at(problem, parts);
-  for (const int place : places) {
-    const std::vector<Interval> wanted = seen_keys(problem.mask, rows_of_places(problem, false, place * ulysses, ulysses));
-    const auto held = [&](int other) {
-      return rows_of_places(problem, true, around(other, parts) * ulysses, ulysses).inside(wanted).count();
-    };
-    std::int64_t fetched = -held(place);
-    for (const Interval& range : wanted) fetched += range.count();
-    seen.fetched += static_cast<double>(fetched) / static_cast<double>(places.size());
-    if (parts > 3 && fetched != held(place - 1) + held(place + 1)) seen.neighbours_only = false;
-  }
-  return seen;
-}
-
 double visible_pairs(const CompiledMask& mask) {
   double pairs = 0;
   for (const BatchRegions& part : mask) {
@@ -253,38 +189,6 @@ double head_balance(const AttentionShape& shape, const MeshShape& mesh) {
   const std::int64_t share = heads_of(shape.heads, shape.kv_heads, mesh.size(Axis::kTensor), 0).q.count();
   const std::int64_t most = split_evenly(share, mesh.size(Axis::kUlysses), 0).count();
   return static_cast<double>(shape.heads) / parts / static_cast<double>(most);
-}
-
-Sharing sharing_of(std::string_view strategy) {
-  if (strategy.starts_with("grid")) return Sharing::kGrid;
-  return strategy == "tree" || strategy == "ring_q" ? Sharing::kKeys : Sharing::kQueries;
-}
-
-double row_balance(std::string_view strategy, const Problem& problem, double pairs) {
-  const MeshShape& mesh = problem.mesh;
-  const int ulysses = mesh.size(Axis::kUlysses), places = mesh.sequence_parts() / ulysses;  // place: rows, fastest, and rings
-  const Sharing sharing = sharing_of(strategy);
-  const int rows = sharing == Sharing::kGrid ? mesh.size(Axis::kRows) : 1;
-  const bool keeps_keys = sharing == Sharing::kKeys;
-  double most = 0;
-  for (const int place : looked_at(problem, places)) {
-    const int first = place * ulysses, group = place / rows * rows * ulysses;  // first place of its column of the grid
-    const Positions own =
-        rows_of_places(problem, keeps_keys, keeps_keys ? first : group, keeps_keys ? ulysses : rows * ulysses);
-    double area_of_place = 0;
-    if (rows > 1) {
-      const Positions keys = rows_along(problem, true, first - group, ulysses, rows * ulysses);
-      area_of_place = area(make_tiles(problem.mask, own, keys));
-    } else {
-      for (const BatchRegions& part : problem.mask) {
-        const std::int64_t pairs_of_row =
-            keeps_keys ? area(part.regions, {0, problem.shape.seq_q}, own) : area(part.regions, own, {0, problem.shape.seq_kv});
-        area_of_place += static_cast<double>(pairs_of_row) * static_cast<double>(part.batch.count());
-      }
-    }
-    most = std::max(most, area_of_place);
-  }
-  return most == 0 ? 1.0 : std::min(1.0, pairs / places / most);
 }
 
 namespace {
@@ -326,10 +230,10 @@ double phase_time(const std::vector<Transfer>& transfers, double compute, const 
 double estimated_time(const TransferLists& transfers, const AttentionShape& shape, const MeshShape& mesh, const Work& work,
                       const Machine& machine) {
   const int ranks = mesh.sequence_parts() * mesh.size(Axis::kTensor);
-  const double pairs = work.pairs * static_cast<double>(shape.heads) / ranks / work.balance;
+  const double pairs = work.pairs * static_cast<double>(shape.heads) / ranks;
   const auto d = static_cast<double>(shape.dim_qk), v = static_cast<double>(shape.dim_v);
-  const double forward = pairs * 2 * (d + v) / machine.attend_rate(Verb::kAttend, shape.dtype);
-  const double backward = pairs * 2 * (3 * d + 2 * v) / machine.attend_rate(Verb::kAttendGrad, shape.dtype);
+  const double forward = pairs * work.forward * 2 * (d + v) / machine.attend_rate(Verb::kAttend, shape.dtype);
+  const double backward = pairs * work.backward * 2 * (3 * d + 2 * v) / machine.attend_rate(Verb::kAttendGrad, shape.dtype);
   return phase_time(transfers.forward, forward, mesh, machine) + phase_time(transfers.backward, backward, mesh, machine);
 }
 

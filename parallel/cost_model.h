@@ -7,6 +7,7 @@
 #include <string>
 #include <vector>
 
+#include "parallel/layout_cost.h"
 #include "parallel/machine.h"
 #include "parallel/strategy.h"
 
@@ -19,13 +20,6 @@ struct Transfer {
   double bytes = 0;     // payload of all of them together
   bool hops = false;    // each to the next rank of the axis, behind a computation; else to all ranks, and waited for
 };
-
-// Key rows that fetch and halo move, of a mean rank, and how the mask shares out the work.
-struct SeenRows {
-  double fetched = 0;
-  bool neighbours_only = true;  // all of them lie on the ring's neighbours
-};
-SeenRows seen_rows(const Problem& problem);
 
 struct TransferLists {
   std::vector<Transfer> forward;
@@ -40,20 +34,11 @@ double bytes_of(const std::vector<Transfer>& transfers);
 
 // Query heads of a mean rank over those of the rank with most.
 double head_balance(const AttentionShape& shape, const MeshShape& mesh);
-// Which visible pairs are a rank's work: those of its queries, those of its keys, or of a grid's column of queries and row of
-// keys.
-enum class Sharing { kQueries, kKeys, kGrid };
-Sharing sharing_of(std::string_view strategy);
-
-// Visible pairs of a mean rank over those of the rank with most, heads not counted; from a sample of ranks on large meshes.
-// `pairs`: all of the mask's. Equal for strategies of one sharing.
-double row_balance(std::string_view strategy, const Problem& problem, double pairs);
-
 double visible_pairs(const CompiledMask& mask);  // of one head, over all batch rows
 
 struct Work {
-  double pairs = 0;    // visible pairs of one head, over all batch rows and ranks
-  double balance = 1;  // mean rank over slowest rank
+  double pairs = 0;                  // visible pairs of one head, over all batch rows and ranks
+  double forward = 1, backward = 1;  // time of the slowest rank over that of a mean rank that works on visible pairs alone
 };
 // Seconds of forward and backward on the machine: the slowest rank computes, hops hide behind its pieces.
 double estimated_time(const TransferLists& transfers, const AttentionShape& shape, const MeshShape& mesh, const Work& work,

@@ -18,13 +18,14 @@ namespace dattn {
 namespace {
 
 constexpr double kIdleShare = 0.5;      // a balance below this share of the best one is refused
-constexpr double kEvenEnough = 0.95;    // a balance that ends the search for a layout
 constexpr double kNearlyAsGood = 1.02;  // times the best cost: there a balance that is kMoreEven times better decides
 constexpr double kMoreEven = 1.05;
-constexpr double kClearlyFewer = 0.7;                                // of the bytes: what is held all at once must come down to
-constexpr std::size_t kLookedAtForBytes = 8, kLookedAtForTime = 32;  // candidates whose layouts are compared
-constexpr std::size_t kSimulated = 4;                                // candidates that are simulated
-constexpr int kPlannedRanks = 32;                                    // whose memory is worked out, as long as
+constexpr double kAlike = 0.04;         // shares of work that differ by less count as equal
+constexpr double kClearlyFewer = 0.7;   // of the bytes: what is held all at once must come down to
+constexpr std::size_t kLookedAt = 32;   // by bytes: candidates whose work is compared
+constexpr std::size_t kSimulated = 4;   // meshes and strategies that are simulated; then the best one's other layouts,
+constexpr double kMaySurprise = 1.5;    // estimated to take no longer than so many times its time
+constexpr int kPlannedRanks = 32;       // whose memory is worked out, as long as
 constexpr int kPlannedWork = 3 * 4096;  // their number times that of all ranks, or of steps, is so small
 
 // Holds everything it is sent at once, where those that pass blocks around hold two.
@@ -43,18 +44,18 @@ class Planner : private Candidates {
 
   Plan best_plan() {
     order_drafts();
-    for (Draft& draft : drafts_) {
-      if (!draft.settled) settle(draft);
+    for (std::size_t i = 0; i < drafts_.size(); ++i) {
+      settle_best_from(i);
+      const Candidate& candidate = drafts_[i].candidate;
       std::optional<Plan> plan;
-      if (reaches(draft.candidate) && attempt(draft.candidate.text(), [&] { plan = plan_of(draft.candidate); })) return *plan;
+      if (reaches(candidate) && attempt(candidate.text(), [&] { plan = plan_of(candidate); })) return *plan;
     }
     refuse();
   }
 
   Candidate assess(const MeshShape& mesh, const Strategy& strategy) {
     Draft draft = draft_of(mesh, strategy, request_.options.layout);
-    draft.candidate.balance = draft.heads * balance_of(strategy.name);
-    set_time(draft);
+    settle(draft);
     return draft.candidate;
   }
 
@@ -64,26 +65,45 @@ class Planner : private Candidates {
     add_all();
     sort();
     refuse_what_holds_all();
-    for (std::size_t i = 0; i < drafts_.size() && i < looked_at(); ++i) settle(drafts_[i]);
+    for (std::size_t i = 0; i < drafts_.size() && (by_time() || i < kLookedAt); ++i) settle(drafts_[i]);
     refuse_uneven_rows();
     sort();
+    if (!drafts_.empty()) settle_best_from(0);
     prefer_even();
   }
-  std::size_t looked_at() const { return by_time() ? kLookedAtForTime : kLookedAtForBytes; }
 
+  // By time, or by bytes and, among equals, by work; then what is plainer.
   auto key(const Draft& draft) const {
     const Candidate& c = draft.candidate;
     return std::tuple(by_time() ? c.time_s : 0.0, std::llround(c.forward_bytes / draft.heads),
-                      std::llround(c.backward_bytes / draft.heads), draft.order);
+                      std::llround(c.backward_bytes / draft.heads), work_class(c), draft.order, draft.place);
+  }
+  long long work_class(const Candidate& c) const {
+    if (by_time()) return 0;
+    return std::llround(std::log(c.time_s > 0 ? c.time_s : 1 / (c.balance * c.in_step)) / kAlike);
   }
   // Bytes: of the rank with most heads.
   double cost(const Draft& draft) const {
     return by_time() ? draft.candidate.time_s : draft.candidate.forward_bytes / draft.heads;
   }
 
-  void sort() {
-    std::stable_sort(drafts_.begin(), drafts_.end(), [this](const Draft& a, const Draft& b) { return key(a) < key(b); });
+  void sort(std::size_t from = 0) {
+    std::stable_sort(drafts_.begin() + static_cast<std::ptrdiff_t>(from), drafts_.end(),
+                     [this](const Draft& a, const Draft& b) { return key(a) < key(b); });
   }
+
+  // Those that are not settled look better than they are.
+  void settle_best_from(std::size_t i) {
+    while (!drafts_[i].settled) {
+      const Candidate first = drafts_[i].candidate;
+      for (Draft& draft : drafts_) {
+        if (!draft.settled && alike_but_layout(draft.candidate, first)) settle(draft);
+      }
+      sort(i);
+    }
+  }
+
+  static bool alike_but_layout(const Candidate& a, const Candidate& b) { return a.mesh == b.mesh && a.strategy == b.strategy; }
 
   template <class Bad>
   void drop(const Bad& bad) {
@@ -113,40 +133,18 @@ class Planner : private Candidates {
     });
   }
 
-  // Takes the layout that shares out the work best: the first that does so well enough.
-  void settle(Draft& draft) {
-    Candidate& candidate = draft.candidate;
-    const std::vector<Layout> all =
-        fetches(candidate.strategy) ? std::vector<Layout>{candidate.layout} : layouts(candidate.mesh.sequence_parts());
-    double best = -1;
-    auto layout = all.begin();
-    while (layout != all.end() && best < kEvenEnough) {
-      place(candidate.mesh, *layout);
-      const double balance = balance_of(candidate.strategy);
-      if (balance > best) best = balance, candidate.layout = *layout;
-      ++layout;
-    }
-    draft.untried.assign(layout, all.end());
-    candidate.balance = draft.heads * best;
-    draft.settled = true;
-    set_time(draft);
-  }
-
-  // Of the problem as it is placed.
-  double balance_of(std::string_view strategy) {
-    const auto key = std::tuple(problem_->mesh.sizes, problem_->layout, sharing_of(strategy));
-    const auto known = balances_.find(key);
-    if (known != balances_.end()) return known->second;
-    return balances_[key] = row_balance(strategy, *problem_, pairs_);
-  }
-
+  // Told once for each strategy and layout. What it costs by time, the time says.
   void refuse_uneven_rows() {
+    if (by_time()) return;
     double best = 0;
     for (const Draft& draft : drafts_) best = draft.settled ? std::max(best, draft.candidate.balance) : best;
+    std::set<std::pair<std::string, Layout>> told;
     drop([&](const Draft& draft) {
-      if (!draft.settled || draft.candidate.balance >= kIdleShare * best) return false;
-      rejected_.push_back({draft.candidate.text(), fmt::format("the slowest rank has {:.1f} times the mean work (best: {:.1f})",
-                                                               1 / draft.candidate.balance, 1 / best)});
+      const Candidate& candidate = draft.candidate;
+      if (!draft.settled || candidate.balance >= kIdleShare * best) return false;
+      if (told.insert({candidate.strategy, candidate.layout}).second)
+        rejected_.push_back({candidate.text(), fmt::format("the slowest rank has {:.1f} times the mean work (best: {:.1f})",
+                                                           1 / candidate.balance, 1 / best)});
       return true;
     });
   }
@@ -165,22 +163,40 @@ class Planner : private Candidates {
     return write_plan(find_strategy(candidate.strategy), std::make_shared<Problem>(*problem_));
   }
 
+  // The simulated ones come first.
   void simulate_best() {
-    std::size_t count = 0;
-    while (count < std::min(kSimulated, drafts_.size())) {
-      Candidate& candidate = drafts_[count].candidate;
-      const bool planned = attempt(candidate.text(), [&] {
-        const Plan forward = plan_of(candidate);
-        candidate.time_s = simulated_time(forward, backward(forward), *request_.machine);
-        candidate.simulated = true;
-      });
-      if (planned)
-        ++count;
-      else
-        drafts_.erase(drafts_.begin() + static_cast<std::ptrdiff_t>(count));
+    std::vector<Draft> simulated, others;
+    const auto known = [&](const Draft& draft) {
+      return std::any_of(simulated.begin(), simulated.end(),
+                         [&](const Draft& one) { return alike_but_layout(one.candidate, draft.candidate); });
+    };
+    for (Draft& draft : drafts_) {
+      if (simulated.size() == kSimulated || known(draft))
+        others.push_back(std::move(draft));
+      else if (simulate(draft.candidate))
+        simulated.push_back(std::move(draft));
     }
-    std::stable_sort(drafts_.begin(), drafts_.begin() + static_cast<std::ptrdiff_t>(count),
-                     [this](const Draft& a, const Draft& b) { return key(a) < key(b); });
+    const auto faster = [this](const Draft& a, const Draft& b) { return key(a) < key(b); };
+    std::stable_sort(simulated.begin(), simulated.end(), faster);
+    const Candidate best = simulated.empty() ? Candidate() : simulated[0].candidate;
+    drafts_.clear();
+    for (Draft& draft : others) {
+      const bool may_surprise = alike_but_layout(draft.candidate, best) && draft.candidate.time_s <= kMaySurprise * best.time_s;
+      if (!may_surprise)
+        drafts_.push_back(std::move(draft));
+      else if (simulate(draft.candidate))
+        simulated.push_back(std::move(draft));
+    }
+    std::stable_sort(simulated.begin(), simulated.end(), faster);
+    drafts_.insert(drafts_.begin(), simulated.begin(), simulated.end());
+  }
+
+  bool simulate(Candidate& candidate) {
+    return attempt(candidate.text(), [&] {
+      const Plan forward = plan_of(candidate);
+      candidate.time_s = simulated_time(forward, backward(forward), *request_.machine);
+      candidate.simulated = true;
+    });
   }
 
   // Whether halo's edges hold all that is seen; other strategies were asked when they became candidates.
@@ -201,42 +217,90 @@ class Planner : private Candidates {
 
   // The first two that fit, of different meshes where those are free.
   Choice pick() {
-    std::vector<Candidate> best;
-    for (Draft& draft : drafts_) {
-      if (!draft.settled) settle(draft);
-      Candidate& candidate = draft.candidate;
+    std::vector<Candidate> best, too_large;
+    for (std::size_t i = 0; i < drafts_.size(); ++i) {
+      settle_best_from(i);
+      Candidate& candidate = drafts_[i].candidate;
       if (!best.empty() && request_.ranks && candidate.mesh == best[0].mesh) continue;
-      if (!reaches(candidate)) continue;
+      const bool holds_as_much = std::any_of(too_large.begin(), too_large.end(), [&](const Candidate& one) {
+        return alike_but_layout(one, candidate) && !fetches(one.strategy);  // layouts give a rank equally many rows
+      });
+      if (holds_as_much || !reaches(candidate)) continue;
       if (!attempt(candidate.text(), [&] { set_memory(candidate); })) continue;
       if (request_.memory_bytes > 0 && candidate.peak_memory > request_.memory_bytes) {
         rejected_.push_back({candidate.text(), fmt::format("needs {} bytes of memory, a rank has {}", candidate.peak_memory,
                                                            request_.memory_bytes)});
+        too_large.push_back(candidate);
         continue;
       }
-      if (best.empty()) tell_untried_layouts(draft);
       best.push_back(candidate);
       if (best.size() == 2) break;
     }
     if (best.empty()) refuse();
-    tell_costlier(best);
-    Choice choice{
-        request_.objective, best[0], std::nullopt, std::move(rejected_), lower_bound_bytes(request_.shape, best[0].mesh), 1};
+    Choice choice;
+    choice.objective = request_.objective;
+    choice.chosen = best[0];
     if (best.size() > 1) choice.runner_up = best[1];
+    choice.layouts = in_every_layout(best[0]);
+    choice.layout_reason = tell_layouts(choice);
+    tell_costlier(best);
+    choice.rejected = std::move(rejected_);
+    choice.lower_bound_bytes = lower_bound_bytes(request_.shape, best[0].mesh);
     choice.ratio = ratio_over(choice.chosen.forward_bytes, choice.lower_bound_bytes);
     return choice;
   }
 
-  // Of the choice.
-  void tell_untried_layouts(const Draft& chosen) {
-    if (chosen.untried.empty()) return;
-    std::string names;
-    for (const Layout layout : chosen.untried) names += fmt::format("{}{}", names.empty() ? "" : ", ", name_of(layout));
-    const Candidate& candidate = chosen.candidate;
-    rejected_.push_back(
-        {fmt::format("layout{} {}", chosen.untried.size() > 1 ? "s" : "", names),
-         fmt::format("not tried: with {} the mean rank has {:.3f} of the work of the slowest, and layouts are compared by that "
-                     "until one reaches {}; name the layout to have it",
-                     name_of(candidate.layout), candidate.balance / chosen.heads, kEvenEnough)});
+  // The choice first.
+  std::vector<Candidate> in_every_layout(const Candidate& chosen) {
+    std::vector<Candidate> all{chosen};
+    for (const Layout layout : layouts(chosen.mesh.sequence_parts())) {
+      if (layout == chosen.layout) continue;
+      const auto known = std::find_if(drafts_.begin(), drafts_.end(), [&](const Draft& draft) {
+        return draft.settled && alike_but_layout(draft.candidate, chosen) && draft.candidate.layout == layout;
+      });
+      if (known != drafts_.end()) {
+        all.push_back(known->candidate);
+        continue;
+      }
+      if (fetches(chosen.strategy)) continue;  // those that it can take are among the candidates
+      Draft draft = draft_of(chosen.mesh, find_strategy(chosen.strategy), layout);
+      settle(draft);
+      all.push_back(draft.candidate);
+    }
+    return all;
+  }
+
+  // What it costs to be laid out so.
+  std::string layout_costs(const Candidate& c) const {
+    std::string text = by_time() ? fmt::format("{:.4g} ms{}, ", c.time_s * 1e3, c.simulated ? " simulated" : "") : "";
+    if (fetches(c.strategy)) text += fmt::format("{:.0f} bytes forward, ", c.forward_bytes);
+    text += fmt::format("balance {:.3f}", c.balance);
+    if (c.in_step < 0.9995) text += fmt::format(", {:.3f} of it in step around the ring", c.in_step);
+    if (c.worked > 1.0005) text += fmt::format(", tiles of {:.2f} times the visible pairs", c.worked);
+    return text;
+  }
+
+  // Why the choice has its layout; every other one is refused with its costs.
+  std::string tell_layouts(const Choice& choice) {
+    const Candidate& chosen = choice.chosen;
+    if (request_.fixed_layout) return "it is given";
+    if (chosen.mesh.sequence_parts() == 1) return "one rank holds all positions";
+    bool alike = true;
+    for (std::size_t i = 1; i < choice.layouts.size(); ++i) {
+      const Candidate& other = choice.layouts[i];
+      const bool costs_as_much = by_time() ? other.time_s <= kNearlyAsGood * chosen.time_s
+                                           : std::llround(other.forward_bytes) == std::llround(chosen.forward_bytes) &&
+                                                 work_class(other) == work_class(chosen);
+      alike = alike && costs_as_much;
+      const std::string why = costs_as_much ? fmt::format("no better than {}", name_of(chosen.layout)) : "costs more";
+      if (!choice.runner_up || choice.runner_up->text() != other.text())
+        rejected_.push_back({other.text(), fmt::format("{}: {}; {} has {}", why, layout_costs(other), name_of(chosen.layout),
+                                                       layout_costs(chosen))});
+    }
+    const std::string costs = layout_costs(chosen);
+    if (choice.layouts.size() == 1) return fmt::format("the only one that suits: {}", costs);
+    if (alike) return fmt::format("all are alike here, and of equals it has the fewest pieces: {}", costs);
+    return fmt::format("{}: {}", by_time() ? "fastest" : fetches(chosen.strategy) ? "fewest bytes" : "most even work", costs);
   }
 
   // Of all that could run and was not taken, as one.
@@ -246,6 +310,7 @@ class Planner : private Candidates {
     for (const Draft& draft : drafts_) {
       const std::string text = draft.candidate.text();
       if (std::any_of(best.begin(), best.end(), [&](const Candidate& taken) { return taken.text() == text; })) continue;
+      if (!request_.fixed_layout && alike_but_layout(draft.candidate, best[0])) continue;  // told already
       if (count++ == 0) cheapest = &draft;
     }
     if (cheapest == nullptr) return;
@@ -256,9 +321,9 @@ class Planner : private Candidates {
                                 next.forward_bytes, next.backward_bytes, best[0].forward_bytes, best[0].backward_bytes);
     rejected_.push_back(
         {fmt::format("{} more candidates", count),
-         fmt::format("no better: the first of them, {}, {}; layouts were compared for the best {} in closed form{}",
-                     next.text(), costs, looked_at(),
-                     best[0].simulated ? fmt::format(", and the best {} simulated", kSimulated) : "")});
+         fmt::format("no better: the first of them, {}, {}; {}", next.text(), costs,
+                     by_time() ? best[0].simulated ? fmt::format("the best {} were simulated", kSimulated) : "all by estimate"
+                               : fmt::format("the work of the best {} was compared", kLookedAt))});
   }
 
   [[noreturn]] void refuse() const {
@@ -268,8 +333,6 @@ class Planner : private Candidates {
          request_.options.strategy, request_.fixed_layout ? name_of(request_.options.layout) : "any",
          all.empty() ? " no mesh suits the strategy; use strategy auto" : all);
   }
-
-  std::map<std::tuple<std::array<int, kAxes.size()>, Layout, Sharing>, double> balances_;
 };
 
 void check_request(const PlanRequest& request) {

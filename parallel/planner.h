@@ -1,6 +1,7 @@
 // The planner: which mesh, strategy and layout an attention should run with, and why. It costs every way to shape n ranks
-// as ulysses x rows x ring, with every strategy that takes the mesh, in closed form (cost_model.h), then looks closer at
-// the best: how their layouts share out the work, what memory they need, and, on a machine, what time they take.
+// as ulysses x rows x ring, with every strategy that takes the mesh, in every layout: bytes in closed form (cost_model.h), work
+// as the layout shares it out (layout_cost.h), from which follows a time on a machine. Then it looks closer at the best: what
+// memory they need and, where that is quick, what time they take when simulated.
 #pragma once
 
 #include <optional>
@@ -32,6 +33,8 @@ struct Candidate {
   double forward_bytes = 0;  // received by a mean rank, without statistics
   double backward_bytes = 0;
   double balance = 1;            // mean over most work of a rank
+  double in_step = 1;            // forward: most work of a rank over that and the waits of a ring for its slowest ranks
+  double worked = 1;             // forward: pairs of the machine's tiles over visible pairs
   double time_s = 0;             // forward and backward, where there is a machine
   bool simulated = false;        // time_s is of simulate.h, not of a closed form
   std::int64_t peak_memory = 0;  // of the rank that holds most, of large meshes in a sample: inputs and the plan's values
@@ -48,6 +51,8 @@ struct Choice {
   Objective objective = Objective::kBytes;
   Candidate chosen;
   std::optional<Candidate> runner_up;
+  std::vector<Candidate> layouts;  // the choice in every layout that was tried, memory left out
+  std::string layout_reason;       // why the chosen one
   std::vector<Rejected> rejected;
   double lower_bound_bytes = 0;  // forward
   double ratio = 1;              // chosen.forward_bytes over it

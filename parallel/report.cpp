@@ -21,6 +21,8 @@ Json to_json(const Candidate& candidate) {
   json["bytes_per_rank"] = {{"forward", std::llround(candidate.forward_bytes)},
                             {"backward", std::llround(candidate.backward_bytes)}};
   json["balance"] = candidate.balance;
+  json["in_step"] = candidate.in_step;
+  json["worked"] = candidate.worked;
   json["peak_memory_bytes"] = candidate.peak_memory;
   json["time_s"] = candidate.time_s > 0 ? Json(candidate.time_s) : Json();
   json["simulated"] = candidate.simulated;
@@ -82,6 +84,7 @@ std::string explain(const Choice& choice) {
   text += fmt::format("best      {}\n          {}\n", choice.chosen.text(), costs_text(choice.chosen));
   text += fmt::format("          {:.3f} times the lower bound of {:.0f} bytes for full attention\n", choice.ratio,
                       choice.lower_bound_bytes);
+  text += fmt::format("layout    {}: {}\n", name_of(choice.chosen.layout), choice.layout_reason);
   if (choice.runner_up)
     text += fmt::format("runner-up {}\n          {}\n", choice.runner_up->text(), costs_text(*choice.runner_up));
   for (const Rejected& one : choice.rejected) text += fmt::format("refused   {}: {}\n", one.what, one.why);
@@ -92,7 +95,19 @@ Json to_json(const Choice& choice) {
   Json json{{"objective", choice.objective == Objective::kTime ? "time" : "bytes"},
             {"chosen", to_json(choice.chosen)},
             {"runner_up", choice.runner_up ? to_json(*choice.runner_up) : Json()},
+            {"layout_reason", choice.layout_reason},
+            {"layouts", Json::array()},
             {"rejected", Json::array()}};
+  for (const Candidate& one : choice.layouts) {
+    json["layouts"].push_back({{"layout", name_of(one.layout)},
+                               {"bytes_per_rank", {{"forward", std::llround(one.forward_bytes)},
+                                                   {"backward", std::llround(one.backward_bytes)}}},
+                               {"balance", one.balance},
+                               {"in_step", one.in_step},
+                               {"worked", one.worked},
+                               {"time_s", one.time_s > 0 ? Json(one.time_s) : Json()},
+                               {"simulated", one.simulated}});
+  }
   for (const Rejected& one : choice.rejected) json["rejected"].push_back({{"what", one.what}, {"why", one.why}});
   return json;
 }

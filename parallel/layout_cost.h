@@ -1,0 +1,85 @@
+// What a layout makes of a mask on a mesh, for planning: the rows that ranks fetch, how evenly the visible pairs are shared
+// out, how long a ring waits for its slowest ranks, and how much of a kernel's tiles is hidden. Exact on small meshes, of a
+// sample of ranks on large ones; waits are those of a coarse picture of the mask.
+#pragma once
+
+#include <map>
+#include <optional>
+#include <string_view>
+#include <tuple>
+#include <utility>
+#include <vector>
+
+#include "parallel/machine.h"
+#include "parallel/plan.h"
+
+namespace dattn {
+
+// Key rows that fetch and halo move, of a mean rank.
+struct SeenRows {
+  double fetched = 0;
+  bool neighbours_only = true;  // all of them lie on the ring's neighbours
+};
+SeenRows seen_rows(const Problem& problem);
+
+// Which visible pairs are a rank's work: those of its queries, those of its keys, or of a grid's column of queries and row of
+// keys.
+enum class Sharing { kQueries, kKeys, kGrid };
+Sharing sharing_of(std::string_view strategy);
+
+// Visible pairs by cells of the plane of queries and keys.
+class PairGrid {
+ public:
+  using Share = std::vector<std::pair<int, double>>;  // of a block's rows: cells that hold some, with the share of the cell's
+
+  explicit PairGrid(const Problem& problem);
+  Share share(const Positions& rows, bool key_side) const;
+  std::vector<double> seen(const Share& queries) const;  // pairs of these queries by cells of keys
+  static double pairs(const std::vector<double>& seen, const Share& keys);
+
+ private:
+  std::int64_t length_[2] = {};  // queries, keys
+  int cells_[2] = {};
+  std::vector<double> pairs_;  // [cells of queries, cells of keys]
+};
+
+struct LayoutWork {
+  double balance = 1;  // mean over most visible pairs of a rank, heads not counted
+  // A ring's busiest rank over the whole ring, whose ranks wait for each other's hops; 1 without a ring. Backward gradients
+  // travel behind each computation, so ranks wait more.
+  double in_step = 1, in_step_backward = 1;
+  double worked = 1, worked_backward = 1;  // pairs of the kernel's tiles over visible ones
+};
+
+// Of one problem that is placed on meshes of equally many parts, in any layout; what was worked out is kept.
+class LayoutCosts {
+ public:
+  // `pairs`: all that the mask shows. No machine: tiles of single pairs.
+  LayoutCosts(const Problem& problem, double pairs, const Machine* machine);
+
+  double balance(std::string_view strategy);   // as the problem is placed now
+  LayoutWork work(std::string_view strategy);  // the same and the rest
+
+ private:
+  using Key = std::tuple<int, int, Layout, Sharing>;  // ulysses, rows where they matter, ..
+  Key key(std::string_view strategy) const;
+  const PairGrid& grid();
+  const std::vector<double>& pairs_before(bool key_side);  // of all places before each, with all of the other side
+  double pairs_with_all(const Positions& own, bool key_side) const;
+  double count_balance(Sharing sharing);
+  std::pair<double, double> count_waits(std::string_view strategy);
+  std::pair<double, double> count_worked(int group);
+  double key_rounding(double seen_of_row, Verb verb) const;
+
+  const Problem& problem_;
+  double pairs_;
+  const Machine* machine_;
+  bool sees_all_ = false;
+  std::optional<PairGrid> grid_;
+  std::map<std::pair<Layout, bool>, std::vector<double>> pairs_before_;
+  std::map<Key, double> balances_;
+  std::map<std::pair<Key, bool>, std::pair<double, double>> waits_;
+  std::map<Key, std::pair<double, double>> worked_;
+};
+
+}  // namespace dattn
