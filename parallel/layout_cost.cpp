@@ -22,8 +22,17 @@ constexpr int kLeastCells = 16;           // fewer where many regions are large:
 constexpr double kMostCells = 1 << 17;    // of all regions together
 constexpr int kWaitingGroups = 32;        // longer rings are looked at as so many groups of neighbours
 constexpr std::int64_t kTiled = 1 << 16;  // rows of a run whose tiles are counted
-constexpr std::size_t kTiledRuns = 16;    // and runs
-constexpr int kTiledBlocks = 3, kTiledBatches = 4;
+constexpr int kTiledRuns = 16;            // and runs
+constexpr int kTiledBlocks = 4, kTiledBatches = 4, kRoundedBlocks = 16;
+
+// Of step 1.
+Positions joined_runs(const std::vector<Run>& runs) {
+  std::vector<Interval> ranges;
+  for (const Run& run : runs) ranges.push_back({run.begin, run.last() + 1});
+  std::vector<Run> joined;
+  for (const Interval& range : join(std::move(ranges))) joined.push_back({range.begin, range.count(), 1});
+  return Positions(joined);
+}
 
 // The rows of `count` neighbouring places along the sequence, in closed form where the layout allows it.
 Positions rows_of_places(const Problem& problem, bool key_side, int first, int count) {
@@ -42,6 +51,7 @@ Positions rows_of_places(const Problem& problem, bool key_side, int first, int c
     const Positions own = problem.part_rows(key_side, place);
     runs.insert(runs.end(), own.runs().begin(), own.runs().end());
   }
+  if (problem.layout == Layout::kBalanced && count > 1) return joined_runs(runs);
   return Positions(runs);
 }
 
@@ -290,8 +300,9 @@ LayoutWork LayoutCosts::work(std::string_view strategy) {
   }
   if (machine_ != nullptr && machine_->tile) {
     const int group = std::get<0>(where) * std::get<1>(where);
-    auto& known = worked_.try_emplace(where).first->second;
-    if (known.first == 0) known = count_worked(group);
+    const bool gathers = strategy == "allgather" || strategy == "grid_gather";  // keys, whose runs join
+    auto& known = worked_.try_emplace({where, gathers}).first->second;
+    if (known.first == 0) known = count_worked(group, gathers);
     std::tie(work.worked, work.worked_backward) = known;
   }
   return work;
@@ -335,37 +346,42 @@ std::pair<double, double> LayoutCosts::count_waits(std::string_view strategy) {
   return {all.busiest / (passes_q ? all.locked : all.loose), all.busiest / all.locked};
 }
 
-// Of some blocks of the queries of `group` neighbouring places, with all keys; strides with strides of two places.
-std::pair<double, double> LayoutCosts::count_worked(int group) {
+// Of some blocks of the queries of `group` neighbouring places, with all keys; strides with strides of two places. Of the block
+// with most of each.
+std::pair<double, double> LayoutCosts::count_worked(int group, bool joins_keys) {
   const int parts = problem_.mesh.sequence_parts(), ulysses = problem_.mesh.size(Axis::kUlysses);
   const bool strides = problem_.layout == Layout::kStriped && ulysses < parts;
   const int blocks = strides ? parts : parts / group;
-  double visible = 0, rows = 0, forward = 0, backward = 0;
-  const auto batches = sample(static_cast<int>(problem_.mask.size()), kTiledBatches);
+  double visible = 0, forward = 0, backward = 0;  // of a row, the most of a block
   for (const int block : sample(blocks, kTiledBlocks)) {
     const Positions own = strides ? problem_.part_rows(false, block) : rows_of_places(problem_, false, block * group, group);
     std::vector<Run> queries;
-    for (const int i : sample(static_cast<int>(own.runs().size()), static_cast<int>(kTiledRuns))) {
+    for (const int i : sample(static_cast<int>(own.runs().size()), kTiledRuns)) {
       Run run = own.runs()[static_cast<std::size_t>(i)];
       if (run.count > kTiled) run = {run.at((run.count - kTiled) / 2), kTiled, run.step};
       queries.push_back(run);
     }
     const Positions tiled(queries);
+    double of_block[3] = {};
     for (const int other : sample(strides ? parts : 1, 2)) {
       const Positions keys = strides ? problem_.part_rows(true, other) : Positions::range(0, problem_.shape.seq_kv);
-      for (const int batch : batches) {
+      for (const int batch : sample(static_cast<int>(problem_.mask.size()), kTiledBatches)) {
         const BatchRegions& part = problem_.mask[static_cast<std::size_t>(batch)];
         const std::vector<Tile> tiles = make_tiles(part.regions, tiled, keys);
         const auto weight = static_cast<double>(part.batch.count());
-        visible += static_cast<double>(area(tiles)) * weight;
-        rows += static_cast<double>(tiled.count()) * weight;
-        forward += static_cast<double>(machine_->worked_pairs(Verb::kAttend, tiles)) * weight;
-        backward += static_cast<double>(machine_->worked_pairs(Verb::kAttendGrad, tiles)) * weight;
+        of_block[0] += static_cast<double>(area(tiles)) * weight;
+        of_block[1] += static_cast<double>(machine_->worked_pairs(Verb::kAttend, tiles)) * weight;
+        of_block[2] += static_cast<double>(machine_->worked_pairs(Verb::kAttendGrad, tiles)) * weight;
       }
     }
+    if (tiled.count() == 0) continue;
+    const auto rows = static_cast<double>(tiled.count());
+    visible = std::max(visible, of_block[0] / rows);
+    forward = std::max(forward, of_block[1] / rows);
+    backward = std::max(backward, of_block[2] / rows);
   }
   if (visible == 0) return {1, 1};
-  const double seen_of_row = strides ? 0 : visible / rows;
+  const double seen_of_row = strides || joins_keys ? 0 : visible / static_cast<double>(std::max<std::int64_t>(1, problem_.shape.batch));
   return {forward / visible * key_rounding(seen_of_row, Verb::kAttend),
           backward / visible * key_rounding(seen_of_row, Verb::kAttendGrad)};
 }
@@ -373,15 +389,18 @@ std::pair<double, double> LayoutCosts::count_worked(int group) {
 // Where rows see more keys than a run of keys has, every run ends in a tile of its own.
 double LayoutCosts::key_rounding(double seen_of_row, Verb verb) const {
   const TileSize& tile = verb == Verb::kAttendGrad && machine_->grad_tile ? *machine_->grad_tile : *machine_->tile;
-  const int parts = problem_.mesh.sequence_parts(), ulysses = problem_.mesh.size(Axis::kUlysses);
-  if (tile.clipped || ulysses == parts) return 1;
-  double runs = 1;  // of the keys of a ulysses group
-  if (problem_.layout == Layout::kZigzag) runs = 2;
-  if (problem_.layout == Layout::kBalanced) runs = runs_of_place(problem_) * ulysses;
-  const double length = static_cast<double>(problem_.shape.seq_kv) * ulysses / parts / runs;
-  if (length < 1 || seen_of_row <= length) return 1;
-  const auto keys = static_cast<double>(tile.keys);
-  return std::ceil(length / keys) * keys / length;
+  const int ulysses = problem_.mesh.size(Axis::kUlysses), groups = problem_.mesh.sequence_parts() / ulysses;
+  if (tile.clipped || groups == 1) return 1;
+  double length = 0, rounded = 0, runs = 0;
+  for (const int group : sample(groups, kRoundedBlocks)) {
+    const Positions keys = rows_of_places(problem_, true, group * ulysses, ulysses);
+    for (const Run& run : keys.runs()) {
+      length += static_cast<double>(run.count);
+      rounded += static_cast<double>((run.count + tile.keys - 1) / tile.keys * tile.keys);
+    }
+    runs += static_cast<double>(keys.runs().size());
+  }
+  return length == 0 || seen_of_row <= length / runs ? 1 : rounded / length;
 }
 
 }  // namespace dattn

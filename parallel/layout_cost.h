@@ -68,7 +68,7 @@ class LayoutCosts {
   double pairs_with_all(const Positions& own, bool key_side) const;
   double count_balance(Sharing sharing);
   std::pair<double, double> count_waits(std::string_view strategy);
-  std::pair<double, double> count_worked(int group);
+  std::pair<double, double> count_worked(int group, bool joins_keys);
   double key_rounding(double seen_of_row, Verb verb) const;
 
   const Problem& problem_;
@@ -79,7 +79,7 @@ class LayoutCosts {
   std::map<std::pair<Layout, bool>, std::vector<double>> pairs_before_;
   std::map<Key, double> balances_;
   std::map<std::pair<Key, bool>, std::pair<double, double>> waits_;
-  std::map<Key, std::pair<double, double>> worked_;
+  std::map<std::pair<Key, bool>, std::pair<double, double>> worked_;
 };
 
 }  // namespace dattn
