@@ -217,8 +217,7 @@ void Candidates::settle(Draft& draft) {
   Candidate& candidate = draft.candidate;
   place(candidate.mesh, candidate.layout);
   const bool balance_alone = request_.machine == nullptr && request_.fixed_layout;
-  const LayoutWork work =
-      balance_alone ? LayoutWork{costs_->balance(candidate.strategy)} : costs_->work(candidate.strategy);
+  const LayoutWork work = balance_alone ? LayoutWork{costs_->balance(candidate.strategy)} : costs_->work(candidate.strategy);
   candidate.balance = draft.heads * work.balance;
   candidate.in_step = work.in_step;
   candidate.worked = work.worked;

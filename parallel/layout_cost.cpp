@@ -13,6 +13,7 @@ constexpr int kSampledRanks = 16;
 constexpr int kExactRanks = 64;  // meshes up to this size are not sampled,
 constexpr int kFewRanks = 8;     // but for masks of many regions, that planning a call of 64 ranks takes about a millisecond
 constexpr std::size_t kMostRegions = 1 << 13;  // of all ranks looked at together
+constexpr double kMostLookedUp = 1 << 17;      // where all are looked at
 
 // Pairs of runs of a rank's blocks in a grid; where there are more its work is estimated.
 constexpr double kMostRuns = 1 << 10, kMostRunsOfMany = 1 << 7;  // the latter on meshes that are sampled
@@ -148,8 +149,8 @@ PairGrid::PairGrid(const Problem& problem) : length_{problem.shape.seq_q, proble
   for (const int side : {0, 1}) cells_[side] = static_cast<int>(std::clamp<std::int64_t>(length_[side], 1, most));
   pairs_.assign(static_cast<std::size_t>(cells_[0]) * static_cast<std::size_t>(cells_[1]), 0);
   const auto cell_of = [&](std::int64_t position, int side) {
-    return static_cast<int>(std::min<double>(cells_[side] - 1, static_cast<double>(position) * cells_[side] /
-                                                                    static_cast<double>(length_[side])));
+    return static_cast<int>(
+        std::min<double>(cells_[side] - 1, static_cast<double>(position) * cells_[side] / static_cast<double>(length_[side])));
   };
   for (const BatchRegions& part : problem.mask) {
     for (const Region& region : part.regions) {
@@ -181,7 +182,8 @@ PairGrid::Share PairGrid::share(const Positions& rows, bool key_side) const {
       const Interval own = split_evenly(length, cells, cell);
       if (own.begin > run.last()) break;
       if (own.end <= run.begin) continue;
-      held[static_cast<std::size_t>(cell)] += static_cast<double>(run.rows_inside(own).count()) / static_cast<double>(own.count());
+      held[static_cast<std::size_t>(cell)] +=
+          static_cast<double>(run.rows_inside(own).count()) / static_cast<double>(own.count());
     }
   }
   Share share;
@@ -234,24 +236,58 @@ const std::vector<double>& LayoutCosts::pairs_before(bool key_side) {
   std::vector<double>& sums = pairs_before_[{problem_.layout, key_side}];
   if (!sums.empty()) return sums;
   sums.push_back(0);
-  for (int place = 0; place < problem_.mesh.sequence_parts(); ++place)
-    sums.push_back(sums.back() + pairs_with_all(rows_of_places(problem_, key_side, place, 1), key_side));
+  const int parts = problem_.mesh.sequence_parts();
+  double regions = 0, pairs = 0;
+  for (const BatchRegions& part : problem_.mask) regions += static_cast<double>(part.regions.size());
+  int alike = std::max(1, parts / kExactRanks);  // strides, and neighbours where there is too much to look at
+  if (problem_.layout != Layout::kStriped) alike = std::clamp(static_cast<int>(regions * parts / kMostLookedUp), 1, alike);
+  for (int place = 0; place < parts; ++place) {
+    if (place % alike == 0 || place == parts - 1)
+      pairs = pairs_with_all(rows_of_places(problem_, key_side, place, 1), key_side);
+    sums.push_back(sums.back() + pairs);
+  }
   return sums;
+}
+
+// Of layout balanced, whose places have many runs.
+const PairGrid::Share& LayoutCosts::place_share(bool key_side, int place) {
+  std::vector<PairGrid::Share>& shares = shares_[key_side ? 1 : 0];
+  if (shares.empty()) {
+    for (int i = 0; i < problem_.mesh.sequence_parts(); ++i)
+      shares.push_back(grid().share(problem_.part_rows(key_side, i), key_side));
+  }
+  return shares[static_cast<std::size_t>(place)];
+}
+
+// Of `count` neighbours from `first` on, and of as many every `stride` places further.
+PairGrid::Share LayoutCosts::share_of_places(bool key_side, int first, int count, int stride) {
+  const int parts = problem_.mesh.sequence_parts();
+  if (problem_.layout != Layout::kBalanced)
+    return grid().share(stride < parts ? rows_along(problem_, key_side, first, count, stride)
+                                       : rows_of_places(problem_, key_side, first, count),
+                        key_side);
+  std::map<int, double> sum;
+  for (; first < parts; first += stride) {
+    for (int place = first; place < first + count; ++place) {
+      for (const auto& [cell, held] : place_share(key_side, place)) sum[cell] += held;
+    }
+  }
+  return {sum.begin(), sum.end()};
 }
 
 // Of queries with all keys, or of keys with all queries.
 double LayoutCosts::pairs_with_all(const Positions& own, bool key_side) const {
   double pairs = 0;
   for (const BatchRegions& part : problem_.mask) {
-    const std::int64_t of_row = key_side ? area(part.regions, {0, problem_.shape.seq_q}, own)
-                                         : area(part.regions, own, {0, problem_.shape.seq_kv});
+    const std::int64_t of_row =
+        key_side ? area(part.regions, {0, problem_.shape.seq_q}, own) : area(part.regions, own, {0, problem_.shape.seq_kv});
     pairs += static_cast<double>(of_row) * static_cast<double>(part.batch.count());
   }
   return pairs;
 }
 
-// Of a grid with many runs: by the picture where blocks are shared out for their work, else as if a row of the grid had its share
-// of the keys that each query sees.
+// Of a grid with many runs: by the picture where blocks are shared out for their work, else as if a row of the grid had its
+// share of the keys that each query sees.
 double LayoutCosts::count_balance(Sharing sharing) {
   const MeshShape& mesh = problem_.mesh;
   const int ulysses = mesh.size(Axis::kUlysses), parts = mesh.sequence_parts();
@@ -273,14 +309,18 @@ double LayoutCosts::count_balance(Sharing sharing) {
   } else {
     for (const int place : looked_at(problem_, places)) {
       const int first = place * ulysses, group = place / rows * rows * ulysses;  // first place of its column of the grid
+      if (many_runs) {
+        const PairGrid::Share keys = share_of_places(true, first - group, ulysses, rows * ulysses);
+        most = std::max(most, PairGrid::pairs(grid().seen(share_of_places(false, group, rows * ulysses, parts)), keys));
+        continue;
+      }
       const Positions own =
           rows_of_places(problem_, keeps_keys, keeps_keys ? first : group, keeps_keys ? ulysses : rows * ulysses);
       if (rows == 1) {
         most = std::max(most, pairs_with_all(own, keeps_keys));
       } else {
         const Positions keys = rows_along(problem_, true, first - group, ulysses, rows * ulysses);
-        most = std::max(most, many_runs ? PairGrid::pairs(grid().seen(grid().share(own, false)), grid().share(keys, true))
-                                        : area(make_tiles(problem_.mask, own, keys)));
+        most = std::max(most, area(make_tiles(problem_.mask, own, keys)));
       }
     }
   }
@@ -289,8 +329,8 @@ double LayoutCosts::count_balance(Sharing sharing) {
 
 LayoutWork LayoutCosts::work(std::string_view strategy) {
   LayoutWork work{balance(strategy)};
-  const bool hops = strategy == "ring" || strategy == "double_ring" || strategy == "hybrid" || strategy == "grid" ||
-                    strategy == "ring_q";
+  const bool hops =
+      strategy == "ring" || strategy == "double_ring" || strategy == "hybrid" || strategy == "grid" || strategy == "ring_q";
   const Key where = key(strategy);
   // Full masks and strides are alike at every hop.
   if (hops && !sees_all_ && problem_.layout != Layout::kStriped) {
@@ -299,11 +339,16 @@ LayoutWork LayoutCosts::work(std::string_view strategy) {
     std::tie(work.in_step, work.in_step_backward) = known;
   }
   if (machine_ != nullptr && machine_->tile) {
-    const int group = std::get<0>(where) * std::get<1>(where);
+    const int ulysses = std::get<0>(where);
+    const bool strides = problem_.layout == Layout::kStriped && ulysses < problem_.mesh.sequence_parts();
+    const TiledRows& rows = tiled_rows(strides ? 0 : ulysses * std::get<1>(where));
+    work.worked = rows.worked;
+    work.worked_backward = rows.worked_backward;
     const bool gathers = strategy == "allgather" || strategy == "grid_gather";  // keys, whose runs join
-    auto& known = worked_.try_emplace({where, gathers}).first->second;
-    if (known.first == 0) known = count_worked(group, gathers);
-    std::tie(work.worked, work.worked_backward) = known;
+    if (!strides && !gathers) {
+      work.worked *= key_rounding(rows.seen, Verb::kAttend);
+      work.worked_backward *= key_rounding(rows.seen, Verb::kAttendGrad);
+    }
   }
   return work;
 }
@@ -321,7 +366,7 @@ std::pair<double, double> LayoutCosts::count_waits(std::string_view strategy) {
   };
   std::vector<std::vector<double>> seen;
   for (int i = 0; i < groups; ++i)
-    seen.push_back(picture.seen(picture.share(rows_of_places(problem_, false, in_group(i).first, in_group(i).second), false)));
+    seen.push_back(picture.seen(share_of_places(false, in_group(i).first, in_group(i).second, mesh.sequence_parts())));
   const bool passes_q = strategy == "ring_q";
   RingTimes all;
   for (int row = 0; row < rows; row += std::max(1, rows - 1)) {
@@ -329,8 +374,8 @@ std::pair<double, double> LayoutCosts::count_waits(std::string_view strategy) {
     for (int i = 0; i < groups; ++i) {
       const auto [first, count] = in_group(i);
       const bool one_row = rows > 1 && places == groups;
-      keys.push_back(picture.share(
-          rows_of_places(problem_, true, one_row ? first + row * ulysses : first, one_row ? ulysses : count), true));
+      keys.push_back(
+          share_of_places(true, one_row ? first + row * ulysses : first, one_row ? ulysses : count, mesh.sequence_parts()));
     }
     std::vector<std::vector<double>> work(static_cast<std::size_t>(groups));
     for (int r = 0; r < groups; ++r) {
@@ -346,14 +391,16 @@ std::pair<double, double> LayoutCosts::count_waits(std::string_view strategy) {
   return {all.busiest / (passes_q ? all.locked : all.loose), all.busiest / all.locked};
 }
 
-// Of some blocks of the queries of `group` neighbouring places, with all keys; strides with strides of two places. Of the block
-// with most of each.
-std::pair<double, double> LayoutCosts::count_worked(int group, bool joins_keys) {
-  const int parts = problem_.mesh.sequence_parts(), ulysses = problem_.mesh.size(Axis::kUlysses);
-  const bool strides = problem_.layout == Layout::kStriped && ulysses < parts;
-  const int blocks = strides ? parts : parts / group;
-  double visible = 0, forward = 0, backward = 0;  // of a row, the most of a block
-  for (const int block : sample(blocks, kTiledBlocks)) {
+// Of some blocks of the queries of `group` neighbouring places, with all keys; 0: of strides, with strides of two places. Of
+// the block with most of each.
+const LayoutCosts::TiledRows& LayoutCosts::tiled_rows(int group) {
+  const auto [known, is_new] = tiled_.try_emplace({group, problem_.layout});
+  TiledRows& most = known->second;
+  if (!is_new) return most;
+  const bool strides = group == 0;
+  const int parts = problem_.mesh.sequence_parts();
+  double forward = 0, backward = 0;
+  for (const int block : sample(strides ? parts : parts / group, kTiledBlocks)) {
     const Positions own = strides ? problem_.part_rows(false, block) : rows_of_places(problem_, false, block * group, group);
     std::vector<Run> queries;
     for (const int i : sample(static_cast<int>(own.runs().size()), kTiledRuns)) {
@@ -362,45 +409,50 @@ std::pair<double, double> LayoutCosts::count_worked(int group, bool joins_keys) 
       queries.push_back(run);
     }
     const Positions tiled(queries);
+    if (tiled.count() == 0) continue;
     double of_block[3] = {};
     for (const int other : sample(strides ? parts : 1, 2)) {
       const Positions keys = strides ? problem_.part_rows(true, other) : Positions::range(0, problem_.shape.seq_kv);
       for (const int batch : sample(static_cast<int>(problem_.mask.size()), kTiledBatches)) {
         const BatchRegions& part = problem_.mask[static_cast<std::size_t>(batch)];
         const std::vector<Tile> tiles = make_tiles(part.regions, tiled, keys);
-        const auto weight = static_cast<double>(part.batch.count());
+        const auto weight = static_cast<double>(part.batch.count()) / static_cast<double>(tiled.count());
         of_block[0] += static_cast<double>(area(tiles)) * weight;
         of_block[1] += static_cast<double>(machine_->worked_pairs(Verb::kAttend, tiles)) * weight;
         of_block[2] += static_cast<double>(machine_->worked_pairs(Verb::kAttendGrad, tiles)) * weight;
       }
     }
-    if (tiled.count() == 0) continue;
-    const auto rows = static_cast<double>(tiled.count());
-    visible = std::max(visible, of_block[0] / rows);
-    forward = std::max(forward, of_block[1] / rows);
-    backward = std::max(backward, of_block[2] / rows);
+    most.seen = std::max(most.seen, of_block[0]);
+    forward = std::max(forward, of_block[1]);
+    backward = std::max(backward, of_block[2]);
   }
-  if (visible == 0) return {1, 1};
-  const double seen_of_row = strides || joins_keys ? 0 : visible / static_cast<double>(std::max<std::int64_t>(1, problem_.shape.batch));
-  return {forward / visible * key_rounding(seen_of_row, Verb::kAttend),
-          backward / visible * key_rounding(seen_of_row, Verb::kAttendGrad)};
+  if (most.seen == 0) return most;
+  most.worked = forward / most.seen;
+  most.worked_backward = backward / most.seen;
+  most.seen /= static_cast<double>(std::max<std::int64_t>(1, problem_.shape.batch));
+  return most;
 }
 
 // Where rows see more keys than a run of keys has, every run ends in a tile of its own.
-double LayoutCosts::key_rounding(double seen_of_row, Verb verb) const {
+double LayoutCosts::key_rounding(double seen_of_row, Verb verb) {
   const TileSize& tile = verb == Verb::kAttendGrad && machine_->grad_tile ? *machine_->grad_tile : *machine_->tile;
   const int ulysses = problem_.mesh.size(Axis::kUlysses), groups = problem_.mesh.sequence_parts() / ulysses;
   if (tile.clipped || groups == 1) return 1;
-  double length = 0, rounded = 0, runs = 0;
-  for (const int group : sample(groups, kRoundedBlocks)) {
-    const Positions keys = rows_of_places(problem_, true, group * ulysses, ulysses);
-    for (const Run& run : keys.runs()) {
-      length += static_cast<double>(run.count);
-      rounded += static_cast<double>((run.count + tile.keys - 1) / tile.keys * tile.keys);
+  const auto [known, is_new] = key_runs_.try_emplace({ulysses, problem_.layout, verb});
+  auto& [run_length, rounding] = known->second;
+  if (is_new) {
+    double length = 0, rounded = 0, runs = 0;
+    for (const int group : sample(groups, kRoundedBlocks)) {
+      const Positions keys = rows_of_places(problem_, true, group * ulysses, ulysses);
+      for (const Run& run : keys.runs()) {
+        length += static_cast<double>(run.count);
+        rounded += static_cast<double>((run.count + tile.keys - 1) / tile.keys * tile.keys);
+      }
+      runs += static_cast<double>(keys.runs().size());
     }
-    runs += static_cast<double>(keys.runs().size());
+    if (length > 0) run_length = length / runs, rounding = rounded / length;
   }
-  return length == 0 || seen_of_row <= length / runs ? 1 : rounded / length;
+  return seen_of_row <= run_length ? 1 : rounding;
 }
 
 }  // namespace dattn

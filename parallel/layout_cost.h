@@ -66,20 +66,28 @@ class LayoutCosts {
   const PairGrid& grid();
   const std::vector<double>& pairs_before(bool key_side);  // of all places before each, with all of the other side
   double pairs_with_all(const Positions& own, bool key_side) const;
+  const PairGrid::Share& place_share(bool key_side, int place);
+  PairGrid::Share share_of_places(bool key_side, int first, int count, int stride);
   double count_balance(Sharing sharing);
   std::pair<double, double> count_waits(std::string_view strategy);
-  std::pair<double, double> count_worked(int group, bool joins_keys);
-  double key_rounding(double seen_of_row, Verb verb) const;
+  struct TiledRows {
+    double seen = 0;  // keys of a query
+    double worked = 1, worked_backward = 1;
+  };
+  const TiledRows& tiled_rows(int group);
+  double key_rounding(double seen_of_row, Verb verb);
 
   const Problem& problem_;
   double pairs_;
   const Machine* machine_;
   bool sees_all_ = false;
   std::optional<PairGrid> grid_;
+  std::vector<PairGrid::Share> shares_[2];  // of queries, keys: layout balanced
   std::map<std::pair<Layout, bool>, std::vector<double>> pairs_before_;
   std::map<Key, double> balances_;
   std::map<std::pair<Key, bool>, std::pair<double, double>> waits_;
-  std::map<std::pair<Key, bool>, std::pair<double, double>> worked_;
+  std::map<std::pair<int, Layout>, TiledRows> tiled_;                            // by places whose queries are together
+  std::map<std::tuple<int, Layout, Verb>, std::pair<double, double>> key_runs_;  // by ulysses: mean length, rounded over it
 };
 
 }  // namespace dattn

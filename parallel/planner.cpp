@@ -24,7 +24,7 @@ constexpr double kAlike = 0.04;         // shares of work that differ by less co
 constexpr double kClearlyFewer = 0.7;   // of the bytes: what is held all at once must come down to
 constexpr std::size_t kLookedAt = 32;   // by bytes: candidates whose work is compared
 constexpr std::size_t kSimulated = 4;   // meshes and strategies that are simulated; then the best one's other layouts,
-constexpr double kMaySurprise = 1.5;    // estimated to take no longer than so many times its time
+constexpr double kMaySurprise = 1.25;   // estimated to take no longer than so many times its time
 constexpr int kPlannedRanks = 32;       // whose memory is worked out, as long as
 constexpr int kPlannedWork = 3 * 4096;  // their number times that of all ranks, or of steps, is so small
 

@@ -99,14 +99,14 @@ Json to_json(const Choice& choice) {
             {"layouts", Json::array()},
             {"rejected", Json::array()}};
   for (const Candidate& one : choice.layouts) {
-    json["layouts"].push_back({{"layout", name_of(one.layout)},
-                               {"bytes_per_rank", {{"forward", std::llround(one.forward_bytes)},
-                                                   {"backward", std::llround(one.backward_bytes)}}},
-                               {"balance", one.balance},
-                               {"in_step", one.in_step},
-                               {"worked", one.worked},
-                               {"time_s", one.time_s > 0 ? Json(one.time_s) : Json()},
-                               {"simulated", one.simulated}});
+    json["layouts"].push_back(
+        {{"layout", name_of(one.layout)},
+         {"bytes_per_rank", {{"forward", std::llround(one.forward_bytes)}, {"backward", std::llround(one.backward_bytes)}}},
+         {"balance", one.balance},
+         {"in_step", one.in_step},
+         {"worked", one.worked},
+         {"time_s", one.time_s > 0 ? Json(one.time_s) : Json()},
+         {"simulated", one.simulated}});
   }
   for (const Rejected& one : choice.rejected) json["rejected"].push_back({{"what", one.what}, {"why", one.why}});
   return json;

@@ -44,7 +44,8 @@ Machine node() {
 // One long document among short ones.
 Mask uneven_documents(std::int64_t seq) {
   std::vector<std::int64_t> bounds{0, seq / 3};
-  while (bounds.back() < seq) bounds.push_back(std::min(seq, bounds.back() + seq / 32 + static_cast<std::int64_t>(bounds.size()) * 7));
+  while (bounds.back() < seq)
+    bounds.push_back(std::min(seq, bounds.back() + seq / 32 + static_cast<std::int64_t>(bounds.size()) * 7));
   return Mask::documents(bounds, Mask::causal());
 }
 
@@ -98,8 +99,9 @@ TEST(PlannerLayouts, EstimatesOrderThemAsTheSimulatorDoes) {
     for (std::size_t i = 0; i < times.size(); ++i) {
       for (std::size_t j = 0; j < times.size(); ++j) {
         if (times[i].second > 0.95 * times[j].second) continue;
-        EXPECT_LT(times[i].first, times[j].first) << one.name << ": " << name_of(kLayouts[i]) << " before " << name_of(kLayouts[j])
-                                                  << fmt::format(", {:.4g} and {:.4g} ms", times[i].second * 1e3, times[j].second * 1e3);
+        EXPECT_LT(times[i].first, times[j].first)
+            << one.name << ": " << name_of(kLayouts[i]) << " before " << name_of(kLayouts[j])
+            << fmt::format(", {:.4g} and {:.4g} ms", times[i].second * 1e3, times[j].second * 1e3);
       }
     }
   }
@@ -119,7 +121,8 @@ TEST(PlannerLayouts, CausalMasksAreSharedOutEvenly) {
     EXPECT_NEAR(choice.layouts[1].balance, 8.0 / 15, 0.01);  // contiguous: P / (2P - 1)
     ASSERT_TRUE(choice.runner_up.has_value());
     EXPECT_EQ(choice.runner_up->text(), "ring on ring 8, layout striped");
-    EXPECT_THAT(choice.layout_reason, HasSubstr(objective == Objective::kTime ? "fastest: 2.0" : "most even work: balance 1.000"));
+    EXPECT_THAT(choice.layout_reason,
+                HasSubstr(objective == Objective::kTime ? "fastest: 2.0" : "most even work: balance 1.000"));
     EXPECT_THAT(reason_of(choice, "ring on ring 8, layout contiguous"), HasSubstr("balance 0.533"));
   }
 }
