@@ -1,9 +1,11 @@
 #include "parallel/simulate.h"
 
 #include <algorithm>
+#include <exception>
 #include <numeric>
 
 #include "core/base/error.h"
+#include "core/base/threads.h"
 #include "parallel/message.h"
 #include "parallel/overlap.h"
 #include "parallel/rank_plan.h"
@@ -36,7 +38,10 @@ double share_touched(std::span<const BatchTiles> tiles, std::int64_t batch, std:
   return rows * batch == 0 ? 0 : static_cast<double>(touched) / static_cast<double>(rows * batch);
 }
 
-// The costs of a plan, rank by rank; a rank's plan is made, read and dropped.
+constexpr std::int64_t kRanksAtOnce = 64;  // whose messages are held beside those of all
+
+// The costs of a plan, of every rank; a rank's plan is made, read and dropped. Ranks are spread over this thread's threads, and
+// what they add up stays in the order of ranks.
 class Costs {
  public:
   Costs(const Plan& plan, const Machine& machine) : plan_(plan), machine_(machine), steps_(plan.steps.size()) {
@@ -49,15 +54,24 @@ class Costs {
     }
   }
 
-  void add_rank(int rank, RankTimes& times) {
-    const RankPlan mine = make_rank_plan(plan_, rank);
-    times.flops = mine.flops();
-    times.peak_memory = memory_with_inputs(plan_, mine);
-    for (std::size_t i = 0; i < steps_.size(); ++i) {
-      if (is_move(plan_.steps[i].verb)) {
-        add_move(i, mine, times);
-      } else {
-        steps_[i].before_s[index(rank)] = computing(plan_.steps[i], mine, mine.steps[i]);
+  void add_ranks(std::vector<RankTimes>& times) {
+    const auto ranks = static_cast<std::int64_t>(times.size());
+    for (std::int64_t first = 0; first < ranks; first += kRanksAtOnce) {
+      const std::int64_t count = std::min(kRanksAtOnce, ranks - first);
+      std::vector<std::vector<StepMessage>> received(index(count));
+      std::vector<std::exception_ptr> failed(index(count));
+      parallel_for(count, [&](std::int64_t i) {
+        try {
+          add_rank(static_cast<int>(first + i), times[index(first + i)], received[index(i)]);
+        } catch (...) {
+          failed[index(i)] = std::current_exception();
+        }
+      });
+      for (const std::exception_ptr& failure : failed) {
+        if (failure) std::rethrow_exception(failure);
+      }
+      for (const auto& of_rank : received) {
+        for (const auto& [step, message] : of_rank) steps_[step].messages.push_back(message);
       }
     }
   }
@@ -71,9 +85,24 @@ class Costs {
   }
 
  private:
+  using StepMessage = std::pair<std::size_t, Message>;
+
   template <class Id>
   static std::size_t index(Id id) {
     return static_cast<std::size_t>(id);
+  }
+
+  void add_rank(int rank, RankTimes& times, std::vector<StepMessage>& received) {
+    const RankPlan mine = make_rank_plan(plan_, rank);
+    times.flops = mine.flops();
+    times.peak_memory = memory_with_inputs(plan_, mine);
+    for (std::size_t i = 0; i < steps_.size(); ++i) {
+      if (is_move(plan_.steps[i].verb)) {
+        add_move(i, mine, times, received);
+      } else {
+        steps_[i].before_s[index(rank)] = computing(plan_.steps[i], mine, mine.steps[i]);
+      }
+    }
   }
 
   double computing(const Step& step, const RankPlan& mine, const RankStep& part) const {
@@ -109,7 +138,7 @@ class Costs {
     return bytes;
   }
 
-  void add_move(std::size_t i, const RankPlan& mine, RankTimes& times) {
+  void add_move(std::size_t i, const RankPlan& mine, RankTimes& times, std::vector<StepMessage>& received) {
     const Step& step = plan_.steps[i];
     const RankStep& part = mine.steps[i];
     const MeshShape& mesh = plan_.problem->mesh;
@@ -127,7 +156,7 @@ class Costs {
       const bool inside = machine_.node_of(from) == machine_.node_of(mine.rank);
       (inside ? times.bytes_inside : times.bytes_between) += bytes;
       times.over(step.axis).bytes += bytes;
-      steps_[i].messages.push_back({from, mine.rank, (own - pieces[0].peer + parts) % parts, bytes});
+      received.push_back({i, {from, mine.rank, (own - pieces[0].peer + parts) % parts, bytes}});
     }
     const bool rotates = step.verb == Verb::kRotate;  // in place but for what the caller gave as separate tensors
     const auto copying = [&](std::int64_t bytes) { return 2.0 * static_cast<double>(bytes) / machine_.memory_bandwidth; };
@@ -202,7 +231,7 @@ class Simulator {
         ended_(plan.steps.size()) {
     result_.ranks.resize(static_cast<std::size_t>(ranks_));
     Costs costs(plan, machine);
-    for (int rank = 0; rank < ranks_; ++rank) costs.add_rank(rank, times(rank));
+    costs.add_ranks(result_.ranks);
     costs_ = std::move(costs).of_steps();
   }
 
