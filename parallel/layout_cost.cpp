@@ -1,7 +1,6 @@
 #include "parallel/layout_cost.h"
 
 #include <algorithm>
-#include <cmath>
 
 #include "parallel/cost_model.h"
 #include "parallel/rank_plan.h"
@@ -18,9 +17,6 @@ constexpr double kMostLookedUp = 1 << 17;      // where all are looked at
 // Pairs of runs of a rank's blocks in a grid; where there are more its work is estimated.
 constexpr double kMostRuns = 1 << 10, kMostRunsOfMany = 1 << 7;  // the latter on meshes that are sampled
 
-constexpr int kCells = 128;               // of a side of the picture,
-constexpr int kLeastCells = 16;           // fewer where many regions are large:
-constexpr double kMostCells = 1 << 17;    // of all regions together
 constexpr int kWaitingGroups = 32;        // longer rings are looked at as so many groups of neighbours
 constexpr std::int64_t kTiled = 1 << 16;  // rows of a run whose tiles are counted
 constexpr int kTiledRuns = 16;            // and runs
@@ -135,77 +131,6 @@ SeenRows seen_rows(const Problem& problem) {
 Sharing sharing_of(std::string_view strategy) {
   if (strategy.starts_with("grid")) return Sharing::kGrid;
   return strategy == "tree" || strategy == "ring_q" ? Sharing::kKeys : Sharing::kQueries;
-}
-
-PairGrid::PairGrid(const Problem& problem) : length_{problem.shape.seq_q, problem.shape.seq_kv} {
-  double rectangles = 0;  // of all regions, in planes
-  const double plane = std::max(1.0, static_cast<double>(length_[0]) * static_cast<double>(length_[1]));
-  for (const BatchRegions& part : problem.mask) {
-    for (const Region& region : part.regions)
-      rectangles += static_cast<double>(region.q.count()) * static_cast<double>(region.k.count()) / plane;
-  }
-  int most = kCells;
-  while (most > kLeastCells && rectangles * most * most > kMostCells) most /= 2;
-  for (const int side : {0, 1}) cells_[side] = static_cast<int>(std::clamp<std::int64_t>(length_[side], 1, most));
-  pairs_.assign(static_cast<std::size_t>(cells_[0]) * static_cast<std::size_t>(cells_[1]), 0);
-  const auto cell_of = [&](std::int64_t position, int side) {
-    return static_cast<int>(
-        std::min<double>(cells_[side] - 1, static_cast<double>(position) * cells_[side] / static_cast<double>(length_[side])));
-  };
-  for (const BatchRegions& part : problem.mask) {
-    for (const Region& region : part.regions) {
-      if (region.q.count() == 0 || region.k.count() == 0) continue;
-      // One more on both sides: parts of split_evenly begin up to a part of a row elsewhere.
-      const int last_row = std::min(cell_of(region.q.end - 1, 0) + 1, cells_[0] - 1);
-      for (int i = std::max(cell_of(region.q.begin, 0) - 1, 0); i <= last_row; ++i) {
-        const auto row = restrict_to(region, split_evenly(length_[0], cells_[0], i), region.k);
-        if (!row) continue;
-        const int last = std::min(cell_of(row->k.end - 1, 1) + 1, cells_[1] - 1);
-        for (int j = std::max(cell_of(row->k.begin, 1) - 1, 0); j <= last; ++j) {
-          const auto cell = restrict_to(*row, row->q, split_evenly(length_[1], cells_[1], j));
-          if (!cell) continue;
-          pairs_[static_cast<std::size_t>(i) * static_cast<std::size_t>(cells_[1]) + static_cast<std::size_t>(j)] +=
-              static_cast<double>(area(*cell)) * static_cast<double>(part.batch.count());
-        }
-      }
-    }
-  }
-}
-
-PairGrid::Share PairGrid::share(const Positions& rows, bool key_side) const {
-  const std::int64_t length = length_[key_side ? 1 : 0];
-  const int cells = cells_[key_side ? 1 : 0];
-  std::vector<double> held(static_cast<std::size_t>(cells), 0);
-  for (const Run& run : rows.runs()) {
-    int cell = static_cast<int>(static_cast<double>(run.begin) * cells / static_cast<double>(length));
-    for (cell = std::clamp(cell - 1, 0, cells - 1); cell < cells; ++cell) {
-      const Interval own = split_evenly(length, cells, cell);
-      if (own.begin > run.last()) break;
-      if (own.end <= run.begin) continue;
-      held[static_cast<std::size_t>(cell)] +=
-          static_cast<double>(run.rows_inside(own).count()) / static_cast<double>(own.count());
-    }
-  }
-  Share share;
-  for (int cell = 0; cell < cells; ++cell) {
-    if (held[static_cast<std::size_t>(cell)] > 0) share.emplace_back(cell, held[static_cast<std::size_t>(cell)]);
-  }
-  return share;
-}
-
-std::vector<double> PairGrid::seen(const Share& queries) const {
-  std::vector<double> sums(static_cast<std::size_t>(cells_[1]), 0);
-  for (const auto& [cell, held] : queries) {
-    const double* row = &pairs_[static_cast<std::size_t>(cell) * sums.size()];
-    for (std::size_t j = 0; j < sums.size(); ++j) sums[j] += held * row[j];
-  }
-  return sums;
-}
-
-double PairGrid::pairs(const std::vector<double>& seen, const Share& keys) {
-  double sum = 0;
-  for (const auto& [cell, held] : keys) sum += held * seen[static_cast<std::size_t>(cell)];
-  return sum;
 }
 
 LayoutCosts::LayoutCosts(const Problem& problem, double pairs, const Machine* machine)

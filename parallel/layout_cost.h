@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "parallel/machine.h"
+#include "parallel/pair_grid.h"
 #include "parallel/plan.h"
 
 namespace dattn {
@@ -26,22 +27,6 @@ SeenRows seen_rows(const Problem& problem);
 // keys.
 enum class Sharing { kQueries, kKeys, kGrid };
 Sharing sharing_of(std::string_view strategy);
-
-// Visible pairs by cells of the plane of queries and keys.
-class PairGrid {
- public:
-  using Share = std::vector<std::pair<int, double>>;  // of a block's rows: cells that hold some, with the share of the cell's
-
-  explicit PairGrid(const Problem& problem);
-  Share share(const Positions& rows, bool key_side) const;
-  std::vector<double> seen(const Share& queries) const;  // pairs of these queries by cells of keys
-  static double pairs(const std::vector<double>& seen, const Share& keys);
-
- private:
-  std::int64_t length_[2] = {};  // queries, keys
-  int cells_[2] = {};
-  std::vector<double> pairs_;  // [cells of queries, cells of keys]
-};
 
 struct LayoutWork {
   double balance = 1;  // mean over most visible pairs of a rank, heads not counted

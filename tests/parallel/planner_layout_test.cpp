@@ -7,7 +7,9 @@
 #include <gtest/gtest.h>
 
 #include "parallel/cost_model.h"
+#include "parallel/pair_grid.h"
 #include "parallel/planner.h"
+#include "parallel/rank_plan.h"
 #include "parallel/report.h"
 #include "parallel/simulate.h"
 #include "tests/parallel/mesh_of.h"
@@ -83,6 +85,29 @@ PlanRequest request_of(const Case& one, const Machine& machine) {
   request.objective = Objective::kTime;
   request.machine = &machine;
   return request;
+}
+
+// Cells that are cut count as visible evenly.
+TEST(PlannerLayouts, ThePictureOfAMaskHoldsItsPairs) {
+  for (const std::int64_t seq : {1, 37, 150, 1000, 4096}) {
+    for (const Mask& mask : {Mask::causal(), Mask::window(20, 5), uneven_documents(seq)}) {
+      AttentionOptions options;
+      options.mask = mask;
+      const auto problem = make_problem(mesh_of(1, 8, 1, 1), {.seq_q = seq, .seq_kv = seq}, options);
+      const PairGrid grid(*problem);
+      double all = 0;
+      for (int q = 0; q < 8; ++q) {
+        for (int k = 0; k < 8; ++k) {
+          const Positions queries = problem->part_rows(false, q), keys = problem->part_rows(true, k);
+          const double pairs = PairGrid::pairs(grid.seen(grid.share(queries, false)), grid.share(keys, true));
+          const double exact = area(make_tiles(problem->mask, queries, keys));
+          EXPECT_NEAR(pairs, exact, seq <= 128 ? 1e-9 * exact : 0.01 * visible_pairs(problem->mask)) << mask.text() << seq;
+          all += pairs;
+        }
+      }
+      EXPECT_NEAR(all, visible_pairs(problem->mask), 1e-9 * all);
+    }
+  }
 }
 
 // By 5 % and more: what is nearer is left to the simulation.
