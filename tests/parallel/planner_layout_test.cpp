@@ -5,6 +5,7 @@
 #include <fmt/format.h>
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
+#include <rapidcheck/gtest.h>
 
 #include "parallel/cost_model.h"
 #include "parallel/pair_grid.h"
@@ -222,6 +223,36 @@ TEST(PlannerLayouts, AreToldInJsonAndText) {
   EXPECT_EQ(json["runner_up"]["layout"], "striped");
   EXPECT_TRUE(json["chosen"].contains("in_step") && json["chosen"].contains("worked"));
   EXPECT_THAT(explain(choice), HasSubstr("layout    zigzag: fastest"));
+}
+
+// Whatever is asked for: the choice can be planned, and no layout of it is known to be faster.
+RC_GTEST_PROP(PlannerLayouts, AnyRequestHasAChoice, ()) {
+  Machine machine = node();
+  if (*rc::gen::arbitrary<bool>()) machine.tile->clipped = true;
+  if (*rc::gen::arbitrary<bool>()) machine.tile.reset();
+  PlanRequest request;
+  const std::int64_t kv_heads = *rc::gen::inRange(1, 5), seq = *rc::gen::element<std::int64_t>(0, 1, 5, 130, 999, 4096);
+  const std::int64_t seq_q = *rc::gen::element(seq, seq, std::int64_t{1});
+  request.shape = {
+      *rc::gen::element<std::int64_t>(0, 1, 3), seq_q, seq, kv_heads * *rc::gen::inRange(1, 4), kv_heads, 16, 16, DType::kBF16};
+  request.ranks = *rc::gen::element(1, 2, 6, 7, 16, 24, 300);
+  request.options.mask = *rc::gen::element(Mask::full(), Mask::causal(), Mask::window(7, 2), Mask::window(100, 0));
+  if (*rc::gen::inRange(0, 4) == 0) request.options.determinism = Determinism::kInvariant;
+  request.objective = *rc::gen::element(Objective::kBytes, Objective::kTime);
+  if (request.objective == Objective::kTime || *rc::gen::arbitrary<bool>()) request.machine = &machine;
+  const Choice choice = plan_attention(request);
+  RC_LOG() << explain(choice);
+  AttentionOptions options = request.options;
+  options.strategy = choice.chosen.strategy;
+  options.layout = choice.chosen.layout;
+  make_plan(choice.chosen.mesh, request.shape, options);
+  RC_ASSERT(choice.layouts[0].text() == choice.chosen.text());
+  RC_ASSERT(!choice.layout_reason.empty());
+  for (const Candidate& one : choice.layouts) {
+    RC_ASSERT(one.in_step > 0 && one.in_step <= 1 + 1e-9 && one.worked >= 1 - 1e-9 && one.balance > 0);
+    if (request.objective == Objective::kTime && one.simulated == choice.chosen.simulated)
+      RC_ASSERT(one.time_s >= choice.chosen.time_s / 1.021);
+  }
 }
 
 // Zigzag's late queries see what the next rank of a window's ring has just begun with.
