@@ -91,7 +91,8 @@ std::unique_ptr<Communicator> device_world(std::unique_ptr<Communicator> control
   RankPlace mine = place_of_rank(options.transfers != Transfers::kStaged);
   if (!options.version.empty()) mine.version = options.version;
   if (!current_device().is_cuda()) mine.products = matmul_instructions();
-  const std::vector<RankPlace> places = gather_alike(*control, mine, options.invariant);
+  const std::vector<RankPlace> places = gather_alike(*control, mine);
+  if (options.invariant) require_same_instructions(places);
   if (!current_device().is_cuda()) return control;
   const bool shared = shares_devices(places);
   Transfers transfers = options.transfers;

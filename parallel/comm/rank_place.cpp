@@ -72,8 +72,12 @@ std::string cudnn_in_use() {
   return forced == nullptr || *forced == '\0' || std::string_view(forced) == "cudnn" ? cuda_module().cudnn_version() : "";
 }
 
+void require_equal(const Compared& compared, const std::vector<RankPlace>& places, std::size_t rank) {
+  require(places[rank].*compared.version == places[0].*compared.version, "{}", compared.text(places[rank], rank, places[0]));
+}
+
 // All ranks hear all and say the same.
-void require_alike(const std::vector<RankPlace>& places, bool invariant, bool notes) {
+void require_alike(const std::vector<RankPlace>& places, bool notes) {
   const auto is_cuda = [](const RankPlace& place) { return place.device.starts_with("cuda"); };
   const RankPlace& first = places[0];
   for (std::size_t rank = 1; rank < places.size(); ++rank) {
@@ -83,11 +87,7 @@ void require_alike(const std::vector<RankPlace>& places, bool invariant, bool no
             other.version, first.host, first.version);
     require(is_cuda(other) == is_cuda(first), "rank {} on {} computes on {}, rank 0 on {} on {}; set device=cpu or device=cuda",
             rank, other.host, other.device, first.host, first.device);
-    const auto require_equal = [&](const Compared& compared) {
-      require(other.*compared.version == first.*compared.version, "{}", compared.text(other, rank, first));
-    };
-    for (const Compared& compared : kRefused) require_equal(compared);
-    if (invariant) std::for_each(std::begin(kRefusedInvariant), std::end(kRefusedInvariant), require_equal);
+    for (const Compared& compared : kRefused) require_equal(compared, places, rank);
     for (const Compared& compared : kNoted) {
       if (notes && other.*compared.version != first.*compared.version)
         note_once(compared.text(other, rank, first), LogLevel::kInfo);
@@ -118,11 +118,17 @@ RankPlace place_of_rank(bool uses_nccl) {
   return place;
 }
 
-std::vector<RankPlace> gather_alike(Communicator& control, const RankPlace& mine, bool invariant) {
+std::vector<RankPlace> gather_alike(Communicator& control, const RankPlace& mine) {
   std::vector<RankPlace> places;
   for (const std::string& text : control.gather_strings(text_of(mine), {"devices"})) places.push_back(place_from(text));
-  require_alike(places, invariant, control.rank() == 0);
+  require_alike(places, control.rank() == 0);
   return places;
+}
+
+void require_same_instructions(const std::vector<RankPlace>& places) {
+  for (std::size_t rank = 1; rank < places.size(); ++rank) {
+    for (const Compared& compared : kRefusedInvariant) require_equal(compared, places, rank);
+  }
 }
 
 }  // namespace dattn

@@ -22,8 +22,11 @@ struct RankPlace {
 RankPlace place_of_rank(bool uses_nccl);
 
 // Everybody's, by rank; all make the call. Throws Error(kBadInput) on all ranks alike where they differ in what their results
-// or transfers depend on; rank 0 notes what else differs. invariant: the bits are those of any mesh, for which all must compute
-// by the same instructions.
-std::vector<RankPlace> gather_alike(Communicator& control, const RankPlace& mine, bool invariant = false);
+// or transfers depend on; rank 0 notes what else differs.
+std::vector<RankPlace> gather_alike(Communicator& control, const RankPlace& mine);
+
+// Throws Error(kBadInput) where ranks compute by different instructions, so that they cannot promise the bits of any mesh
+// (determinism invariant).
+void require_same_instructions(const std::vector<RankPlace>& places);
 
 }  // namespace dattn

@@ -158,6 +158,19 @@ dattn_status on_plan(const dattn_plan* plan, const Body& body) noexcept {
   });
 }
 
+// A call that all ranks make.
+template <class Body>
+dattn_status run_on_ranks(const dattn_plan* plan, const Body& body) noexcept {
+  return guarded([&] {
+    require_pointer(plan, "plan");
+    Comm& comm = *plan->held->mesh->comm;
+    collective(comm, [&] {
+      if (plan->held->problem().invariant) comm.require_same_instructions();
+      body();
+    });
+  });
+}
+
 }  // namespace
 
 dattn_status dattn_plan_create(dattn_mesh* mesh, const dattn_attention_options* given, dattn_plan** plan) {
@@ -199,15 +212,9 @@ dattn_status dattn_plan_positions(const dattn_plan* plan, int32_t key_side, int6
 }
 
 dattn_status dattn_attention_forward(dattn_plan* plan, const dattn_forward* args) {
-  return guarded([&] {
-    require_pointer(plan, "plan");
-    collective(*plan->held->mesh->comm, [&] { forward(*plan->held, read_struct(args, "dattn_forward")); });
-  });
+  return run_on_ranks(plan, [&] { forward(*plan->held, read_struct(args, "dattn_forward")); });
 }
 
 dattn_status dattn_attention_backward(dattn_plan* plan, const dattn_backward* args) {
-  return guarded([&] {
-    require_pointer(plan, "plan");
-    collective(*plan->held->mesh->comm, [&] { backward(*plan->held, read_struct(args, "dattn_backward")); });
-  });
+  return run_on_ranks(plan, [&] { backward(*plan->held, read_struct(args, "dattn_backward")); });
 }

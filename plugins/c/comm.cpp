@@ -102,8 +102,9 @@ dattn_status dattn_comm_nccl(dattn_context* context, dattn_comm* control, void* 
     const CommOptions options = comm_options(given);
     NcclOptions nccl = NcclOptions::from_environment(options.timeout_s);
     nccl.lent = static_cast<nccl::Comm>(host_comm);
-    gather_alike(*control->held->world, place_of_rank(true));
-    return std::make_shared<Comm>(Comm{context->held, control->held, nccl_world(whole_group(*control->held->world), nccl)});
+    std::vector<RankPlace> places = gather_alike(*control->held->world, place_of_rank(true));
+    return std::make_shared<Comm>(
+        Comm{context->held, control->held, nccl_world(whole_group(*control->held->world), nccl), std::move(places)});
   });
 }
 

@@ -204,7 +204,8 @@ typedef struct dattn_attention_options {
                               NULL = causal */
   const char* layout;      /* contiguous, zigzag (NULL), striped, balanced */
   const char* strategy;    /* auto (NULL), or one of `dattn plan --help` */
-  const char* determinism; /* off, repeatable, invariant; NULL = repeatable on the cpu, off on CUDA devices */
+  const char* determinism; /* off, repeatable, invariant; NULL = repeatable on the cpu, off on CUDA devices. invariant: the
+                              first call on a communicator of CPUs, and NCCL, refuse other kernels and GPUs on all ranks */
   int32_t bias;            /* DATTN_BIAS, or-ed with what it differs by; DATTN_BIAS_NONE: calls bring none */
   int32_t sink;            /* not 0: calls bring sink logits */
 } dattn_attention_options;

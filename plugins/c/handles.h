@@ -3,8 +3,10 @@
 
 #include <memory>
 #include <string>
+#include <vector>
 
 #include "parallel/attention.h"
+#include "parallel/comm/rank_place.h"
 #include "parallel/mesh.h"
 #include "plugins/c/boundary.h"
 
@@ -14,6 +16,14 @@ struct Comm {
   std::shared_ptr<const Context> context;
   std::shared_ptr<Comm> control;  // of an NCCL communicator
   std::unique_ptr<Communicator> world;
+  std::vector<RankPlace> places = {};  // of all ranks, once told
+
+  // That the bits are those of any mesh; all ranks make the call, and are refused alike. Lent communicators of GPUs, which move
+  // device memory alone, are not asked.
+  void require_same_instructions() {
+    if (places.empty() && !context->device.is_cuda()) places = gather_alike(*world, place_of_rank(false));
+    dattn::require_same_instructions(places);
+  }
 
   std::string rank_text() const { return fmt::format("rank {}/{}", world->rank(), world->size()); }
 };

@@ -7,6 +7,7 @@ usage: ranks_test.py    or, as a rank: ranks_test.py tcp|nccl RANK SIZE PORT | r
 import ctypes
 import math
 import os
+import platform
 import shutil
 import socket
 import subprocess
@@ -37,7 +38,8 @@ def made(function, *arguments):
 def attend(comm, ring):
     """{position: output} of this rank's rows of a causal attention in which values are numbered."""
     mesh = made(lib.dattn_mesh_create, comm, ctypes.byref(MeshOptions(ctypes.sizeof(MeshOptions), ring=ring)))
-    options = AttentionOptions(ctypes.sizeof(AttentionOptions), batch=1, seq_q=SEQ, heads=1, dim_qk=1, dtype=FP32)
+    options = AttentionOptions(ctypes.sizeof(AttentionOptions), batch=1, seq_q=SEQ, heads=1, dim_qk=1, dtype=FP32,
+                               determinism=os.environ.get("TEST_DETERMINISM", "repeatable").encode())
     plan = made(lib.dattn_plan_create, mesh, ctypes.byref(options))
     rows = SEQ // ring
     positions = (ctypes.c_int64 * rows)()
@@ -88,6 +90,17 @@ class Ranks(unittest.TestCase):
 
     def test_sockets(self):
         self.check_lines("".join(out for out, _ in self.join_by_sockets("tcp", RANKS, 0)))
+
+    @unittest.skipUnless(platform.machine() == "x86_64", "one instruction set here")
+    def test_other_instructions_are_refused_where_bits_are_promised(self):
+        def one_portable(rank):
+            return {"DATTN_CPU": "portable"} if rank == 1 else {}
+
+        self.check_lines("".join(out for out, _ in self.join_by_sockets("tcp", RANKS, 0, one_portable)))
+        invariant = self.join_by_sockets("tcp", RANKS, 1, lambda rank: one_portable(rank) | {"TEST_DETERMINISM": "invariant"})
+        for _, text in invariant:
+            for part in ("the CPU kernel of rank 1", "portable, of rank 0", "determinism invariant needs one for all ranks"):
+                self.assertIn(part, text)
 
     @unittest.skipUnless("DATTN_NCCL" in os.environ, "no NCCL; set DATTN_NCCL")
     def test_versions_of_nccl(self):
