@@ -222,14 +222,14 @@ double LayoutCosts::count_balance(Sharing sharing) {
   const bool joined = problem_.layout == Layout::kContiguous || problem_.layout == Layout::kZigzag;
   const double runs = runs_of_place(problem_) * (joined ? 1 : ulysses);  // of the keys of a ulysses group
   const bool many_ranks = parts > kExactRanks, balanced = problem_.layout == Layout::kBalanced;
-  const bool many_runs =
-      rows > 1 && runs * (joined ? 1 : rows) * runs * (places / rows) > (many_ranks ? kMostRunsOfMany : kMostRuns);
+  const int rings = places / rows;
+  const bool many_runs = rows > 1 && runs * (joined ? 1 : rows) * runs * rings > (many_ranks ? kMostRunsOfMany : kMostRuns);
   double most = 0;
-  if (many_ranks ? rows == 1 || (many_runs && !balanced) : many_runs && !balanced) {
+  if ((many_ranks && rows == 1) || (many_runs && !balanced)) {
     const std::vector<double>& before = pairs_before(keeps_keys);
-    for (int first = 0; first < parts; first += rows * ulysses) {
-      const auto begin = static_cast<std::size_t>(first), end = static_cast<std::size_t>(first + rows * ulysses);
-      most = std::max(most, (before[end] - before[begin]) / rows);
+    const auto step = static_cast<std::size_t>(rows) * static_cast<std::size_t>(ulysses);
+    for (std::size_t first = 0; first < static_cast<std::size_t>(parts); first += step) {
+      most = std::max(most, (before[first + step] - before[first]) / rows);
     }
   } else {
     for (const int place : looked_at(problem_, places)) {
@@ -371,7 +371,8 @@ double LayoutCosts::key_rounding(double seen_of_row, Verb verb) {
       const Positions keys = rows_of_places(problem_, true, group * ulysses, ulysses);
       for (const Run& run : keys.runs()) {
         length += static_cast<double>(run.count);
-        rounded += static_cast<double>((run.count + tile.keys - 1) / tile.keys * tile.keys);
+        const std::int64_t tiles = (run.count + tile.keys - 1) / tile.keys;
+        rounded += static_cast<double>(tiles * tile.keys);
       }
       runs += static_cast<double>(keys.runs().size());
     }
