@@ -62,7 +62,7 @@ void attend_decode(const Path& path, const AttendArgs& args) {
     job.bands = bands.data();
     job.n_bands = static_cast<std::int64_t>(bands.size());
     job.scale_log2 = base2_factor(args.scale, args.terms);
-    job.scale_sign = args.scale < 0 ? -1.0f : 1.0f;
+    job.negate = args.scale < 0;
     job.scratch = scratch(scratch_bytes);
     ops.decode(job);
   });

@@ -69,7 +69,7 @@ template <class Storage, class Unit>
 DATTN_INLINE Decode<Unit> begin_decode(const DecodeJob& job) {
   Arena arena{reinterpret_cast<std::uintptr_t>(job.scratch)};
   const Decode<Unit> d = take_decode<Unit>(arena, job.k.dim, job.v.dim, job.n_heads * job.rows, job.kv_heads);
-  const Words sign = sign_bits<Unit>(job.scale_sign < 0);
+  const Words sign = sign_bits<Unit>(job.negate);
   for (std::int64_t kv = 0; kv < d.kv_heads; ++kv) d.rows_of_kv[kv] = 0;
   std::int64_t at = 0;
   for (std::int64_t head = 0; head < job.n_heads; ++head) {
@@ -195,10 +195,22 @@ DATTN_INLINE void add_values(const Decode<Unit>& d, const DecodeJob& job, std::i
   }
 }
 
+// Calls body(integral constant width): vectors of units of a head, known to the loops for the common dims, else 0.
+template <class Unit, class Body>
+DATTN_INLINE void with_width(std::int64_t dim, const Body& body) {
+  constexpr int kOf64 = 64 / kLanes / UnitOf<Unit>::kElements;
+  if (dim == 64) {
+    body(Width<kOf64>{});
+  } else if (dim == 128) {
+    body(Width<2 * kOf64>{});
+  } else {
+    body(Width<0>{});
+  }
+}
+
 template <class Storage, class Unit>
 void decode(const DecodeJob& job) {
   const Decode<Unit> d = begin_decode<Storage, Unit>(job);
-  constexpr int kUnitWidth = 64 / kLanes / UnitOf<Unit>::kElements, kWidth = 64 / kLanes;  // of dim 64
   for (std::int64_t b = 0; b < job.n_bands; ++b) {
     const Band& band = job.bands[b];
     for (std::int64_t block = band.k_begin; block < band.k_end; block += kDecodeBlock) {
@@ -210,25 +222,19 @@ void decode(const DecodeJob& job) {
         all_seen = all_seen && seen.begin <= block && seen.end >= block + count;
       }
       for (std::int64_t i = 0; i < count; i += kLanes) {
-        if (job.k.dim == 64) {
-          score_keys<kUnitWidth, Storage>(d, job, block + i, count - i, i);
-        } else if (job.k.dim == 128) {
-          score_keys<2 * kUnitWidth, Storage>(d, job, block + i, count - i, i);
-        } else {
-          score_keys<0, Storage>(d, job, block + i, count - i, i);
-        }
+        with_width<Unit>(
+            job.k.dim, [&](auto width) __attribute__((always_inline)) {
+              score_keys<decltype(width)::value, Storage>(d, job, block + i, count - i, i);
+            });
       }
       for (std::int64_t row = 0; row < d.count; ++row) {
         if (d.rows[row].seen.begin < d.rows[row].seen.end)
           softmax_row(job, band, d.rows[row], block, d.p + row * kDecodeBlock, d.out + row * d.v_width, d.v_width);
       }
-      if (job.v.dim == 64) {
-        add_values<kWidth, Storage>(d, job, block, count, all_seen);
-      } else if (job.v.dim == 128) {
-        add_values<2 * kWidth, Storage>(d, job, block, count, all_seen);
-      } else {
-        add_values<0, Storage>(d, job, block, count, all_seen);
-      }
+      with_width<float>(
+          job.v.dim, [&](auto width) __attribute__((always_inline)) {
+            add_values<decltype(width)::value, Storage>(d, job, block, count, all_seen);
+          });
     }
   }
   for (std::int64_t row = 0; row < d.count; ++row) {

@@ -136,7 +136,7 @@ struct DecodeJob {
   const Band* bands;
   std::int64_t n_bands;
   float scale_log2;
-  float scale_sign;
+  bool negate;  // scores: the scale is negative
   std::byte* scratch;
 };
 
