@@ -37,8 +37,6 @@ Candidates::Candidates(const PlanRequest& request) : request_(request) {
   problem_ = std::make_shared<Problem>(*make_problem(request.mesh, request.shape, options));
   wanted_ = options.determinism == Determinism::kInvariant ? "invariant" : request.options.strategy;
   pairs_ = visible_pairs(problem_->mask);
-  const double rectangle = static_cast<double>(request.shape.seq_q) * static_cast<double>(request.shape.seq_kv);
-  sees_all_ = pairs_ == static_cast<double>(request.shape.batch) * rectangle;
   costs_.emplace(*problem_, pairs_, request.machine);
 }
 
@@ -72,7 +70,7 @@ void Candidates::tell_untried() {
                          unsuited.first_reason});
   }
   const bool may_fetch = wanted_ == "auto";
-  if (may_fetch && sees_all_)
+  if (may_fetch && costs_->sees_all())
     rejected_.push_back({"strategies fetch and halo", "the mask hides nothing: they would move what allgather moves"});
   if (request_.fixed_layout) return;
   const int parts = ranks() / outside();
@@ -81,7 +79,7 @@ void Candidates::tell_untried() {
         {"layout balanced", fmt::format("not tried for more than {} parts of the sequence, here {}; name the layout to have it",
                                         kBalancedParts, parts)});
   }
-  if (may_fetch && !sees_all_ && parts > 1) {
+  if (may_fetch && !costs_->sees_all() && parts > 1) {
     rejected_.push_back({"strategies fetch and halo in layout striped",
                          "strides of positions see nearly all keys; name strategy and layout to have them"});
   }
@@ -172,7 +170,7 @@ void Candidates::add_mesh(const MeshShape& mesh) {
 // What they move depends on the layout. Strides of positions see every key that one of them sees.
 void Candidates::add_fetches(const MeshShape& mesh, const Strategy& strategy) {
   const bool named = request_.options.strategy == strategy.name;
-  if (sees_all_ && !named) return;
+  if (costs_->sees_all() && !named) return;
   int place = 0;
   std::vector<Layout> beyond;
   for (const Layout layout : layouts(mesh.sequence_parts())) {

@@ -77,7 +77,6 @@ class Candidates {
   void tell_untried();
 
   std::string wanted_;  // strategy: auto, or the only one to consider
-  bool sees_all_ = false;
   int meshes_ = 0;
   std::map<std::string, Unsuited> unsuited_;  // strategies on meshes that they have no use for
   std::map<Layout, SeenRows> seen_;           // of the mesh that is being added

@@ -42,6 +42,7 @@ class LayoutCosts {
   // `pairs`: all that the mask shows. No machine: tiles of single pairs.
   LayoutCosts(const Problem& problem, double pairs, const Machine* machine);
 
+  bool sees_all() const { return sees_all_; }
   double balance(std::string_view strategy);   // as the problem is placed now
   LayoutWork work(std::string_view strategy);  // the same and the rest
 
