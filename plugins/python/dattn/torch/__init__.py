@@ -5,6 +5,8 @@
     with dattn.torch.sdpa(mesh): model(x)                               # models that call F.scaled_dot_product_attention
 
 docs/plugins.md describes all of it."""
+import torch._dynamo  # noqa: F401  imported after a process group is made, by an optimizer, it keeps that group from ending
+
 from dattn import BadInput, Error, InternalError, PeerLost, SystemRefused
 from dattn.torch import _ops  # noqa: F401  registers the operators
 from dattn.torch._attention import attention

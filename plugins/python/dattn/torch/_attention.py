@@ -10,6 +10,7 @@ from dattn.torch import _dtensor, _mesh, _ops, _plan, sharding
 from dattn.torch._masks import plain_mask
 
 _texts = {}  # call texts by the arguments that make them; the mesh in the value keeps its id from being used again
+_mesh._on_close.append(lambda mesh: _texts.clear())  # so that their groups can end
 MOST_TEXTS = 4096
 
 

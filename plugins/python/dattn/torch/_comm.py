@@ -47,6 +47,12 @@ class GroupComm:
         options = _c.CommOptions(timeout_s=self.timeout_s)
         return _c.create(_c.lib().dattn_comm_callbacks, context, ctypes.byref(self.callbacks), ctypes.byref(options))
 
+    def close(self):
+        """Lets go of the group, which the callbacks, in a cycle with this, would hold until the next collection of garbage: it
+        must be gone, with its threads, before the interpreter is."""
+        self.group = self._store = None
+        self._requests.clear()
+
     def run(self, function, arguments):
         """A call of the C interface that may communicate. Raises what it fails with."""
         if threading.current_thread() is not threading.main_thread():

@@ -102,7 +102,7 @@ class Mesh:
         self.spec, self.device = spec, device
         self.threads = torch.get_num_threads() if device.type == "cpu" else 0
         self.lock = threading.RLock()  # one rank's handles are used by one thread at a time
-        self._handles = []
+        self._handles, self.callbacks = [], None
         self.group = None if spec.group is None else dist.distributed_c10d._resolve_process_group(spec.group)
         try:
             where = _c.Device(_c.CUDA if device.type == "cuda" else _c.CPU, device.index or 0)
@@ -116,7 +116,6 @@ class Mesh:
             raise
 
     def _make_comm(self, lib, context):
-        self.callbacks = None
         if self.group is None:
             return self._own(lib.dattn_comm_destroy, _c.create(lib.dattn_comm_self, context))
         self.callbacks = _comm.GroupComm(self.group, self.spec.ranks, self.spec.timeout_s)
@@ -163,6 +162,8 @@ class Mesh:
         while self._handles:
             destroy, handle = self._handles.pop()
             destroy(handle)
+        if self.callbacks is not None:
+            self.callbacks.close()
 
 
 _meshes = {}
