@@ -1,6 +1,8 @@
 // Data parallelism (see data_parallel.h).
 #include "parallel/data_parallel.h"
 
+#include <algorithm>
+
 #include "core/nn/optimizer.h"
 
 namespace dattn {
@@ -47,8 +49,18 @@ void all_reduce_in_buckets(Communicator& group, std::span<const TensorView> tens
   }
 }
 
+GradientSync::GradientSync(const Mesh& mesh, std::span<Parameter* const> parameters)
+    : GradientSync(mesh, parameters, std::max(kBucketBytes, kSlotBytes * mesh.replicas().size())) {}
+
 GradientSync::GradientSync(const Mesh& mesh, std::span<Parameter* const> parameters, std::int64_t bucket_bytes)
-    : mesh_(mesh), parameters_(parameters.begin(), parameters.end()), bucket_bytes_(bucket_bytes) {
+    : GradientSync(mesh, parameters, bucket_bytes, Updates::kShare) {}
+
+GradientSync::GradientSync(const Mesh& mesh, std::span<Parameter* const> parameters, std::int64_t bucket_bytes, Updates updates)
+    : mesh_(mesh),
+      parameters_(parameters.begin(), parameters.end()),
+      bucket_bytes_(bucket_bytes),
+      shares_(parameters, updates == Updates::kAll ? 1 : mesh.replicas().size(),
+              updates == Updates::kAll ? 0 : mesh.replicas().rank(), bucket_bytes) {
   if (mesh.shape().size(Axis::kTensor) == 1) return;
   for (Parameter* parameter : parameters_) {
     if (parameter->sum_over_tensor) tensor_summed_.push_back(parameter);
@@ -57,10 +69,10 @@ GradientSync::GradientSync(const Mesh& mesh, std::span<Parameter* const> paramet
 
 void GradientSync::sum() {
   sum_over_tensor();
-  std::vector<TensorView> gradients;
-  for (const Parameter* parameter : parameters_) gradients.push_back(parameter->gradient);
-  all_reduce_in_buckets(mesh_.replicas(), gradients, bucket_bytes_, {.verb = "gradient"});
+  shares_.sum_gradients(mesh_.replicas(), {.verb = "gradient"});
 }
+
+void GradientSync::gather_values() { shares_.gather_values(mesh_.replicas(), {.verb = "values"}); }
 
 void GradientSync::sum_over_tensor() {
   if (tensor_summed_.empty()) return;
@@ -82,9 +94,9 @@ void GradientSync::sum_over_tensor() {
 }
 
 double GradientSync::squared_norm_share() const {
-  if (mesh_.replicas().rank() != 0) return 0;
+  if (shares_.parts() == 1 && mesh_.replicas().rank() != 0) return 0;
   double squares = 0;
-  for (const Parameter* parameter : parameters_) squares += squared_norm(*parameter);
+  for (const ParameterRun& run : own()) squares += squared_norm(run);
   return squares;
 }
 

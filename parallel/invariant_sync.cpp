@@ -54,7 +54,7 @@ void all_reduce_tree(Communicator& group, const TensorView& data, const OpLabel&
 
 InvariantGradientSync::InvariantGradientSync(const Mesh& mesh, std::span<Parameter* const> parameters, std::int64_t batch,
                                              std::int64_t bucket_bytes)
-    : GradientSync(mesh, parameters, bucket_bytes), rows_per_group_(batch / row_groups(batch)) {
+    : GradientSync(mesh, parameters, bucket_bytes, Updates::kAll), rows_per_group_(batch / row_groups(batch)) {
   ensure(mesh.shape().size(Axis::kTensor) == 1 && row_groups(batch) % mesh.shape().size(Axis::kData) == 0,
          "invariant sums of {} rows on mesh {}", batch, mesh.shape().text());
 }

@@ -37,7 +37,7 @@ class InvariantGradientSync final : public GradientSync {
 
   // Takes the row's gradients, which it leaves zero. Verb "gradient".
   void piece_done() override;
-  // Leaves the step's gradients. Verb "gradient".
+  // Leaves the step's gradients, whole, on every rank. Verb "gradient".
   void sum() override;
 
  private:

@@ -22,6 +22,17 @@ DATTN_VECTORIZED double sum_of_squares(const float* x, std::int64_t count) {
   return sum;
 }
 
+// The gradients of the run that this part of the model owns. What is cut over columns is owned where it is held.
+TensorView owned_of(const ParameterRun& run) {
+  const Parameter& p = *run.parameter;
+  if (p.owned == p.held) return run.of(p.gradient);
+  ensure(p.cut_axis == 0, "{}: owned and held columns differ", p.name);
+  const std::int64_t row = p.held.count() == 0 ? 0 : p.elements() / p.held.count();
+  const std::int64_t begin = std::max(run.elements.begin, (p.owned.begin - p.held.begin) * row);
+  const std::int64_t end = std::min(run.elements.end, (p.owned.end - p.held.begin) * row);
+  return ParameterRun{run.parameter, {begin, std::max(begin, end)}}.of(p.gradient);
+}
+
 using Update = AdamWUpdate;
 
 // m = b1 m + (1 - b1) g; v = b2 v + (1 - b2) g^2; x = x decay - rate (m / c1) / (sqrt(v / c2) + epsilon)
@@ -37,26 +48,19 @@ DATTN_VECTORIZED void update_block(const Update& u, const float* __restrict grad
 
 }  // namespace
 
-double squared_norm(const Parameter& parameter) {
-  const TensorView owned = owned_of(parameter, parameter.gradient);
+double squared_norm(const ParameterRun& run) {
+  const TensorView owned = owned_of(run);
   if (owned.elements() == 0) return 0.0;
   if (on_cuda({&owned})) {
     const Tensor sum = Tensor::uninitialized(DType::kF64, {1});
     cuda_nn().squared_norm(owned, sum, cuda_stream());
     return *to_device(sum, Device{}).ptr<double>();
   }
-  double sum = 0.0;
-  if (owned.contiguous()) {
-    std::vector<double> blocks(static_cast<std::size_t>((owned.elements() + kBlock - 1) / kBlock));
-    parallel_blocks(owned.elements(), kBlock, [&](std::int64_t begin, std::int64_t end) {
-      blocks[static_cast<std::size_t>(begin / kBlock)] = sum_of_squares(owned.ptr<float>() + begin, end - begin);
-    });
-    return std::accumulate(blocks.begin(), blocks.end(), 0.0);
-  }
-  for (std::int64_t row = 0; row < owned.size(0); ++row) {
-    sum += sum_of_squares(owned.ptr<float>() + row * owned.stride(0), owned.size(1));
-  }
-  return sum;
+  std::vector<double> blocks(static_cast<std::size_t>(div_up(owned.elements(), kBlock)));
+  parallel_blocks(owned.elements(), kBlock, [&](std::int64_t begin, std::int64_t end) {
+    blocks[static_cast<std::size_t>(begin / kBlock)] = sum_of_squares(owned.ptr<float>() + begin, end - begin);
+  });
+  return std::accumulate(blocks.begin(), blocks.end(), 0.0);
 }
 
 double clip_factor(double norm, double max_norm) { return max_norm > 0.0 && norm > max_norm ? max_norm / norm : 1.0; }
@@ -79,10 +83,10 @@ double learning_rate(const Schedule& schedule, std::int64_t step) {
   return schedule.floor + (schedule.peak - schedule.floor) * left;
 }
 
-AdamW::AdamW(std::span<Parameter* const> parameters, const AdamWOptions& options) : options_(options) {
-  for (Parameter* parameter : parameters) {
-    const Shape& shape = parameter->value->shape;
-    moments_.push_back({parameter, Tensor(DType::kF32, shape), Tensor(DType::kF32, shape)});
+AdamW::AdamW(std::span<const ParameterRun> runs, const AdamWOptions& options) : options_(options) {
+  for (const ParameterRun& run : runs) {
+    const Shape shape{run.elements.count()};
+    moments_.push_back({run, Tensor(DType::kF32, shape), Tensor(DType::kF32, shape)});
   }
 }
 
@@ -98,15 +102,16 @@ void AdamW::step(double learning_rate, double gradient_scale) {
   update.epsilon = static_cast<float>(options_.epsilon);
   update.rate = static_cast<float>(learning_rate);
   for (Moments& state : moments_) {
-    Parameter& p = *state.parameter;
+    const Parameter& p = *state.run.parameter;
+    const TensorView gradient = state.run.of(p.gradient), value = state.run.of(p.value);
     update.decay = p.decays ? static_cast<float>(1.0 - learning_rate * options_.weight_decay) : 1.0f;
-    if (on_cuda({&p.gradient.view(), &p.value.view(), &state.m.view(), &state.v.view()})) {
-      cuda_nn().adamw(update, p.gradient, state.m, state.v, p.value, cuda_stream());
+    if (on_cuda({&gradient, &value, &state.m.view(), &state.v.view()})) {
+      cuda_nn().adamw(update, gradient, state.m, state.v, value, cuda_stream());
       continue;
     }
-    parallel_blocks(p.elements(), kBlock, [&](std::int64_t begin, std::int64_t end) {
-      update_block(update, p.gradient.ptr<float>() + begin, state.m.ptr<float>() + begin, state.v.ptr<float>() + begin,
-                   p.value.ptr<float>() + begin, end - begin);
+    parallel_blocks(value.elements(), kBlock, [&](std::int64_t begin, std::int64_t end) {
+      update_block(update, gradient.ptr<float>() + begin, state.m.ptr<float>() + begin, state.v.ptr<float>() + begin,
+                   value.ptr<float>() + begin, end - begin);
     });
   }
 }

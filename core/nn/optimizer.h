@@ -2,7 +2,7 @@
 // the global norm, and learning-rate schedules.
 //
 //   double squares = 0;
-//   for (Parameter* p : parameters) squares += squared_norm(*p);         // then summed over the tensor axis
+//   for (const ParameterRun& run : runs) squares += squared_norm(run);   // then summed over the job
 //   const double clip = clip_factor(std::sqrt(squares), max_norm);
 //   optimizer.step(learning_rate(schedule, step), clip);
 #pragma once
@@ -17,9 +17,9 @@
 
 namespace dattn {
 
-// Sum of the squares of the gradient over the elements this part owns, so that a sum over the tensor axis counts every
-// element of the model once. The gradient must be reduced already. Fixed order, in fp64.
-double squared_norm(const Parameter& parameter);
+// Sum of the squares of the gradient over the elements of the run that this part of the model owns, so that a sum over the
+// tensor axis counts every element of the model once. The gradient must be reduced already. Fixed order, in fp64.
+double squared_norm(const ParameterRun& run);
 
 // What gradients are multiplied by so that their norm is at most max_norm; 1 where max_norm <= 0 (no clipping).
 double clip_factor(double norm, double max_norm);
@@ -43,17 +43,18 @@ struct AdamWOptions {
 
 class AdamW {
  public:
-  // The parameters must outlive the optimizer.
-  AdamW(std::span<Parameter* const> parameters, const AdamWOptions& options);
+  // Of these runs, or of whole parameters, which must outlive the optimizer.
+  AdamW(std::span<const ParameterRun> runs, const AdamWOptions& options);
+  AdamW(std::span<Parameter* const> parameters, const AdamWOptions& options) : AdamW(whole_runs(parameters), options) {}
 
   // One update with gradients times gradient_scale (the clip factor). Gradients are left as they are.
   void step(double learning_rate, double gradient_scale = 1.0);
 
-  // State for checkpoints. m and v have the shape, slice and order of the parameters' values.
+  // State for checkpoints, in the order of the runs.
   struct Moments {
-    Parameter* parameter = nullptr;
-    Tensor m;  // fp32, mean of gradients;           name "PARAMETER.m"
-    Tensor v;  // fp32, mean of squared gradients;   name "PARAMETER.v"
+    ParameterRun run;
+    Tensor m;  // fp32 [elements of the run], mean of gradients
+    Tensor v;  // the same, mean of squared gradients
   };
   std::span<Moments> moments() { return moments_; }
   std::int64_t steps_done() const { return steps_; }

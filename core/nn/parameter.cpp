@@ -11,6 +11,12 @@ std::uint64_t hash_of(std::string_view text) {
   return hash;
 }
 
+std::vector<ParameterRun> whole_runs(std::span<Parameter* const> parameters) {
+  std::vector<ParameterRun> runs;
+  for (Parameter* parameter : parameters) runs.push_back({parameter, {0, parameter->elements()}});
+  return runs;
+}
+
 TensorView held_of(const Parameter& parameter, const TensorView& global) {
   return global.slice(parameter.cut_axis, parameter.held.begin, parameter.held.count());
 }

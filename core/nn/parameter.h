@@ -42,6 +42,18 @@ struct Parameter {
   bool whole() const { return held.begin == 0 && held.end == global_shape[cut_axis]; }
 };
 
+// A stretch of a parameter's elements, in the order of their memory.
+struct ParameterRun {
+  Parameter* parameter = nullptr;
+  Interval elements;
+
+  // These elements of a contiguous tensor of the parameter's shape on this part.
+  TensorView of(const TensorView& local) const {
+    return local.reshape({local.elements()}).slice(0, elements.begin, elements.count());
+  }
+};
+std::vector<ParameterRun> whole_runs(std::span<Parameter* const> parameters);
+
 // The window of a tensor of the parameter's global shape that this part holds; shares the memory.
 TensorView held_of(const Parameter& parameter, const TensorView& global);
 // The window of a tensor of this part's shape (value, gradient, optimizer state) that this part owns.

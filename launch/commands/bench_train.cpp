@@ -64,7 +64,7 @@ void bench_train(const TrainBench& bench, const RunConfig& config, Communicator&
   done["milliseconds"] = time.json();
   done["loss"] = sums.loss;
   done["parameters"] = count_parameters(model);
-  done["bytes_sent"] = sums.bytes;
+  done["bytes_sent"] = sums.bytes + sums.update_bytes;
   timer.add_peaks(done);
   done["peak_memory_bytes"] = memory.peak();
   if (world.rank() == 0) print_line(bench.common.json ? done.dump() : done.dump(2));

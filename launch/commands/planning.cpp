@@ -65,7 +65,7 @@ TrainingMemory predicted_memory(const RunConfig& config, const Plan& forward, co
     peaks.forward = std::max(peaks.forward, make_rank_plan(forward, rank).cost.peak_memory);
     peaks.backward = std::max(peaks.backward, make_rank_plan(gradient, rank).cost.peak_memory);
   }
-  return training_memory(config.model, config.train, forward.problem->mesh, config.dtype, peaks);
+  return training_memory(config.model, config.train, forward.problem->mesh, config.dtype, determinism_of(config), peaks);
 }
 
 TrainingMemory predicted_memory(const RunConfig& config) {

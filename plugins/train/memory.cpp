@@ -98,14 +98,15 @@ std::int64_t head_peak(const Sizes& is) {
 }
 
 TrainingMemory memory_of_part(const ModelConfig& model, const PartRanges& part, const TrainConfig& train, const MeshShape& mesh,
-                              DType dtype, const AttentionPeaks& attention) {
+                              DType dtype, Determinism determinism, const AttentionPeaks& attention) {
   const Sizes is = sizes_of(model, part, train, mesh, dtype);
   const bool recomputes = train.recompute == Recompute::kBlock;
   TrainingMemory memory;
   memory.parameters = elements_held(model, part);
   memory.gradients = kFloat * memory.parameters;
   memory.weights = memory.gradients + (dtype == DType::kF32 ? 0 : size_of(dtype) * factors_held(model, part));
-  memory.optimizer = 2 * kFloat * memory.parameters;
+  const int sharers = determinism == Determinism::kInvariant ? 1 : mesh.ranks() / mesh.size(Axis::kTensor);
+  memory.optimizer = 2 * kFloat * div_up(memory.parameters, sharers);
   const std::int64_t of_block = attention_half(is) + mlp_half(is);
   memory.kept = model.layers * (recomputes ? is.residual : of_block);
   // Without recomputation the last block's activations, which its backward reads, are among those kept.
@@ -122,12 +123,13 @@ std::int64_t rows_at_a_time(const TrainConfig& train, int data_ranks) {
 }
 
 TrainingMemory training_memory(const ModelConfig& model, const TrainConfig& train, const MeshShape& mesh, DType dtype,
-                               const AttentionPeaks& attention) {
+                               Determinism determinism, const AttentionPeaks& attention) {
   const ModelConfig resolved = resolve(model);
   TrainingMemory most;
   const int parts = mesh.size(Axis::kTensor);
   for (int part = 0; part < parts; ++part) {
-    const TrainingMemory one = memory_of_part(resolved, ranges_of(resolved, {part, parts}), train, mesh, dtype, attention);
+    const TrainingMemory one =
+        memory_of_part(resolved, ranges_of(resolved, {part, parts}), train, mesh, dtype, determinism, attention);
     if (one.total() > most.total()) most = one;
   }
   return most;
@@ -144,9 +146,10 @@ std::string text_of(const TrainingMemory& memory, Recompute recompute) {
 }
 
 std::string_view memory_remedies() {
-  return "more ranks on mesh.tensor share weights and, with train.sequence_parallel, activations; more on mesh.ring or "
-         "mesh.ulysses, "
-         "train.recompute=block and a greater train.accumulate lower activations";
+  return "more ranks on mesh.tensor share weights and, with train.sequence_parallel, activations; more on mesh.data, mesh.ring "
+         "or "
+         "mesh.ulysses share the optimizer's state; more on mesh.ring or mesh.ulysses, train.recompute=block and a greater "
+         "train.accumulate lower activations";
 }
 
 }  // namespace dattn

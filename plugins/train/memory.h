@@ -8,6 +8,7 @@
 #include <string_view>
 
 #include "core/nn/model_config.h"
+#include "parallel/attention.h"
 #include "parallel/mesh.h"
 #include "plugins/train/train_config.h"
 
@@ -25,7 +26,7 @@ struct TrainingMemory {
   std::int64_t parameters = 0;  // elements held, not bytes
   std::int64_t weights = 0;     // fp32, and a copy of those of linear layers in the compute type where that is another
   std::int64_t gradients = 0;   // fp32
-  std::int64_t optimizer = 0;   // AdamW's two moments, fp32
+  std::int64_t optimizer = 0;   // AdamW's two moments, fp32, of the rank's share
   std::int64_t kept = 0;        // what the blocks keep for backward: with recomputation their inputs
   std::int64_t working = 0;     // beside that at the greatest moment: one block, the attention, or the loss
 
@@ -33,7 +34,7 @@ struct TrainingMemory {
 };
 
 TrainingMemory training_memory(const ModelConfig& model, const TrainConfig& train, const MeshShape& mesh, DType dtype,
-                               const AttentionPeaks& attention);
+                               Determinism determinism, const AttentionPeaks& attention);
 
 // "training holds 42.1 GB on a rank: weights 6.7, ..", for people; and the options that lower it.
 std::string text_of(const TrainingMemory& memory, Recompute recompute);

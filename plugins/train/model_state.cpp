@@ -1,6 +1,7 @@
 // Checkpoints made by all ranks (see model_state.h).
 #include "plugins/train/model_state.h"
 
+#include <algorithm>
 #include <filesystem>
 #include <optional>
 #include <utility>
@@ -13,18 +14,84 @@
 namespace dattn {
 namespace {
 
-// The parts that this rank writes, and the copies they point to where a slice is not contiguous.
+using Moment = Tensor AdamW::Moments::*;
+
+// Those of one parameter, which stand side by side.
+std::span<const ParameterRun> runs_in(std::span<const ParameterRun> runs, const Parameter* parameter) {
+  const auto is_of = [&](const ParameterRun& run) { return run.parameter == parameter; };
+  const auto begin = std::find_if(runs.begin(), runs.end(), is_of);
+  return {begin, std::find_if_not(begin, runs.end(), is_of)};
+}
+
+// The optimizer's moments, of which each replica has its share.
+class SharedMoments {
+ public:
+  SharedMoments(Communicator& replicas, const ParameterShares& shares, AdamW& optimizer)
+      : replicas_(replicas), optimizer_(optimizer), me_(shares.parts() == 1 ? 0 : replicas.rank()) {
+    for (int part = 0; part < shares.parts(); ++part) runs_.push_back(shares.of(part));
+  }
+
+  // A moment of the parameter, whole, on replica `writer`; undefined elsewhere. Collective, unless every replica has all.
+  Tensor gather(const Parameter& parameter, Moment moment, int writer) const {
+    const bool writes = replicas_.rank() == writer;
+    std::vector<Tensor> messages(runs_.size());  // the runs of each replica, end to end
+    std::vector<SendPart> sends;
+    std::vector<RecvPart> receives;
+    for (std::size_t r = 0; r < runs_.size(); ++r) {
+      const bool mine = std::cmp_equal(r, me_);
+      std::int64_t count = 0;
+      for (const ParameterRun& run : runs_in(runs_[r], &parameter)) count += run.elements.count();
+      if (count == 0 || !(writes || mine)) continue;
+      Tensor& message = messages[r] = Tensor::uninitialized(DType::kF32, {count});
+      const auto bytes = static_cast<std::size_t>(message->bytes());
+      if (mine)
+        pack(parameter, moment, message);
+      else
+        receives.push_back({static_cast<int>(r), message->data, bytes, message->device});
+      if (mine && !writes && runs_.size() > 1) sends.push_back({writer, message->data, bytes, message->device});
+    }
+    replicas_.exchange(sends, receives, {.verb = "checkpoint"});
+    if (!writes) return {};
+    Tensor whole = Tensor::uninitialized(DType::kF32, parameter.value->shape);
+    for (std::size_t r = 0; r < runs_.size(); ++r) {
+      std::int64_t begin = 0;
+      for (const ParameterRun& run : runs_in(runs_[r], &parameter)) {
+        copy(messages[r]->slice(0, begin, run.elements.count()), run.of(whole));
+        begin += run.elements.count();
+      }
+    }
+    return whole;
+  }
+
+ private:
+  void pack(const Parameter& parameter, Moment moment, const TensorView& message) const {
+    std::int64_t begin = 0;
+    for (const AdamW::Moments& moments : optimizer_.moments()) {
+      if (moments.run.parameter != &parameter) continue;
+      copy(moments.*moment, message.slice(0, begin, moments.run.elements.count()));
+      begin += moments.run.elements.count();
+    }
+  }
+
+  Communicator& replicas_;
+  AdamW& optimizer_;
+  int me_;
+  std::vector<std::vector<ParameterRun>> runs_;  // by replica
+};
+
+// The parts that this rank writes, and the copies they point to. Making it is collective.
 class OwnParts {
  public:
-  OwnParts(const Mesh& mesh, std::span<Parameter* const> parameters, AdamW& optimizer) {
+  OwnParts(Communicator& replicas, std::span<Parameter* const> parameters, const SharedMoments& moments) {
     for (std::size_t i = 0; i < parameters.size(); ++i) {
-      if (static_cast<int>(i % static_cast<std::size_t>(mesh.replicas().size())) != mesh.replicas().rank()) continue;
       const Parameter& parameter = *parameters[i];
-      const AdamW::Moments& moments = optimizer.moments()[i];
-      ensure(moments.parameter == &parameter, "the optimizer's order of parameters differs at {}", parameter.name);
+      const int writer = static_cast<int>(i % static_cast<std::size_t>(replicas.size()));
+      Tensor m = moments.gather(parameter, &AdamW::Moments::m, writer),
+             v = moments.gather(parameter, &AdamW::Moments::v, writer);
+      if (replicas.rank() != writer) continue;
       add("model." + parameter.name, parameter, parameter.value);
-      add("m." + parameter.name, parameter, moments.m);
-      add("v." + parameter.name, parameter, moments.v);
+      add("m." + parameter.name, parameter, copies_.emplace_back(std::move(m)));
+      add("v." + parameter.name, parameter, copies_.emplace_back(std::move(v)));
     }
   }
   std::span<const TensorPart> parts() const { return parts_; }
@@ -54,7 +121,7 @@ void read_slice(const CheckpointReader& reader, const std::string& name, const P
 }  // namespace
 
 std::string save_checkpoint(const Mesh& mesh, const std::string& folder, const CheckpointManifest& manifest,
-                            std::span<Parameter* const> parameters, AdamW& optimizer) {
+                            std::span<Parameter* const> parameters, const ParameterShares& shares, AdamW& optimizer) {
   Communicator& world = mesh.world();
   const bool first = world.rank() == 0;
   CheckpointWriter writer(folder, manifest.step);
@@ -62,7 +129,7 @@ std::string save_checkpoint(const Mesh& mesh, const std::string& folder, const C
     together(world, "making the checkpoint's folder", [&] {
       if (first) writer.begin();
     });
-    const OwnParts own(mesh, parameters, optimizer);
+    const OwnParts own(mesh.replicas(), parameters, SharedMoments(mesh.replicas(), shares, optimizer));
     std::string record;  // stays empty on a rank that owns nothing
     together(world, "writing the checkpoint", [&] {
       if (!own.parts().empty()) record = writer.write_shard(world.rank(), own.parts()).to_json();
@@ -104,9 +171,18 @@ void load_weights(Communicator& world, const CheckpointReader& reader, std::span
 
 void load_moments(Communicator& world, const CheckpointReader& reader, AdamW& optimizer) {
   together(world, "loading the optimizer's state", [&] {
+    Tensor m, v;  // of `last`, whole
+    const Parameter* last = nullptr;
     for (AdamW::Moments& moments : optimizer.moments()) {
-      read_slice(reader, "m." + moments.parameter->name, *moments.parameter, moments.m);
-      read_slice(reader, "v." + moments.parameter->name, *moments.parameter, moments.v);
+      const Parameter* parameter = moments.run.parameter;
+      if (parameter != std::exchange(last, parameter)) {
+        m = Tensor::uninitialized(DType::kF32, parameter->value->shape);
+        v = Tensor::uninitialized(DType::kF32, parameter->value->shape);
+        read_slice(reader, "m." + parameter->name, *parameter, m);
+        read_slice(reader, "v." + parameter->name, *parameter, v);
+      }
+      copy(moments.run.of(m), moments.m);
+      copy(moments.run.of(v), moments.v);
     }
   });
   optimizer.set_steps_done(reader.manifest().step);

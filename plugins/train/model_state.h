@@ -9,15 +9,17 @@
 #include "core/nn/model_config.h"
 #include "core/nn/optimizer.h"
 #include "parallel/mesh.h"
+#include "parallel/parameter_shares.h"
 #include "plugins/train/checkpoint.h"
 
 namespace dattn {
 
-// Collective over the mesh's world. Parameters are dealt to the replicas, so that all ranks write about equally much.
-// Returns the checkpoint's folder, on every rank. Throws the same Error on every rank where any rank failed (disk full),
-// after removing what was written; older checkpoints stay as they are.
+// Collective over the mesh's world. Parameters are dealt to the replicas, so that all ranks write about equally much; the one
+// that writes a parameter takes its moments from those that have shares of it. `shares`: of which the optimizer has this
+// rank's. Returns the checkpoint's folder, on every rank. Throws the same Error on every rank where any rank failed (disk
+// full), after removing what was written; older checkpoints stay as they are.
 std::string save_checkpoint(const Mesh& mesh, const std::string& folder, const CheckpointManifest& manifest,
-                            std::span<Parameter* const> parameters, AdamW& optimizer);
+                            std::span<Parameter* const> parameters, const ParameterShares& shares, AdamW& optimizer);
 
 // Opens a checkpoint on every rank; checksums are verified by the first one. Collective; errors as above.
 CheckpointReader open_checkpoint(Communicator& world, const std::string& path);

@@ -93,28 +93,27 @@ TrainStep::TrainStep(Communicator& world, const ByteCounter& counter, const Mesh
       vocabulary_(mesh.axis(Axis::kTensor)),
       attention_(mesh, attention_shape(job, model), attention_options(job)),
       transformer_(with_room_for(job, model), transformer_options(mesh, job), attention_, *boundary_, vocabulary_),
-      optimizer_(transformer_.parameters(), {.beta1 = job.train.beta1,
-                                             .beta2 = job.train.beta2,
-                                             .epsilon = job.train.epsilon,
-                                             .weight_decay = job.train.weight_decay}),
-      loss_scale_(job.train.loss_scale, job.dtype),
-      gradients_(make_sync(mesh, job, transformer_.parameters())) {}
+      gradients_(make_sync(mesh, job, transformer_.parameters())),
+      optimizer_(gradients_->own(), {.beta1 = job.train.beta1,
+                                     .beta2 = job.train.beta2,
+                                     .epsilon = job.train.epsilon,
+                                     .weight_decay = job.train.weight_decay}),
+      loss_scale_(job.train.loss_scale, job.dtype) {}
 
 std::int64_t TrainStep::pieces_of(std::int64_t rows, std::int64_t pieces) const {
   return job_.invariant() ? std::max<std::int64_t>(1, share_.rows(rows).count()) : pieces;
 }
 
-std::array<double, 2> TrainStep::sum_over_world(LossSum& loss, const std::array<double, 2>& others) {
+std::array<double, 3> TrainStep::sum_over_world(LossSum& loss, const std::array<double, 3>& others) {
   const std::span<double> places = loss.places();
   std::vector<double> sums(places.begin(), places.end());
   sums.insert(sums.end(), others.begin(), others.end());
   const auto count = static_cast<std::int64_t>(sums.size());
   world_.all_reduce_sum(TensorView(sums.data(), DType::kF64, {count}), {.verb = "step_sums"});
   std::copy_n(sums.begin(), places.size(), places.begin());
-  return {sums[places.size()], sums[places.size() + 1]};
+  return {sums[places.size()], sums[places.size() + 1], sums[places.size() + 2]};
 }
 
-// (Summed gradients are equal over the replicas, of which one contributes their norm.)
 StepSums TrainStep::forward_backward(std::int64_t step, const BatchShare::Window& window, const Gradients& before_sum) {
   const WorkSpan span(world_.trace(), {"forward_backward", -1, static_cast<int>(step)});
   const std::int64_t sent_before = counter_.total().sent;
@@ -133,8 +132,10 @@ StepSums TrainStep::forward_backward(std::int64_t step, const BatchShare::Window
   if (before_sum) before_sum(transformer_.parameters());
   gradients_->sum();
   const auto sent = static_cast<double>(counter_.total().sent - sent_before);
-  const std::array<double, 2> others = sum_over_world(loss, {gradients_->squared_norm_share(), sent});
-  return {loss.total(), std::sqrt(others[0]) / loss_scale_.scale(), static_cast<std::int64_t>(others[1])};
+  const auto values = static_cast<double>(gradients_->shares().values_sent());
+  const std::array<double, 3> others = sum_over_world(loss, {gradients_->squared_norm_share(), sent, values});
+  return {loss.total(), std::sqrt(others[0]) / loss_scale_.scale(), static_cast<std::int64_t>(others[1]),
+          static_cast<std::int64_t>(others[2])};
 }
 
 Update TrainStep::update(double rate, const StepSums& sums) {
@@ -144,6 +145,7 @@ Update TrainStep::update(double rate, const StepSums& sums) {
     return loss_scale_.on() && loss_scale_.step_skipped() ? Update::kOverflowed : Update::kDiverged;
   }
   optimizer_.step(rate, clip_factor(sums.grad_norm, job_.train.clip_norm) / loss_scale_.scale());
+  gradients_->gather_values();
   loss_scale_.step_taken();
   return Update::kTaken;
 }

@@ -2,7 +2,7 @@
 // folder or schedule.
 //
 //   step.forward_backward(n, window)   share of this rank -> forward, backward (accumulate times) -> gradients summed
-//   step.update(rate, sums)            clip by the global norm, AdamW
+//   step.update(rate, sums)            clip by the global norm, AdamW on this rank's share, new values from the others
 #pragma once
 
 #include <array>
@@ -30,9 +30,10 @@ void require_trainable(const TrainJob& job);
 
 // Equal on every rank.
 struct StepSums {
-  double loss = 0;         // nats per symbol
-  double grad_norm = 0;    // taken back to size
-  std::int64_t bytes = 0;  // sent by all ranks
+  double loss = 0;                // nats per symbol
+  double grad_norm = 0;           // taken back to size
+  std::int64_t bytes = 0;         // sent by all ranks so far
+  std::int64_t update_bytes = 0;  // and by an update, if it is taken
 };
 
 // What became of an update. Not taken: fp16's gradients overflowed, for which the loss scale fell and later steps go on; or the
@@ -48,23 +49,25 @@ class TrainStep {
   // positions. All arguments must outlive the step.
   TrainStep(Communicator& world, const ByteCounter& counter, const Mesh& mesh, const TrainJob& job, const ModelConfig& model);
 
-  // The gradients of step `step` (from 0), summed over the mesh, and its sums; row r of its batch is window(r), of
-  // train.seq_len + 1 symbols. `before_sum`, if any, is called with this rank's own gradients. Collective.
+  // The gradients of step `step` (from 0), summed over the mesh where this rank updates them, and its sums; row r of its batch
+  // is window(r), of train.seq_len + 1 symbols. `before_sum`, if any, is called with this rank's own gradients. Collective.
   StepSums forward_backward(std::int64_t step, const BatchShare::Window& window, const Gradients& before_sum = {});
   // AdamW with those gradients, clipped to train.clip_norm. Only a taken update changes weights; the same on every rank.
+  // Collective.
   Update update(double rate, const StepSums& sums);
   // The mean loss (nats per symbol) of `rows` windows, without gradients; in as much memory as a step's. Collective.
   double loss(std::int64_t rows, const BatchShare::Window& window);
 
   Transformer& transformer() { return transformer_; }
   AdamW& optimizer() { return optimizer_; }
+  const ParameterShares& shares() const { return gradients_->shares(); }  // of which the optimizer has this rank's
   LossScale& loss_scale() { return loss_scale_; }
 
  private:
   // Into how many pieces this rank's rows of a batch are cut, if not by its invariance.
   std::int64_t pieces_of(std::int64_t rows, std::int64_t pieces) const;
   // Sums a loss and other numbers over the world, each contributed once, in one exchange.
-  std::array<double, 2> sum_over_world(LossSum& loss, const std::array<double, 2>& others);
+  std::array<double, 3> sum_over_world(LossSum& loss, const std::array<double, 3>& others);
 
   Communicator& world_;
   const ByteCounter& counter_;
@@ -75,9 +78,9 @@ class TrainStep {
   TensorVocabularyReduction vocabulary_;
   DistributedAttention attention_;
   Transformer transformer_;
+  std::unique_ptr<GradientSync> gradients_;
   AdamW optimizer_;
   LossScale loss_scale_;
-  std::unique_ptr<GradientSync> gradients_;
 };
 
 }  // namespace dattn

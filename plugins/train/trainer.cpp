@@ -168,10 +168,11 @@ void Trainer::step(std::int64_t step) {
   result_.loss = sums.loss;
   result_.losses.push_back(sums.loss);
   result_.steps = step + 1;
-  result_.bytes_sent += sums.bytes;
+  const std::int64_t bytes = sums.bytes + (update == Update::kTaken ? sums.update_bytes : 0);
+  result_.bytes_sent += bytes;
   if (!report_) return;
   const auto tokens = static_cast<double>(job_.train.batch * job_.train.seq_len);
-  report_->step({step + 1, sums.loss, sums.grad_norm, rate, tokens / seconds, sums.bytes,
+  report_->step({step + 1, sums.loss, sums.grad_norm, rate, tokens / seconds, bytes,
                  step_->loss_scale().on() ? std::optional(scale) : std::nullopt});
 }
 
@@ -196,8 +197,8 @@ void Trainer::save(std::int64_t steps_done) {
                      {"dtype", std::string(name_of(job_.dtype))},
                      {"attention", to_json(to_node(job_.attention))}};
   step_->loss_scale().save(manifest.values);
-  result_.checkpoint =
-      save_checkpoint(mesh_, folder_.path + "/checkpoints", manifest, step_->transformer().parameters(), step_->optimizer());
+  result_.checkpoint = save_checkpoint(mesh_, folder_.path + "/checkpoints", manifest, step_->transformer().parameters(),
+                                       step_->shares(), step_->optimizer());
   together(*world_, "removing old checkpoints", [&] {
     if (first()) keep_newest(folder_.checkpoints(), job_.train.keep_checkpoints);
   });

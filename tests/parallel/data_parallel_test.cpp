@@ -7,6 +7,7 @@
 #include <gtest/gtest.h>
 
 #include "core/base/philox.h"
+#include "core/nn/optimizer.h"
 #include "parallel/comm/decorators.h"
 #include "parallel/comm/thread.h"
 #include "tests/parallel/mesh_of.h"
@@ -83,18 +84,22 @@ float expected(const MeshShape& shape, std::size_t stream, std::int64_t i, int t
 
 class GradientSums : public testing::TestWithParam<std::array<int, 4>> {};
 
+// Each rank has the sums of its share, and once it has updated that, all have all new values.
 TEST_P(GradientSums, MatchSumsByHand) {
   const MeshShape shape = mesh_of(GetParam());
   for (const std::int64_t bucket_bytes : {1, 40, 4096}) {
     run_thread_ranks(shape.ranks(), {}, [&](Communicator& world) {
       const Mesh mesh(world, shape);
       Model model(mesh);
-      GradientSync(mesh, model.list, bucket_bytes).sum();
+      GradientSync sync(mesh, model.list, bucket_bytes);
+      sync.sum();
+      for (const ParameterRun& run : sync.own()) copy(run.of(run.parameter->gradient), run.of(run.parameter->value));
+      sync.gather_values();
       for (std::size_t p = 0; p < model.parameters.size(); ++p) {
         const Parameter& parameter = model.parameters[p];
         const std::int64_t width = parameter.global_shape.elements() / parameter.global_shape[0];
         for (std::int64_t i = 0; i < parameter.elements(); ++i) {
-          EXPECT_EQ(parameter.gradient.ptr<float>()[i],
+          EXPECT_EQ(parameter.value.ptr<float>()[i],
                     expected(shape, p, parameter.held.begin * width + i, mesh.coordinate(Axis::kTensor)))
               << parameter.name << " element " << i << " buckets of " << bucket_bytes;
         }
@@ -126,6 +131,48 @@ TEST_P(GradientSums, NormCountsEveryElementOnce) {
 INSTANTIATE_TEST_SUITE_P(Meshes, GradientSums,  // data, ring, ulysses, tensor
                          testing::Values(std::array{1, 1, 1, 1}, std::array{2, 1, 1, 1}, std::array{1, 1, 1, 2},
                                          std::array{2, 1, 1, 2}, std::array{1, 3, 1, 1}, std::array{2, 1, 2, 2}));
+
+// Every element is in one share, whatever the buckets.
+TEST(ParameterShares, CoverEachElementOnce) {
+  Parameter a = make_parameter("a", {7, 3}, {0, 7}, {0, 7}, false), b = make_parameter("b", {10}, {0, 10}, {0, 10}, false);
+  const std::array<Parameter*, 2> parameters{&a, &b};
+  for (const int parts : {1, 2, 3, 5, 40}) {
+    for (const std::int64_t bucket_bytes : {4, 36, 4096}) {
+      for (int part = 0; part < parts; ++part) {
+        const ParameterShares shares(parameters, parts, part, bucket_bytes);
+        for (const ParameterRun& run : shares.own()) {
+          const TensorView counts = run.of(run.parameter->value);
+          for (std::int64_t i = 0; i < counts.elements(); ++i) ++counts.at<float>(i);
+        }
+      }
+      for (Parameter* parameter : parameters) {
+        for (std::int64_t i = 0; i < parameter->elements(); ++i) EXPECT_EQ(parameter->value.ptr<float>()[i], 1) << parts;
+        fill_zero(parameter->value);
+      }
+    }
+  }
+}
+
+// A rank of P receives (P - 1) / P of the gradients and as much of the values, and keeps the state of 1 / P.
+TEST(ParameterShares, MoveWhatAnAllReduceMoves) {
+  constexpr int kRanks = 4;
+  run_thread_ranks(kRanks, {}, [](Communicator& world) {
+    auto counter = std::make_shared<ByteCounter>();
+    const auto group = counted(whole_group(world, "data"), counter);
+    Parameter a = make_parameter("a", {48, 2}, {0, 48}, {0, 48}, false),
+              b = make_parameter("b", {16, 2}, {0, 16}, {0, 16}, false);
+    const std::array<Parameter*, 2> parameters{&a, &b};
+    const ParameterShares shares(parameters, kRanks, world.rank(), 160);
+    shares.sum_gradients(*group, {.verb = "gradient"});
+    shares.gather_values(*group, {.verb = "values"});
+    EXPECT_EQ(counter->by_verb()["gradient"].received, 128 * 4 * (kRanks - 1) / kRanks);
+    EXPECT_EQ(counter->by_verb()["values"].received, 128 * 4 * (kRanks - 1) / kRanks);
+    EXPECT_EQ(counter->by_verb()["values"].sent, shares.values_sent());
+    std::int64_t held = 0;
+    for (const AdamW::Moments& moments : AdamW(shares.own(), {}).moments()) held += moments.m->elements();
+    EXPECT_EQ(held, 128 / kRanks);
+  });
+}
 
 // One bucket is one all-reduce; a tiny bucket size makes one for each tensor.
 TEST(GradientBuckets, AreFewForSmallTensors) {

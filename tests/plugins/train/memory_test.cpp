@@ -66,7 +66,7 @@ std::int64_t measured(const TrainJob& job) {
 void expect_predicted(const TrainJob& job, std::int64_t alphabet) {
   ModelConfig model = job.model;
   model.vocab = alphabet;
-  const TrainingMemory memory = training_memory(model, job.train, job.mesh, job.dtype, peaks_of(job, model));
+  const TrainingMemory memory = training_memory(model, job.train, job.mesh, job.dtype, job.determinism, peaks_of(job, model));
   const double ratio = static_cast<double>(memory.total()) / static_cast<double>(measured(job));
   EXPECT_GT(ratio, 0.9) << job.mesh.text() << ", recompute " << name_of(job.train.recompute) << ", " << name_of(job.dtype);
   EXPECT_LT(ratio, 1.12) << job.mesh.text() << ", recompute " << name_of(job.train.recompute) << ", " << name_of(job.dtype);
@@ -104,7 +104,7 @@ TEST(TrainingMemory, CountsTheParametersOfEachPart) {
   ModelConfig model;
   for (const char* style : {"gpt2", "llama"}) {
     model = resolve(model_style(style));
-    const TrainingMemory memory = training_memory(model, {}, MeshShape{}, DType::kF32, {});
+    const TrainingMemory memory = training_memory(model, {}, MeshShape{}, DType::kF32, Determinism::kRepeatable, {});
     EXPECT_EQ(memory.parameters, count_parameters(model)) << style;
     EXPECT_EQ(memory.optimizer, 8 * memory.parameters);
   }
