@@ -10,7 +10,7 @@
 namespace dattn {
 namespace {
 
-constexpr int kBalancedParts = 512;  // layout balanced is tried on meshes of at most so many parts
+constexpr int kBalancedParts = 512;  // layout balanced is tried on meshes of at most so many parts: 4,096 take 0.3 s
 
 std::vector<int> divisors(int number) {
   std::vector<int> all;
@@ -78,10 +78,6 @@ void Candidates::tell_untried() {
     rejected_.push_back(
         {"layout balanced", fmt::format("not tried for more than {} parts of the sequence, here {}; name the layout to have it",
                                         kBalancedParts, parts)});
-  }
-  if (may_fetch && !costs_->sees_all() && parts > 1) {
-    rejected_.push_back({"strategies fetch and halo in layout striped",
-                         "strides of positions see nearly all keys; name strategy and layout to have them"});
   }
 }
 
@@ -167,14 +163,13 @@ void Candidates::add_mesh(const MeshShape& mesh) {
   }
 }
 
-// What they move depends on the layout. Strides of positions see every key that one of them sees.
+// What they move depends on the layout.
 void Candidates::add_fetches(const MeshShape& mesh, const Strategy& strategy) {
   const bool named = request_.options.strategy == strategy.name;
   if (costs_->sees_all() && !named) return;
   int place = 0;
   std::vector<Layout> beyond;
   for (const Layout layout : layouts(mesh.sequence_parts())) {
-    if (layout == Layout::kStriped && !request_.fixed_layout && !named) continue;
     Draft draft = draft_of(mesh, strategy, layout);
     draft.place = place++;
     if (strategy.name == "halo" && !draft.seen.neighbours_only)
