@@ -75,11 +75,14 @@ tokens=256 product=8192 fp32_size=4096 repeat=10
 if [[ $quick == yes ]]; then
   sizes=(512 2048) dims=(128) product=2048 fp32_size=2048 tokens=32 repeat=3
 fi
-kernels='*Cuda*:*Cudnn*:-CudaNn*' layers='CudaNn*' one_rank='*_1_ranks' invariant='*nvarian*' meshes='*nvarian*:*Repeatable*'
+kernels='*Cuda*:*Cudnn*:-CudaNn*' generation='*OnCuda*:*TokenGraph*' layers='CudaNn*'
+one_rank='*_1_ranks' invariant='*nvarian*' meshes='*nvarian*:*Repeatable*'
 others='-Sweep/*' raw=dattn_cudnn_bench torch=()
 if [[ $standin == yes ]]; then
   export DATTN_CUDA_MODULE=$build/lib/libdattn_cuda_standin.so DATTN_NCCL=$build/lib/libnccl_standin.so
   sizes=(64) product=64 fp32_size=64 tokens=4 repeat=1 load=(--size 64 --repeat 3)
+  # A few of what the default tests run.
+  kernels='CudaKernel.*:Cudnn*' generation='GenerationOnCuda.*:StepGraph*'
   one_rank='*/ring_1_ranks' invariant='CudaInvariant.IsStillAttention' meshes='*Invariant.*/causal:*Repeatable.*/ring'
   others='Refusal.*:Bytes.*' raw=dattn_cudnn_bench_standin torch=(--cpu)
   small=(--set train.batch=2 --set train.seq_len=32 --set train.eval_batches=1 --set train.sample_length=0 --set model.layers=1)
@@ -137,7 +140,7 @@ devices=1
 
 tests kernels 400 dattn_core_tests "$kernels"
 tests layers 400 dattn_core_tests "$layers"
-tests generation 400 dattn_plugins_tests '*OnCuda*:*TokenGraph*'
+tests generation 400 dattn_plugins_tests "$generation"
 tests conformance_1 400 dattn_conformance_tests "$one_rank"
 for strategy in "${strategies[@]}"; do
   filter="*/${strategy}_2_ranks:*/${strategy}_4_ranks"
