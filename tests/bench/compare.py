@@ -6,7 +6,7 @@
 Every measurement is a process of its own; the sides of a case take turns, on the same shapes and as many threads, and the
 median over the rounds counts. The peak of the processor is measured before and after every round; a round in which it moved
 by more than 5 % is not counted and done again, three times as many rounds at most. Writes OUT/compare.json (every raw
-number), the tables of docs/benchmarks.md between their markers, and docs/benchmarks.svg; what is measured: compare_blocks.py.
+number), the tables of docs/benchmarks*.md between their markers, and docs/benchmarks.svg; what is measured: compare_blocks.py.
 A quick run, or one of chosen shapes, leaves the docs alone and writes OUT/benchmarks.md, unless --docs says where."""
 import argparse
 import datetime

@@ -97,8 +97,10 @@ def about_line(about):
 
 
 def write_block(page, name, text):
-    """Puts text between the markers of that name; a page without them gets them at its end."""
+    """Puts text between the markers of that name, on the page or one beside it whose name begins alike; where none has them, the
+    page gets them at its end."""
     start, end = f"<!-- compare.py: {name} -->", "<!-- end -->"
+    page = next((other for other in sorted(page.parent.glob(page.stem + "*.md")) if start in other.read_text()), page)
     content = page.read_text() if page.exists() else "# Benchmarks\n"
     if start not in content:
         content += f"\n## Compared: {name}\n\n{start}\n{end}\n"
