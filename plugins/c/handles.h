@@ -18,10 +18,9 @@ struct Comm {
   std::unique_ptr<Communicator> world;
   std::vector<RankPlace> places = {};  // of all ranks, once told
 
-  // That the bits are those of any mesh; all ranks make the call, and are refused alike. Lent communicators of GPUs, which move
-  // device memory alone, are not asked.
+  // That the bits are those of any mesh; all ranks make the call, and are refused alike.
   void require_same_instructions() {
-    if (places.empty() && !context->device.is_cuda()) places = gather_alike(*world, place_of_rank(false));
+    if (places.empty()) places = gather_alike(*world, place_of_rank(false));
     dattn::require_same_instructions(places);
   }
 

@@ -3,7 +3,7 @@
 library initialises and finalises since the host does not. Every rank compares its rows with what it computes alone. Ranks with a
 CUDA device each, of the stand-in, are joined by NCCL's.
 
-usage: ranks_test.py    or, as a rank: ranks_test.py tcp|nccl RANK SIZE PORT | ranks_test.py mpi"""
+usage: ranks_test.py    or, as a rank: ranks_test.py tcp|cuda|nccl RANK SIZE PORT | ranks_test.py mpi"""
 import ctypes
 import math
 import os
@@ -17,6 +17,8 @@ import unittest
 from ctypes_test import FP32, AttentionOptions, Device, Forward, MeshOptions, lib, tensor
 
 SEQ, RANKS = 12, 3
+# The stand-in of CUDA has more thread-local variables than Python leaves room for.
+STANDIN = {"GLIBC_TUNABLES": "glibc.rtld.optional_static_tls=16384"}
 lib.dattn_comm_rank.argtypes = lib.dattn_comm_size.argtypes = [ctypes.c_void_p]
 
 
@@ -53,14 +55,14 @@ def attend(comm, ring):
 
 
 def be_a_rank(kind, rank=None, size=RANKS, port=0):
-    context = made(lib.dattn_context_create, None)
+    on_device = ContextOptions(ctypes.sizeof(ContextOptions), device=Device(2, int(rank or 0)))
+    context = made(lib.dattn_context_create, ctypes.byref(on_device) if kind == "cuda" else None)
     if kind == "mpi":
         comm = made(lib.dattn_comm_mpi, context, None, None)
     else:
         comm = made(lib.dattn_comm_tcp, context, b"127.0.0.1", int(port), int(rank), int(size), None)
     if kind == "nccl":
-        options = ContextOptions(ctypes.sizeof(ContextOptions), device=Device(2, int(rank)))
-        made(lib.dattn_comm_nccl, made(lib.dattn_context_create, ctypes.byref(options)), comm, None, None)
+        made(lib.dattn_comm_nccl, made(lib.dattn_context_create, ctypes.byref(on_device)), comm, None, None)
         return print(f"rank {rank} has joined", flush=True)
     if lib.dattn_comm_size(comm) != RANKS:
         sys.exit(f"{lib.dattn_comm_size(comm)} ranks, not {RANKS}")
@@ -103,9 +105,19 @@ class Ranks(unittest.TestCase):
                 self.assertIn(part, text)
 
     @unittest.skipUnless("DATTN_NCCL" in os.environ, "no NCCL; set DATTN_NCCL")
+    def test_other_devices_are_refused_where_bits_are_promised(self):
+        def kind_of_rank(rank):
+            return STANDIN | {"DATTN_CUDA_STANDIN_DEVICES": str(RANKS), "DATTN_CUDA_STANDIN_CAPABILITY": f"{8 + rank}.0",
+                              "TEST_DETERMINISM": "invariant"}
+
+        for _, text in self.join_by_sockets("cuda", RANKS, 1, kind_of_rank):
+            for part in ("the GPU of rank 1", "compute capability 9.0", "determinism invariant needs GPUs of one kind"):
+                self.assertIn(part, text)
+
+    @unittest.skipUnless("DATTN_NCCL" in os.environ, "no NCCL; set DATTN_NCCL")
     def test_versions_of_nccl(self):
-        def version(number):  # the stand-in of CUDA has more thread-local variables than Python leaves room for
-            return {"DATTN_NCCL_STANDIN_VERSION": str(number), "GLIBC_TUNABLES": "glibc.rtld.optional_static_tls=16384"}
+        def version(number):
+            return STANDIN | {"DATTN_NCCL_STANDIN_VERSION": str(number)}
 
         for rank, (out, _) in enumerate(self.join_by_sockets("nccl", 2, 0, lambda rank: version(22800))):
             self.assertEqual(out, f"rank {rank} has joined\n")
