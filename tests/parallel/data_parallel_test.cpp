@@ -169,7 +169,8 @@ TEST(ParameterShares, MoveWhatAnAllReduceMoves) {
     EXPECT_EQ(counter->by_verb()["values"].received, 128 * 4 * (kRanks - 1) / kRanks);
     EXPECT_EQ(counter->by_verb()["values"].sent, shares.values_sent());
     std::int64_t held = 0;
-    for (const AdamW::Moments& moments : AdamW(shares.own(), {}).moments()) held += moments.m->elements();
+    AdamW optimizer(shares.own(), {});
+    for (const AdamW::Moments& moments : optimizer.moments()) held += moments.m->elements();
     EXPECT_EQ(held, 128 / kRanks);
   });
 }
