@@ -82,7 +82,7 @@ if [[ $standin == yes ]]; then
   export DATTN_CUDA_MODULE=$build/lib/libdattn_cuda_standin.so DATTN_NCCL=$build/lib/libnccl_standin.so
   sizes=(64) product=64 fp32_size=64 tokens=4 repeat=1 load=(--size 64 --repeat 3)
   # A few of what the default tests run.
-  kernels='CudaKernel.*:Cudnn*' generation='GenerationOnCuda.*:StepGraph*'
+  kernels='CudaKernel.*:StepGraph*:Cudnn*' generation='GenerationOnCuda.*'
   one_rank='*/ring_1_ranks' invariant='CudaInvariant.IsStillAttention' meshes='*Invariant.*/causal:*Repeatable.*/ring'
   others='Refusal.*:Bytes.*' raw=dattn_cudnn_bench_standin torch=(--cpu)
   small=(--set train.batch=2 --set train.seq_len=32 --set train.eval_batches=1 --set train.sample_length=0 --set model.layers=1)
