@@ -95,9 +95,7 @@ void GradientSync::sum_over_tensor() {
 
 double GradientSync::squared_norm_share() const {
   if (shares_.parts() == 1 && mesh_.replicas().rank() != 0) return 0;
-  double squares = 0;
-  for (const ParameterRun& run : own()) squares += squared_norm(run);
-  return squares;
+  return squared_norm(own());
 }
 
 }  // namespace dattn

@@ -33,6 +33,14 @@ TensorView owned_of(const ParameterRun& run) {
   return ParameterRun{run.parameter, {begin, std::max(begin, end)}}.of(p.gradient);
 }
 
+double squares_on_host(const TensorView& view) {
+  std::vector<double> blocks(static_cast<std::size_t>(div_up(view.elements(), kBlock)));
+  parallel_blocks(view.elements(), kBlock, [&](std::int64_t begin, std::int64_t end) {
+    blocks[static_cast<std::size_t>(begin / kBlock)] = sum_of_squares(view.ptr<float>() + begin, end - begin);
+  });
+  return std::accumulate(blocks.begin(), blocks.end(), 0.0);
+}
+
 using Update = AdamWUpdate;
 
 // m = b1 m + (1 - b1) g; v = b2 v + (1 - b2) g^2; x = x decay - rate (m / c1) / (sqrt(v / c2) + epsilon)
@@ -48,19 +56,24 @@ DATTN_VECTORIZED void update_block(const Update& u, const float* __restrict grad
 
 }  // namespace
 
-double squared_norm(const ParameterRun& run) {
-  const TensorView owned = owned_of(run);
-  if (owned.elements() == 0) return 0.0;
-  if (on_cuda({&owned})) {
-    const Tensor sum = Tensor::uninitialized(DType::kF64, {1});
-    cuda_nn().squared_norm(owned, sum, cuda_stream());
-    return *to_device(sum, Device{}).ptr<double>();
+double squared_norm(std::span<const ParameterRun> runs) {
+  std::vector<TensorView> owned;
+  for (const ParameterRun& run : runs) {
+    if (const TensorView view = owned_of(run); view.elements() > 0) owned.push_back(view);
   }
-  std::vector<double> blocks(static_cast<std::size_t>(div_up(owned.elements(), kBlock)));
-  parallel_blocks(owned.elements(), kBlock, [&](std::int64_t begin, std::int64_t end) {
-    blocks[static_cast<std::size_t>(begin / kBlock)] = sum_of_squares(owned.ptr<float>() + begin, end - begin);
-  });
-  return std::accumulate(blocks.begin(), blocks.end(), 0.0);
+  const auto count = static_cast<std::int64_t>(owned.size());
+  if (count == 0) return 0.0;
+  const bool on_device = on_cuda({&owned[0]});
+  Tensor sums = Tensor::uninitialized(DType::kF64, {count});
+  for (std::int64_t i = 0; i < count; ++i) {
+    const TensorView& view = owned[static_cast<std::size_t>(i)];
+    if (on_device)
+      cuda_nn().squared_norm(view, sums->slice(0, i, 1), cuda_stream());
+    else
+      sums->at<double>(i) = squares_on_host(view);
+  }
+  if (on_device) sums = to_device(sums, Device{});
+  return std::accumulate(sums.ptr<double>(), sums.ptr<double>() + count, 0.0);
 }
 
 double clip_factor(double norm, double max_norm) { return max_norm > 0.0 && norm > max_norm ? max_norm / norm : 1.0; }

@@ -1,8 +1,7 @@
 // AdamW with decoupled weight decay (Loshchilov and Hutter, "Decoupled weight decay regularization", 2019), clipping by
 // the global norm, and learning-rate schedules.
 //
-//   double squares = 0;
-//   for (const ParameterRun& run : runs) squares += squared_norm(run);   // then summed over the job
+//   const double squares = squared_norm(runs);                           // then summed over the job
 //   const double clip = clip_factor(std::sqrt(squares), max_norm);
 //   optimizer.step(learning_rate(schedule, step), clip);
 #pragma once
@@ -17,9 +16,10 @@
 
 namespace dattn {
 
-// Sum of the squares of the gradient over the elements of the run that this part of the model owns, so that a sum over the
-// tensor axis counts every element of the model once. The gradient must be reduced already. Fixed order, in fp64.
-double squared_norm(const ParameterRun& run);
+// Sum of the squares of the gradients over the elements of the runs that this part of the model owns, so that a sum over the
+// tensor axis counts every element of the model once. Gradients must be reduced already. Fixed order, in fp64; a device is
+// waited for once.
+double squared_norm(std::span<const ParameterRun> runs);
 
 // What gradients are multiplied by so that their norm is at most max_norm; 1 where max_norm <= 0 (no clipping).
 double clip_factor(double norm, double max_norm);

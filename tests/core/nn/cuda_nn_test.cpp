@@ -252,7 +252,7 @@ TEST_F(CudaNnTest, OptimizerAndNorm) {
     weight.decays = true;
     Parameter* parameters[] = {&weight};
     AdamW optimizer(parameters, {});
-    const double norm = squared_norm({&weight, {0, weight.elements()}});
+    const double norm = squared_norm(whole_runs(parameters));
     out(TensorView(const_cast<double*>(&norm), DType::kF64, {1}));
     optimizer.step(1e-2, 0.5);
     optimizer.step(1e-2, 0.5);

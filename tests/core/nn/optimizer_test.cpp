@@ -1,5 +1,7 @@
 #include "core/nn/optimizer.h"
 
+#include <array>
+
 #include "core/base/error.h"
 #include "tests/core/nn/support.h"
 
@@ -61,9 +63,9 @@ TEST(AdamW, ContinuesFromItsState) {
 TEST(Clip, NormCountsWhatIsOwned) {
   Parameter p = parameter_of({0, 0, 0}, {3.0f, 4.0f, 100.0f}, false);
   p.owned = {0, 2};
-  EXPECT_DOUBLE_EQ(squared_norm({&p, {0, 3}}), 25.0);
-  EXPECT_DOUBLE_EQ(squared_norm({&p, {1, 3}}), 16.0);
-  EXPECT_DOUBLE_EQ(squared_norm({&p, {2, 3}}), 0.0);
+  EXPECT_DOUBLE_EQ(squared_norm(std::array{ParameterRun{&p, {0, 3}}}), 25.0);
+  EXPECT_DOUBLE_EQ(squared_norm(std::array{ParameterRun{&p, {1, 3}}}), 16.0);
+  EXPECT_DOUBLE_EQ(squared_norm(std::array{ParameterRun{&p, {2, 3}}}), 0.0);
   EXPECT_DOUBLE_EQ(clip_factor(5.0, 1.0), 0.2);
   EXPECT_DOUBLE_EQ(clip_factor(0.5, 1.0), 1.0);
   EXPECT_DOUBLE_EQ(clip_factor(5.0, 0.0), 1.0);

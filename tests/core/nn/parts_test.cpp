@@ -118,7 +118,7 @@ PartResult run_part(const ModelConfig& config, Group& group, int index, bool cut
       group.sum(index, whole);
       copy(held_of(*parameter, whole), parameter->gradient);
     }
-    result.squares += squared_norm({parameter, {0, parameter->elements()}});
+    result.squares += squared_norm(whole_runs({&parameter, 1}));
     result.gradients.push_back(owned_whole(*parameter, parameter->gradient));
   }
   return result;
