@@ -13,16 +13,6 @@ Interval overlap(Interval a, Interval b) {
   return {begin, std::max(begin, std::min(a.end, b.end))};
 }
 
-// Runs end to end in a flat tensor: body(run, its place).
-template <class Body>
-void for_each_place(std::span<const ParameterRun> runs, const TensorView& flat, const Body& body) {
-  std::int64_t begin = 0;
-  for (const ParameterRun& run : runs) {
-    body(run, flat.slice(0, begin, run.elements.count()));
-    begin += run.elements.count();
-  }
-}
-
 }  // namespace
 
 ParameterShares::ParameterShares(std::span<Parameter* const> parameters, int parts, int part, std::int64_t bucket_bytes)

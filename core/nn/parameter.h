@@ -52,6 +52,16 @@ struct ParameterRun {
     return local.reshape({local.elements()}).slice(0, elements.begin, elements.count());
   }
 };
+// Runs end to end in a flat tensor: body(run, its place).
+template <class Body>
+void for_each_place(std::span<const ParameterRun> runs, const TensorView& flat, const Body& body) {
+  std::int64_t begin = 0;
+  for (const ParameterRun& run : runs) {
+    body(run, flat.slice(0, begin, run.elements.count()));
+    begin += run.elements.count();
+  }
+}
+
 std::vector<ParameterRun> whole_runs(std::span<Parameter* const> parameters);
 
 // The window of a tensor of the parameter's global shape that this part holds; shares the memory.

@@ -54,11 +54,8 @@ class SharedMoments {
     if (!writes) return {};
     Tensor whole = Tensor::uninitialized(DType::kF32, parameter.value->shape);
     for (std::size_t r = 0; r < runs_.size(); ++r) {
-      std::int64_t begin = 0;
-      for (const ParameterRun& run : runs_in(runs_[r], &parameter)) {
-        copy(messages[r]->slice(0, begin, run.elements.count()), run.of(whole));
-        begin += run.elements.count();
-      }
+      for_each_place(runs_in(runs_[r], &parameter), messages[r],
+                     [&](const ParameterRun& run, const TensorView& place) { copy(place, run.of(whole)); });
     }
     return whole;
   }
