@@ -41,8 +41,7 @@ class AttentionCommand(unittest.TestCase):
         self.folder = pathlib.Path(tempfile.mkdtemp())
         self.addCleanup(shutil.rmtree, self.folder)
 
-    def start(self, config, arguments=(), environment=None):
-        (self.folder / "c.yaml").write_text(config)
+    def start(self, arguments=(), environment=None):
         files = ["c.yaml", "--in", "x.safetensors", "--out", "y.safetensors"]
         return subprocess.Popen([DATTN, "attention", *files, "--threads", "1", *arguments], cwd=self.folder, text=True,
                                 stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, **(environment or {})})
@@ -51,7 +50,8 @@ class AttentionCommand(unittest.TestCase):
         """The tensors that the config gives on the mesh, and what is logged."""
         ranks = math.prod(mesh.values())
         axes = ", ".join(f"{axis}: {size}" for axis, size in mesh.items())
-        job = self.start(f"{config}mesh: {{{axes}}}\n", ["--ranks", str(ranks)], {"DATTN_LOG": "debug"})
+        (self.folder / "c.yaml").write_text(f"{config}mesh: {{{axes}}}\n")
+        job = self.start(["--ranks", str(ranks)], {"DATTN_LOG": "debug"})
         _, errors = job.communicate(timeout=120)
         self.assertEqual(job.returncode, 0, errors)
         return read_file(self.folder / "y.safetensors"), errors
@@ -91,6 +91,7 @@ class AttentionCommand(unittest.TestCase):
             self.assertEqual(errors.count("determinism: invariant replaces strategy hybrid by its own"), 1, errors)
 
     def processes(self, config, environments):
+        (self.folder / "c.yaml").write_text(config)
         with socket.socket() as probe:
             probe.bind(("localhost", 0))
             port = probe.getsockname()[1]
@@ -98,7 +99,7 @@ class AttentionCommand(unittest.TestCase):
         for rank, environment in enumerate(environments):
             names = {"RANK": rank, "WORLD_SIZE": len(environments), "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": len(environments),
                      "MASTER_ADDR": "localhost", "MASTER_PORT": port - 1}
-            jobs.append(self.start(config, environment={**{name: str(value) for name, value in names.items()}, **environment}))
+            jobs.append(self.start(environment={**{name: str(value) for name, value in names.items()}, **environment}))
         return [(job.communicate(timeout=120)[1], job.returncode) for job in jobs]
 
     @unittest.skipUnless(platform.machine() == "x86_64", "one instruction set here")
