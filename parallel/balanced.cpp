@@ -138,7 +138,8 @@ std::vector<Part> balanced_parts(const CompiledMask& mask, const std::vector<Row
 }  // namespace
 
 std::vector<Positions> balanced_positions(const CompiledMask& mask, std::int64_t length, int parts) {
-  std::vector<RowBlock> blocks = cut({0, length}, std::min<std::int64_t>(length, kBalancedBlocks * parts));
+  const std::int64_t a_part = std::clamp<std::int64_t>(kBalancedBlocksInAll / parts, 2, kBalancedBlocks);
+  std::vector<RowBlock> blocks = cut({0, length}, std::min(length, a_part * parts));
   if (blocks.empty()) return std::vector<Positions>(static_cast<std::size_t>(parts));
   count_areas(mask, blocks);
   std::vector<Positions> positions;

@@ -10,8 +10,6 @@
 namespace dattn {
 namespace {
 
-constexpr int kBalancedParts = 512;  // layout balanced is tried on meshes of at most so many parts: 4,096 take 0.3 s
-
 std::vector<int> divisors(int number) {
   std::vector<int> all;
   for (int i = 1; i <= number; ++i) {
@@ -48,16 +46,15 @@ void Candidates::add_all() {
 void Candidates::place(const MeshShape& mesh, Layout layout) {
   problem_->mesh = mesh;
   problem_->layout = layout;
-  if (layout == Layout::kBalanced && problem_->balanced.empty())
-    problem_->balanced = balanced_positions(problem_->mask, problem_->shape.seq_q, mesh.sequence_parts());
+  if (layout == Layout::kBalanced && problem_->balanced == nullptr) problem_->place_balanced();
 }
 
 std::vector<Layout> Candidates::layouts(int parts) const {
   if (request_.fixed_layout) return {request_.options.layout};
   if (parts == 1) return {Layout::kZigzag};  // the name that calls have by default
   std::vector<Layout> all{Layout::kContiguous, Layout::kZigzag, Layout::kStriped};
-  if (wanted_ == "invariant") std::swap(all[0], all[1]);  // the tree of training's sums is zigzag's
-  if (parts <= kBalancedParts) all.push_back(Layout::kBalanced);
+  if (wanted_ == "invariant") std::swap(all[0], all[1]);      // the tree of training's sums is zigzag's
+  if (!costs_->sees_all()) all.push_back(Layout::kBalanced);  // else any layout is
   return all;
 }
 
@@ -70,15 +67,11 @@ void Candidates::tell_untried() {
                          unsuited.first_reason});
   }
   const bool may_fetch = wanted_ == "auto";
-  if (may_fetch && costs_->sees_all())
+  if (!costs_->sees_all()) return;
+  if (may_fetch)
     rejected_.push_back({"strategies fetch and halo", "the mask hides nothing: they would move what allgather moves"});
-  if (request_.fixed_layout) return;
-  const int parts = ranks() / outside();
-  if (parts > kBalancedParts) {
-    rejected_.push_back(
-        {"layout balanced", fmt::format("not tried for more than {} parts of the sequence, here {}; name the layout to have it",
-                                        kBalancedParts, parts)});
-  }
+  if (!request_.fixed_layout)
+    rejected_.push_back({"layout balanced", "the mask hides nothing: every layout shares it out evenly"});
 }
 
 std::vector<MeshShape> Candidates::meshes() const {

@@ -17,6 +17,7 @@ constexpr double kMostLookedUp = 1 << 17;      // where all are looked at
 // Pairs of runs of a rank's blocks in a grid; where there are more its work is estimated.
 constexpr double kMostRuns = 1 << 10, kMostRunsOfMany = 1 << 7;  // the latter on meshes that are sampled
 
+constexpr int kSummedStrides = 64;        // of a row of a grid
 constexpr int kWaitingGroups = 32;        // longer rings are looked at as so many groups of neighbours
 constexpr std::int64_t kTiled = 1 << 16;  // rows of a run whose tiles are counted
 constexpr int kTiledRuns = 16;            // and runs
@@ -73,7 +74,7 @@ std::vector<int> looked_at(const Problem& problem, int places) {
 // How many runs a place has, of all sides alike.
 double runs_of_place(const Problem& problem) {
   switch (problem.layout) {
-    case Layout::kBalanced: return static_cast<double>(problem.balanced[0].runs().size());
+    case Layout::kBalanced: return static_cast<double>(problem.balanced->front().runs().size());
     case Layout::kZigzag: return 2;
     default: return 1;
   }
@@ -174,14 +175,19 @@ const std::vector<double>& LayoutCosts::pairs_before(bool key_side) {
   return sums;
 }
 
-// Of layout balanced, whose places have many runs.
-const PairGrid::Share& LayoutCosts::place_share(bool key_side, int place) {
-  std::vector<PairGrid::Share>& shares = shares_[key_side ? 1 : 0];
-  if (shares.empty()) {
-    for (int i = 0; i < problem_.mesh.sequence_parts(); ++i)
-      shares.push_back(grid().share(problem_.part_rows(key_side, i), key_side));
+// Of layout balanced, whose places have many runs: what all places before each hold of every cell.
+const LayoutCosts::Held& LayoutCosts::held_before(bool key_side, int place) {
+  std::vector<Held>& sums = held_before_[key_side ? 1 : 0];
+  if (sums.empty()) {
+    Held sum(static_cast<std::size_t>(grid().cells(key_side)), 0);
+    sums.push_back(sum);
+    for (int i = 0; i < problem_.mesh.sequence_parts(); ++i) {
+      for (const auto& [cell, held] : grid().share(problem_.part_rows(key_side, i), key_side))
+        sum[static_cast<std::size_t>(cell)] += held;
+      sums.push_back(sum);
+    }
   }
-  return shares[static_cast<std::size_t>(place)];
+  return sums[static_cast<std::size_t>(place)];
 }
 
 // Of `count` neighbours from `first` on, and of as many every `stride` places further.
@@ -191,13 +197,18 @@ PairGrid::Share LayoutCosts::share_of_places(bool key_side, int first, int count
     return grid().share(stride < parts ? rows_along(problem_, key_side, first, count, stride)
                                        : rows_of_places(problem_, key_side, first, count),
                         key_side);
-  std::map<int, double> sum;
-  for (; first < parts; first += stride) {
-    for (int place = first; place < first + count; ++place) {
-      for (const auto& [cell, held] : place_share(key_side, place)) sum[cell] += held;
-    }
+  Held sum(static_cast<std::size_t>(grid().cells(key_side)), 0);
+  const int strides = (parts - first + stride - 1) / stride;
+  const std::vector<int> summed = sample(strides, kSummedStrides);
+  const double of_one = static_cast<double>(strides) / static_cast<double>(summed.size());
+  for (const int i : summed) {
+    const int place = first + i * stride;
+    const Held &before = held_before(key_side, place), &after = held_before(key_side, place + count);
+    for (std::size_t cell = 0; cell < sum.size(); ++cell) sum[cell] += of_one * (after[cell] - before[cell]);
   }
-  return {sum.begin(), sum.end()};
+  PairGrid::Share share;
+  for (std::size_t cell = 0; cell < sum.size(); ++cell) share.emplace_back(static_cast<int>(cell), sum[cell]);
+  return share;
 }
 
 // Of queries with all keys, or of keys with all queries.
@@ -232,7 +243,7 @@ double LayoutCosts::count_balance(Sharing sharing) {
       most = std::max(most, (before[first + step] - before[first]) / rows);
     }
   } else {
-    for (const int place : looked_at(problem_, places)) {
+    for (const int place : many_runs ? sample(places, kFewRanks) : looked_at(problem_, places)) {
       const int first = place * ulysses, group = place / rows * rows * ulysses;  // first place of its column of the grid
       if (many_runs) {
         const PairGrid::Share keys = share_of_places(true, first - group, ulysses, rows * ulysses);

@@ -52,7 +52,8 @@ class LayoutCosts {
   const PairGrid& grid();
   const std::vector<double>& pairs_before(bool key_side);  // of all places before each, with all of the other side
   double pairs_with_all(const Positions& own, bool key_side) const;
-  const PairGrid::Share& place_share(bool key_side, int place);
+  using Held = std::vector<double>;  // by cells of a side of the picture
+  const Held& held_before(bool key_side, int place);
   PairGrid::Share share_of_places(bool key_side, int first, int count, int stride);
   double count_balance(Sharing sharing);
   std::pair<double, double> count_waits(std::string_view strategy);
@@ -68,7 +69,7 @@ class LayoutCosts {
   const Machine* machine_;
   bool sees_all_ = false;
   std::optional<PairGrid> grid_;
-  std::vector<PairGrid::Share> shares_[2];  // of queries, keys: layout balanced
+  std::vector<Held> held_before_[2];  // of queries, keys
   std::map<std::pair<Layout, bool>, std::vector<double>> pairs_before_;
   std::map<Key, double> balances_;
   std::map<std::pair<Key, bool>, std::pair<double, double>> waits_;

@@ -45,11 +45,8 @@ MeshShape MeshShape::with_one_ring() const {
   return mesh;
 }
 
-int MeshShape::sequence_index(int rank) const {
-  int index = 0;
-  for (const Axis axis : kSequenceAxes) index = index * size(axis) + coordinate(rank, axis);
-  return index;
-}
+// The sequence axes are neighbours, tensor alone varies faster.
+int MeshShape::sequence_index(int rank) const { return rank / size(Axis::kTensor) % sequence_parts(); }
 
 int MeshShape::neighbour(int rank, Axis axis, int target) const {
   int stride = 1;

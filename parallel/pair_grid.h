@@ -14,6 +14,7 @@ class PairGrid {
   using Share = std::vector<std::pair<int, double>>;  // of a block's rows: cells that hold some, with the share of the cell's
 
   explicit PairGrid(const Problem& problem);
+  int cells(bool key_side) const { return cells_[key_side ? 1 : 0]; }
   Share share(const Positions& rows, bool key_side) const;
   std::vector<double> seen(const Share& queries) const;  // pairs of these queries by cells of keys
   static double pairs(const std::vector<double>& seen, const Share& keys);

@@ -122,12 +122,16 @@ bool Placing::comes_from(int peer, int own, int parts) const {
 
 Positions Problem::shard_rows(bool key_side, int rank) const { return part_rows(key_side, mesh.sequence_index(rank)); }
 
+void Problem::place_balanced() {
+  balanced = std::make_shared<const std::vector<Positions>>(balanced_positions(mask, shape.seq_q, mesh.sequence_parts()));
+}
+
 Positions Problem::part_rows(bool key_side, int part) const {
   const std::int64_t length = key_side ? shape.seq_kv : shape.seq_q;
   const int parts = mesh.sequence_parts();
   if (layout != Layout::kBalanced) return positions_of(layout, length, parts, part);
   // Keys lie where their queries lie, or, in cross-attention of unequal lengths, in order.
-  if (!key_side || shape.seq_q == shape.seq_kv) return balanced[static_cast<std::size_t>(part)];
+  if (!key_side || shape.seq_q == shape.seq_kv) return (*balanced)[static_cast<std::size_t>(part)];
   return positions_of(Layout::kContiguous, length, parts, part);
 }
 

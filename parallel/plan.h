@@ -82,8 +82,9 @@ struct Problem {
   std::string mask_text;
   Layout layout = Layout::kZigzag;
   MeshShape mesh;
-  std::vector<Positions> balanced;  // layout balanced: rows of every place along the sequence
+  std::shared_ptr<const std::vector<Positions>> balanced;  // layout balanced: rows of every place along the sequence
 
+  void place_balanced();                                // sets `balanced`, of the mask and the mesh
   Positions part_rows(bool key_side, int part) const;   // what the layout gives to a place along the sequence
   Positions shard_rows(bool key_side, int rank) const;  // and to a rank
 };

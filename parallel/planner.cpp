@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 #include <map>
 #include <set>
 #include <tuple>
@@ -65,7 +66,12 @@ class Planner : private Candidates {
     add_all();
     sort();
     refuse_what_holds_all();
-    for (std::size_t i = 0; i < drafts_.size() && (by_time() || i < kLookedAt); ++i) settle(drafts_[i]);
+    double most = std::numeric_limits<double>::infinity();  // seconds: what takes longer even at its best need not be settled
+    for (std::size_t i = 0; i < drafts_.size(); ++i) {
+      if (by_time() ? drafts_[i].candidate.time_s > most : i >= kLookedAt) break;
+      settle(drafts_[i]);
+      if (!quick_to_simulate(request_.shape, ranks())) most = std::min(most, kNearlyAsGood * drafts_[i].candidate.time_s);
+    }
     refuse_uneven_rows();
     sort();
     if (!drafts_.empty()) settle_best_from(0);
@@ -316,7 +322,8 @@ class Planner : private Candidates {
     if (cheapest == nullptr) return;
     const Candidate& next = cheapest->candidate;
     const std::string costs =
-        by_time() ? fmt::format("would take {:.4g} ms, the best {:.4g}", next.time_s * 1e3, best[0].time_s * 1e3)
+        by_time() ? fmt::format("would take {}{:.4g} ms, the best {:.4g}", cheapest->settled ? "" : "at least ",
+                                next.time_s * 1e3, best[0].time_s * 1e3)
                   : fmt::format("receives {:.0f} bytes forward and {:.0f} backward, the best {:.0f} and {:.0f}",
                                 next.forward_bytes, next.backward_bytes, best[0].forward_bytes, best[0].backward_bytes);
     rejected_.push_back(

@@ -104,8 +104,7 @@ std::shared_ptr<const Problem> make_problem(const MeshShape& mesh, const Attenti
   problem->mask_text = options.mask.text();
   problem->layout = options.layout;
   problem->mesh = mesh;
-  if (options.layout == Layout::kBalanced)
-    problem->balanced = balanced_positions(problem->mask, shape.seq_q, mesh.sequence_parts());
+  if (options.layout == Layout::kBalanced) problem->place_balanced();
   return problem;
 }
 

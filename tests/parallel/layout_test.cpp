@@ -106,6 +106,19 @@ RC_GTEST_PROP(Layout, BalancedIsEvenWhereNoRowIsHeavy, ()) {
   RC_ASSERT(reached >= 0.98);
 }
 
+// Where parts have fewer blocks.
+TEST(Layout, BalancedIsEvenOnThousandsOfParts) {
+  const std::int64_t length = 1 << 20;
+  std::vector<std::int64_t> bounds{0};
+  for (std::int64_t i = 1; i < 100; ++i) bounds.push_back(i * length / 100 + i * 7919 % 9973);
+  bounds.push_back(length);
+  for (const Mask& mask : {Mask::causal(), Mask::window(4096, 0), Mask::prefix(30000), Mask::global(64, 1000, 0, true),
+                           Mask::documents(bounds, Mask::causal())}) {
+    const CompiledMask compiled = compile_batch(mask, 1, length, length);
+    for (const int parts : {1500, 4096}) EXPECT_GE(evenness(compiled, length, parts), 0.98) << mask.text() << " on " << parts;
+  }
+}
+
 // A row that sees more than a part's share can be held by one part only, which holds as many other rows as the others do.
 TEST(Layout, BalancedIsAsEvenAsTheHeaviestRowAllows) {
   const CompiledMask mask = compile_batch(Mask::global(1, 3, 0), 1, 4096, 4096);  // row 0 sees 4096, the others 5
