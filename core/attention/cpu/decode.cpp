@@ -16,11 +16,26 @@ bool heads_are_one_run(const TensorView& view) {
   return view.stride(2) == view.size(3) && view.stride(1) == view.size(2) * view.size(3);
 }
 
-// Keys of one task: about as much memory whatever the heads are, enough to be read at memory's speed.
-std::int64_t keys_of_task(const AttendArgs& args, std::int64_t kv_heads) {
-  constexpr std::int64_t kBytes = 512 << 10, kLeast = 64, kMost = 1024;
+// As many keys as lie with their values in so much memory, whatever the heads are, in whole steps.
+std::int64_t keys_in(std::int64_t bytes, const AttendArgs& args, std::int64_t kv_heads, std::int64_t most) {
+  constexpr std::int64_t kStep = 64;
   const std::int64_t of_key = kv_heads * (args.k.size(3) + args.v.size(3)) * size_of(args.k.dtype);
-  return std::clamp(kBytes / of_key / kLeast * kLeast, kLeast, kMost);
+  return std::clamp(bytes / of_key / kStep * kStep, kStep, most);
+}
+
+// Of one task: enough to be read at memory's speed, and fewer of short sequences, so that there are tasks for many threads.
+std::int64_t keys_of_task(const AttendArgs& args, std::int64_t kv_heads, std::int64_t keys) {
+  constexpr std::int64_t kLeastBytes = 512 << 10, kMostBytes = 1 << 20, kTasks = 32;
+  const std::int64_t large = keys_in(kMostBytes, args, kv_heads, 2048);
+  return keys > kTasks * large ? large : keys_in(kLeastBytes, args, kv_heads, 1024);
+}
+
+// Between keys and values: every change costs as much as reading some kilobytes. The scores of a block stay in the second
+// cache.
+std::int64_t keys_of_block(const AttendArgs& args, std::int64_t kv_heads, std::int64_t rows) {
+  constexpr std::int64_t kBytes = 512 << 10, kScoreBytes = 128 << 10, kLeast = 128;
+  const std::int64_t scored = kScoreBytes / static_cast<std::int64_t>(sizeof(float)) / rows;
+  return std::max(kLeast, std::min(keys_in(kBytes, args, kv_heads, kDecodeBlock), scored / kLeast * kLeast));
 }
 
 }  // namespace
@@ -32,7 +47,8 @@ void attend_decode(const Path& path, const AttendArgs& args) {
   const std::int64_t kv_groups = args.k.size(2) / kv_step;
   const Interval hull = key_hull(args.tiles);
   const BandList list(args.tiles, rows, rows, hull.begin, false);
-  const std::int64_t keys = keys_of_task(args, kv_step), splits = div_up(hull.count(), keys);
+  const std::int64_t keys = keys_of_task(args, kv_step, hull.count()), block = keys_of_block(args, kv_step, rows * heads);
+  const std::int64_t splits = div_up(hull.count(), keys);
   const SplitStates states(args, splits, padded_to(args.v.size(3), ops.lanes));
   const std::int64_t scratch_bytes = ops.decode_scratch(args.q.size(3), args.v.size(3), rows * heads, kv_step);
   parallel_for(batch * splits * kv_groups, [&](std::int64_t task) {
@@ -59,6 +75,7 @@ void attend_decode(const Path& path, const AttendArgs& args) {
     job.heads = job_heads.data();
     job.n_heads = static_cast<std::int64_t>(job_heads.size());
     job.rows = rows;
+    job.block = block;
     job.bands = bands.data();
     job.n_bands = static_cast<std::int64_t>(bands.size());
     job.scale_log2 = base2_factor(args.scale, args.terms);

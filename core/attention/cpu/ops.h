@@ -26,6 +26,8 @@ inline constexpr std::int64_t kBackwardRows = 96;
 inline constexpr std::int64_t kBackwardKeys = 384;
 // Up to this many query rows, keys are read once and never packed: packing them costs as much as reading them a few times.
 inline constexpr std::int64_t kDecodeRows = 4;
+// Keys that are scored before their values are read, at most: then both streams are 256 KiB, and a break between them is short.
+inline constexpr std::int64_t kDecodeBlock = 512;
 
 struct KeyRange {
   std::int64_t begin, end;  // half-open
@@ -135,6 +137,7 @@ struct DecodeJob {
   std::int64_t n_heads, rows;
   const Band* bands;
   std::int64_t n_bands;
+  std::int64_t block;  // keys that are scored before their values are read: a multiple of the lanes, at most kDecodeBlock
   float scale_log2;
   bool negate;  // scores: the scale is negative
   std::byte* scratch;

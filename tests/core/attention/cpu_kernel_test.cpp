@@ -39,6 +39,18 @@ TEST_P(CpuKernel, DecodeReadsManyKeys) {
   }
 }
 
+// One row for each KV head: where there are few heads, of common dims, the sums stay in registers.
+TEST_P(CpuKernel, DecodeOfOneRowAHead) {
+  for (const std::int64_t heads : {1, 2, 3, 4, 6, 7}) {
+    for (const std::int64_t dim : {64, 128}) {
+      Problem p = make_problem(1, 1700, heads, heads, dim, dim, Mask::full());
+      check(p, fmt::format("{} heads of {}", heads, dim));
+      p.tiles = {{{{0, 1}, {0, 1700}, 100, 1300}}};  // in registers, in memory, and not at all
+      check(p, fmt::format("{} heads of {} in a band", heads, dim));
+    }
+  }
+}
+
 // Few blocks of rows against many keys, which are then cut into parts, some of which rows see nothing of.
 TEST_P(CpuKernel, FewRowsAgainstManyKeys) {
   for (const std::int64_t rows : {5, 97, 300}) {
