@@ -9,8 +9,9 @@
 namespace dattn {
 namespace {
 
-constexpr double kEvenEnough = 0.98;      // mean over most pairs of a part
-constexpr std::int64_t kMostPieces = 64;  // a part
+constexpr double kEvenEnough = 0.98;                                  // mean over most pairs of a part
+constexpr std::int64_t kMostPieces = 64, kMostPiecesInAll = 1 << 18;  // a part, of all parts
+constexpr std::int64_t kLeastBlocks = 8;  // a part: with fewer, parts whose heavy blocks are cut would hold very unequal rows
 constexpr int kMostExchanges = 64;
 
 struct RowBlock {
@@ -118,7 +119,8 @@ std::vector<Part> balanced_parts(const CompiledMask& mask, const std::vector<Row
     const bool divides = block.area > sum / static_cast<double>(blocks.size()) && block.rows.count() > 1;
     (divides ? heavy : light).push_back(block);
   }
-  const auto most_pieces = kMostPieces * static_cast<std::int64_t>(parts), heavies = static_cast<std::int64_t>(heavy.size());
+  const auto most_pieces = std::min(kMostPieces * static_cast<std::int64_t>(parts), kMostPiecesInAll),
+             heavies = static_cast<std::int64_t>(heavy.size());
   for (std::int64_t finer = 2; evenness(best) < kEvenEnough && heavies > 0 && finer * heavies <= most_pieces; finer *= 2) {
     std::vector<RowBlock> pieces;
     bool single_rows = true;
@@ -138,7 +140,7 @@ std::vector<Part> balanced_parts(const CompiledMask& mask, const std::vector<Row
 }  // namespace
 
 std::vector<Positions> balanced_positions(const CompiledMask& mask, std::int64_t length, int parts) {
-  const std::int64_t a_part = std::clamp<std::int64_t>(kBalancedBlocksInAll / parts, 2, kBalancedBlocks);
+  const std::int64_t a_part = std::clamp(kBalancedBlocksInAll / parts, kLeastBlocks, kBalancedBlocks);
   std::vector<RowBlock> blocks = cut({0, length}, std::min(length, a_part * parts));
   if (blocks.empty()) return std::vector<Positions>(static_cast<std::size_t>(parts));
   count_areas(mask, blocks);

@@ -66,11 +66,10 @@ void Candidates::tell_untried() {
                              : fmt::format("strategy {} on {} of {} meshes", strategy, unsuited.meshes, meshes_),
                          unsuited.first_reason});
   }
-  const bool may_fetch = wanted_ == "auto";
   if (!costs_->sees_all()) return;
-  if (may_fetch)
+  if (wanted_ == "auto")
     rejected_.push_back({"strategies fetch and halo", "the mask hides nothing: they would move what allgather moves"});
-  if (!request_.fixed_layout)
+  if (!request_.fixed_layout && ranks() > outside())
     rejected_.push_back({"layout balanced", "the mask hides nothing: every layout shares it out evenly"});
 }
 

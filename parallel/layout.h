@@ -24,11 +24,11 @@ Layout layout_from(std::string_view name);  // throws Error(kBadInput) naming th
 // The positions of part `index` of `parts` of a sequence of `length` positions; any layout but balanced.
 Positions positions_of(Layout layout, std::int64_t length, int parts, int index);
 
-// The positions of all parts in layout balanced: the query rows are cut into kBalancedBlocks blocks a part, fewer on more than
-// kBalancedBlocksInAll / kBalancedBlocks parts, whose rows they would cut into crumbs. Every part gets as many of them (or one
-// less), heaviest first to the lightest part, then blocks are exchanged while that helps. Where a
-// part then still sees more than 1 / 0.98 of the mean, the heavy blocks are cut finer, into 64 pieces a part at most. The
-// search for equal work with equal memory is that of MagiAttention (Zilong Wang et al., 2025).
+// The positions of all parts in layout balanced: the query rows are cut into kBalancedBlocks blocks a part, on more than
+// kBalancedBlocksInAll / kBalancedBlocks parts into about kBalancedBlocksInAll, but at least 8 a part. Every part gets as many
+// of them (or one less), heaviest first to the lightest part, then blocks are exchanged while that helps. Where a part then
+// still sees more than 1 / 0.98 of the mean, the heavy blocks are cut finer, into 64 pieces a part at most. The search for
+// equal work with equal memory is that of MagiAttention (Zilong Wang et al., 2025).
 inline constexpr std::int64_t kBalancedBlocks = 32, kBalancedBlocksInAll = 1 << 15;
 std::vector<Positions> balanced_positions(const CompiledMask& mask, std::int64_t length, int parts);
 

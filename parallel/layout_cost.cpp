@@ -177,6 +177,7 @@ const std::vector<double>& LayoutCosts::pairs_before(bool key_side) {
 
 // Of layout balanced, whose places have many runs: what all places before each hold of every cell.
 const LayoutCosts::Held& LayoutCosts::held_before(bool key_side, int place) {
+  key_side = key_side && problem_.shape.seq_q != problem_.shape.seq_kv;  // else keys lie where their queries lie
   std::vector<Held>& sums = held_before_[key_side ? 1 : 0];
   if (sums.empty()) {
     Held sum(static_cast<std::size_t>(grid().cells(key_side)), 0);
@@ -243,7 +244,7 @@ double LayoutCosts::count_balance(Sharing sharing) {
       most = std::max(most, (before[first + step] - before[first]) / rows);
     }
   } else {
-    for (const int place : many_runs ? sample(places, kFewRanks) : looked_at(problem_, places)) {
+    for (const int place : many_runs&& many_ranks ? sample(places, kFewRanks) : looked_at(problem_, places)) {
       const int first = place * ulysses, group = place / rows * rows * ulysses;  // first place of its column of the grid
       if (many_runs) {
         const PairGrid::Share keys = share_of_places(true, first - group, ulysses, rows * ulysses);

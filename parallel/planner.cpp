@@ -262,9 +262,10 @@ class Planner : private Candidates {
     for (const Layout layout : layouts(chosen.mesh.sequence_parts())) {
       if (layout == chosen.layout) continue;
       const auto known = std::find_if(drafts_.begin(), drafts_.end(), [&](const Draft& draft) {
-        return draft.settled && alike_but_layout(draft.candidate, chosen) && draft.candidate.layout == layout;
+        return alike_but_layout(draft.candidate, chosen) && draft.candidate.layout == layout;
       });
       if (known != drafts_.end()) {
+        if (!known->settled) settle(*known);
         all.push_back(known->candidate);
         continue;
       }

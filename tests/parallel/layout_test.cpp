@@ -115,7 +115,11 @@ TEST(Layout, BalancedIsEvenOnThousandsOfParts) {
   for (const Mask& mask : {Mask::causal(), Mask::window(4096, 0), Mask::prefix(30000), Mask::global(64, 1000, 0, true),
                            Mask::documents(bounds, Mask::causal())}) {
     const CompiledMask compiled = compile_batch(mask, 1, length, length);
-    for (const int parts : {1500, 4096}) EXPECT_GE(evenness(compiled, length, parts), 0.98) << mask.text() << " on " << parts;
+    for (const int parts : {1500, 4096}) {
+      EXPECT_GE(evenness(compiled, length, parts), 0.98) << mask.text() << " on " << parts;
+      for (const Positions& share : balanced_positions(compiled, length, parts))
+        ASSERT_NEAR(static_cast<double>(share.count()) * parts / length, 1, 0.2) << mask.text() << " on " << parts;
+    }
   }
 }
 

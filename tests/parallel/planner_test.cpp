@@ -113,8 +113,12 @@ RC_GTEST_PROP(Planner, ClosedFormsAreTheMeansOfPlans, ()) {
     }
     if (invariant) continue;  // whose work is that of other rows backward than forward
     // Heads and rows need not have their slowest rank together, and KV heads are not work.
-    RC_ASSERT(candidate.balance <= means.balance + 1e-9);
-    if (shape.heads % (mesh.size(Axis::kUlysses) * tensor) == 0) RC_ASSERT(std::abs(candidate.balance - means.balance) < 1e-9);
+    // Of grids whose blocks have many runs the balance is that of a coarse picture.
+    const bool by_picture = request.options.layout == Layout::kBalanced && mesh.size(Axis::kRows) > 1;
+    const double tolerance = by_picture ? 0.02 : 1e-9;
+    RC_ASSERT(candidate.balance <= means.balance + tolerance);
+    if (shape.heads % (mesh.size(Axis::kUlysses) * tensor) == 0)
+      RC_ASSERT(std::abs(candidate.balance - means.balance) < tolerance);
   }
 }
 
@@ -159,6 +163,17 @@ TEST(Planner, PlansThousandsOfRanksAtOnce) {
       EXPECT_EQ(choice.chosen.mesh.ranks(), 4096);
     }
   }
+}
+
+// On so many ranks by time, layouts that move more than the best are not compared, but they are told.
+TEST(Planner, TellsEveryLayoutOfAStrategyThatFetches) {
+  const Machine machine = cluster();
+  PlanRequest request = request_of(32, 8, 512, Mask::window(8192, 0));
+  request.objective = Objective::kTime;
+  request.machine = &machine;
+  const Choice choice = plan_attention(request);
+  EXPECT_EQ(choice.chosen.strategy, "fetch");
+  EXPECT_EQ(choice.layouts.size(), 4u);
 }
 
 TEST(Planner, PlansABillionPositions) {

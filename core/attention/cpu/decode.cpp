@@ -30,8 +30,8 @@ std::int64_t keys_of_task(const AttendArgs& args, std::int64_t kv_heads, std::in
   return keys > kTasks * large ? large : keys_in(kLeastBytes, args, kv_heads, 1024);
 }
 
-// Between keys and values: every change costs as much as reading some kilobytes. The scores of a block stay in the second
-// cache.
+// Between keys and values: every change costs as much as reading some kilobytes, so that about 256 KiB of either are read at
+// once, of 128 keys and more. The scores of a block, of `rows` rows, stay in the second cache.
 std::int64_t keys_of_block(const AttendArgs& args, std::int64_t kv_heads, std::int64_t rows) {
   constexpr std::int64_t kBytes = 512 << 10, kScoreBytes = 128 << 10, kLeast = 128;
   const std::int64_t scored = kScoreBytes / static_cast<std::int64_t>(sizeof(float)) / rows;
@@ -47,7 +47,8 @@ void attend_decode(const Path& path, const AttendArgs& args) {
   const std::int64_t kv_groups = args.k.size(2) / kv_step;
   const Interval hull = key_hull(args.tiles);
   const BandList list(args.tiles, rows, rows, hull.begin, false);
-  const std::int64_t keys = keys_of_task(args, kv_step, hull.count()), block = keys_of_block(args, kv_step, rows * heads);
+  const std::int64_t keys = keys_of_task(args, kv_step, hull.count()),
+                     block = keys_of_block(args, kv_step, div_up(rows * heads, kv_groups));
   const std::int64_t splits = div_up(hull.count(), keys);
   const SplitStates states(args, splits, padded_to(args.v.size(3), ops.lanes));
   const std::int64_t scratch_bytes = ops.decode_scratch(args.q.size(3), args.v.size(3), rows * heads, kv_step);

@@ -26,7 +26,7 @@ inline constexpr std::int64_t kBackwardRows = 96;
 inline constexpr std::int64_t kBackwardKeys = 384;
 // Up to this many query rows, keys are read once and never packed: packing them costs as much as reading them a few times.
 inline constexpr std::int64_t kDecodeRows = 4;
-// Keys that are scored before their values are read, at most: then both streams are 256 KiB, and a break between them is short.
+// Keys that are scored before their values are read, at most.
 inline constexpr std::int64_t kDecodeBlock = 512;
 
 struct KeyRange {
