@@ -15,7 +15,7 @@ constexpr std::size_t kMostRegions = 1 << 13;  // of all ranks looked at togethe
 constexpr double kMostLookedUp = 1 << 17;      // where all are looked at
 
 // Pairs of runs of a rank's blocks in a grid; where there are more its work is estimated.
-constexpr double kMostRuns = 1 << 10, kMostRunsOfMany = 1 << 7;  // the latter on meshes that are sampled
+constexpr double kMostRuns = 1 << 14, kMostRunsOfMany = 1 << 7;  // the latter on meshes that are sampled
 
 constexpr int kSummedStrides = 64;        // of a row of a grid
 constexpr int kWaitingGroups = 32;        // longer rings are looked at as so many groups of neighbours

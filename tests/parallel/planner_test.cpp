@@ -113,12 +113,8 @@ RC_GTEST_PROP(Planner, ClosedFormsAreTheMeansOfPlans, ()) {
     }
     if (invariant) continue;  // whose work is that of other rows backward than forward
     // Heads and rows need not have their slowest rank together, and KV heads are not work.
-    // Of grids whose blocks have many runs the balance is that of a coarse picture.
-    const bool by_picture = request.options.layout == Layout::kBalanced && mesh.size(Axis::kRows) > 1;
-    const double tolerance = by_picture ? 0.02 : 1e-9;
-    RC_ASSERT(candidate.balance <= means.balance + tolerance);
-    if (shape.heads % (mesh.size(Axis::kUlysses) * tensor) == 0)
-      RC_ASSERT(std::abs(candidate.balance - means.balance) < tolerance);
+    RC_ASSERT(candidate.balance <= means.balance + 1e-9);
+    if (shape.heads % (mesh.size(Axis::kUlysses) * tensor) == 0) RC_ASSERT(std::abs(candidate.balance - means.balance) < 1e-9);
   }
 }
 
